@@ -1,0 +1,8 @@
+"""Batch normalization of bn_ext measured side by side with torch's own kernels.
+
+    python -m bench            measure on the CPU, write bench/results/cpu.json
+    python -m bench.report     table and picture from that file
+
+One timing is a ratio: every peer of a case runs in one process, in turn, after its results were
+found equal to the float64 reference.
+"""

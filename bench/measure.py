@@ -1,0 +1,110 @@
+"""One problem measured: every peer validated, then all of them timed in turn. Knows nothing of the device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+from bench import validate
+from bench.peers import BASELINE, OURS, PEERS, Peer
+from bench.problems import LEAST_MOVES, Problem
+from bench.timing import interleave
+
+COPY = "copy"
+COPY_MOVES = 2
+
+Row = dict[str, Any]
+
+FIELDS = {
+    "status": "ok; wrong: the results differ, so not timed; unavailable: could not run; reason says why",
+    "error": "largest error of output or dx against float64, relative to the largest expected value",
+    "error_per_channel": "the same for running statistics or gradients of the parameters",
+    "rounds": "samples of each peer; sample i of all peers of a case was taken in round i",
+    "calls": "calls in one sample",
+    "p20_ms, median_ms, p80_ms": "time of one call over the rounds",
+    "speedup": f"time of {BASELINE} / time of this peer, median over the rounds (p20, p80: percentiles)",
+    "over_ours": f"time of this peer / time of {OURS}, median over the rounds",
+    "of_copy": "time to move the least bytes at the rate of a copy / time of this peer, median over the rounds",
+}
+
+
+def _refusal(error: Exception) -> Row:
+    """What is recorded of a peer that cannot be timed: its error's first line, without this machine's paths."""
+    reason = (str(error).strip() or "no message").splitlines()[0]
+    if isinstance(error, validate.WrongResultError):
+        return {"status": "wrong", "reason": reason}
+    reason = re.sub(r"(/[\w.+-]+){2,}", "<path>", f"{type(error).__name__}: {reason}")
+    return {"status": "unavailable", "reason": reason[:200]}
+
+
+def build(problem: Problem, names: Iterable[str]) -> dict[str, Peer | Row]:
+    """The peers by name, or why they are not there. The baseline comes first: its errors judge the others'."""
+    built: dict[str, Peer | Row] = {}
+    for name in dict.fromkeys((BASELINE, OURS, *names)):
+        try:
+            built[name] = PEERS[name](problem)
+        except Exception as error:  # what a peer cannot do is a result too
+            built[name] = _refusal(error)
+    return built
+
+
+def measure(problem: Problem, peers: dict[str, Peer | Row], name: str, seconds: float, rounds: int) -> list[Row]:
+    """Validates and times the pass ``name``: one row a peer and one for a plain copy."""
+    target = torch.empty_like(problem.input)
+    calls: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(problem.input)}
+    found: dict[str, Row] = {COPY: {"status": "ok"}}
+    baseline: dict[str, float] = {}
+    with torch.set_grad_enabled(name != "inference"):
+        for key, peer in peers.items():
+            if not isinstance(peer, Peer):
+                found[key] = peer
+                continue
+            try:
+                call, errors = validate.observe(peer, problem, name)
+                if key == BASELINE:
+                    baseline = errors
+                validate.compare(errors, baseline, problem, strict=key == OURS)
+            except Exception as error:
+                found[key] = _refusal(error)
+            else:
+                found[key] = {"status": "ok", **_largest(errors)}
+                calls[key] = call
+        samples, times = interleave(calls, seconds, rounds)
+    for key in calls:
+        found[key] |= {"calls": times, **_summary(samples, key, LEAST_MOVES[name])}
+    return [{"pass": name, "peer": key, **row} for key, row in found.items()]
+
+
+def _largest(errors: dict[str, float]) -> Row:
+    named: Row = {}
+    for key, error in errors.items():
+        field = "error" if validate.of_input_form(key) else "error_per_channel"
+        named[field] = max(error, named.get(field, 0.0))
+    return named
+
+
+def _percentiles(values: list[float]) -> tuple[float, float, float]:
+    fifths = quantiles(values, n=5, method="inclusive")
+    return fifths[0], median(values), fifths[-1]
+
+
+def _summary(samples: dict[str, list[float]], key: str, moves: int) -> Row:
+    """The figures of one peer; every ratio is taken round by round."""
+
+    def ratios(numerator: str, denominator: str) -> list[float]:
+        return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
+
+    low, middle, high = _percentiles([1e3 * t for t in samples[key]])
+    row: Row = {"rounds": len(samples[key]), "p20_ms": low, "median_ms": middle, "p80_ms": high}
+    if key == COPY:
+        return row
+    if BASELINE in samples:
+        row["speedup_p20"], row["speedup"], row["speedup_p80"] = _percentiles(ratios(BASELINE, key))
+    if OURS in samples:
+        row["over_ours"] = median(ratios(key, OURS))
+    row["of_copy"] = moves / COPY_MOVES * median(ratios(COPY, key))
+    return row

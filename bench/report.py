@@ -1,0 +1,265 @@
+"""The recorded measurement as a table, as a picture, and against what was to be reached.
+
+python -m bench.report                      prints the table, draws bench/results/cpu.png
+python -m bench.report --readme README.md   puts the table between the two bench marks of that file
+python -m bench.report --check              prints each target with the measured value
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from bench.cpu import RECORD
+from bench.measure import COPY, Row
+from bench.peers import BASELINE, OURS
+from bench.problems import PASSES, RESNET
+
+MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
+LAYOUT_NAMES = {"contiguous": "NCHW", "channels_last": "NHWC"}
+TRAINING = ("forward", "backward", "both")
+
+
+class Results:
+    """The rows of a data file."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        self.machine, self.versions = data["machine"], data["versions"]
+        self.rows: list[Row] = data["rows"]
+
+    def values(self, name: str) -> list[Any]:
+        """The different values of a field, in the order of the file."""
+        return list(dict.fromkeys(row[name] for row in self.rows))
+
+    def select(self, **wanted: Any) -> list[Row]:
+        """The rows whose fields have these values, or one of them."""
+
+        def fits(row: Row) -> bool:
+            return all(row[k] in v if isinstance(v, (list, tuple)) else row[k] == v for k, v in wanted.items())
+
+        return [row for row in self.rows if fits(row)]
+
+    def speedups(self, **wanted: Any) -> list[float]:
+        return [row["speedup"] for row in self.select(**wanted) if "speedup" in row]
+
+
+def place(row: Row) -> str:
+    """Shape and layout as the reader calls them."""
+    return f"{row['shape'].replace('x', '×')} {LAYOUT_NAMES[row['layout']] if row['shape'].count('x') == 3 else 'NC'}"
+
+
+def _mean(values: Iterable[float]) -> str:
+    values = list(values)
+    return f"{geometric_mean(values):.2f}×" if values else "–"
+
+
+def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(rows: list[Row]) -> str:
+    (row,) = rows or [{}]
+    if "speedup" not in row:
+        return row.get("status", "–")
+    return f"{row['speedup']:.2f}× ({100 * row['of_copy']:.0f} %)"
+
+
+def _best_other(results: Results, **case: Any) -> str:
+    """Who else is fastest on forward and backward together."""
+    rows = [r for r in results.select(**case, **{"pass": "both"}) if r["peer"] not in (OURS, BASELINE, COPY)]
+    best = max((r for r in rows if "speedup" in r), key=lambda r: r["speedup"], default=None)
+    return f"{best['peer']} {best['speedup']:.2f}×" if best else "–"
+
+
+def shapes_table(results: Results, dtype: str, threads: int) -> str:
+    """One line a shape and layout: speed-up over the baseline, and in brackets the fraction of a copy's rate."""
+    case = {"dtype": dtype, "threads": threads}
+    passes = [name for name in PASSES if name in results.values("pass")]
+    body = []
+    for shape in results.values("shape"):
+        for layout in dict.fromkeys(row["layout"] for row in results.select(shape=shape, **case)):
+            here = {"shape": shape, "layout": layout, **case}
+            cells = [_cell(results.select(**here, peer=OURS, **{"pass": name})) for name in passes]
+            body.append([place(here), *cells, _best_other(results, **here)])
+    return _markdown(["", *passes, "best other, both"], body)
+
+
+def means_table(results: Results) -> str:
+    """Geometric means over ResNet-50's shapes and both layouts, for each dtype, number of threads and peer."""
+    passes = [name for name in PASSES if name in results.values("pass")]
+    peers = [name for name in results.values("peer") if name not in (BASELINE, COPY)]
+    body = []
+    for dtype in results.values("dtype"):
+        for threads in results.values("threads"):
+            for peer in peers:
+                where = {"dtype": dtype, "threads": threads, "peer": peer, "shape": RESNET}
+                cells = [_mean(results.speedups(**where, **{"pass": name})) for name in passes]
+                body.append([f"{dtype}, {_threads(threads)}", peer, *cells])
+    return _markdown(["", "", *passes], body)
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def headline(results: Results) -> dict[str, Any]:
+    """The dtype and number of threads that table and picture show in full."""
+    dtypes = results.values("dtype")
+    return {"dtype": "float32" if "float32" in dtypes else dtypes[0], "threads": max(results.values("threads"))}
+
+
+def table(results: Results) -> str:
+    """What the README says."""
+    machine, versions = results.machine, results.versions
+    shown = headline(results)
+    return f"""\
+Times faster than {BASELINE} ({shown["dtype"]}, {_threads(shown["threads"])}); in brackets the rate at which the least \
+bytes move, in percent of a plain copy's.
+
+{shapes_table(results, **shown)}
+
+Geometric means over the shapes of ResNet-50 in both layouts (oneDNN: NCHW alone, it has no other):
+
+{means_table(results)}
+
+{machine["cpu"]}, {machine["cores"]} cores, {machine["isa"]}; torch {versions["torch"]}, bn_ext {versions["bn_ext"]}, \
+{versions["compiler"]}; {versions["date"]}.
+"""
+
+
+def put_into(readme: Path, text: str) -> None:
+    """Replaces what stands between the marks."""
+    before, begin, rest = readme.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise SystemExit(f"{readme} has no {' and '.join(MARKS)}")
+    readme.write_text(f"{before}{begin}\n{text}{end}{after}")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A speed-up to reach, over all rows that ``where`` selects."""
+
+    name: str
+    least: float
+    where: dict[str, Any]
+    mean: bool = True  # else the slowest single one counts
+
+    def line(self, results: Results) -> tuple[bool, str]:
+        rows = results.select(peer=OURS, **self.where)
+        lost = [row for row in rows if "speedup" not in row]
+        if lost or not rows:
+            return False, f"short  {self.name}: " + (
+                f"{place(lost[0])} {lost[0]['status']}" if lost else "not measured"
+            )
+        slowest = min(rows, key=lambda row: row["speedup"])
+        value = geometric_mean(row["speedup"] for row in rows) if self.mean else slowest["speedup"]
+        verdict = "ok   " if value >= self.least else "short"
+        case = "" if self.mean else " at {}, {pass}, {dtype}, {threads}".format(place(slowest), **slowest)
+        return value >= self.least, f"{verdict}  {self.name}: {value:.3f}, to reach {self.least}{case}"
+
+
+def _resnet(dtype: str, name: str) -> dict[str, Any]:
+    return {"dtype": dtype, "threads": 2, "shape": RESNET, "pass": name}
+
+
+TARGETS = (
+    Target("float32 forward, mean over ResNet's shapes, 2 threads", 2.5, _resnet("float32", "forward")),
+    Target("float32 backward, mean over ResNet's shapes, 2 threads", 1.4, _resnet("float32", "backward")),
+    Target("float32 both, mean over ResNet's shapes, 2 threads", 1.8, _resnet("float32", "both")),
+    Target("float32 training, the slowest single case", 1.0, {"dtype": "float32", "pass": TRAINING}, mean=False),
+    Target("float32 inference, the slowest single case", 1.0, {"dtype": "float32", "pass": "inference"}, mean=False),
+    Target("float32 module call on 2x32x8x8, the slowest", 1.0, {"dtype": "float32", "shape": "2x32x8x8"}, mean=False),
+    Target("bfloat16 both, mean over ResNet's shapes, 2 threads", 2.0, _resnet("bfloat16", "both")),
+)
+
+
+def picture(results: Results, path: Path) -> None:
+    """Grouped bars: speed-up over the baseline of every peer, one panel a pass and layout."""
+    import matplotlib  # noqa: PLC0415 - for the picture alone
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    shown = headline(results)
+    passes = [name for name in TRAINING if name in results.values("pass")]
+    peers = [name for name in results.values("peer") if name not in (BASELINE, COPY)]
+    shapes = {
+        name: list(dict.fromkeys(r["shape"] for r in results.select(layout=name, **shown))) for name in LAYOUT_NAMES
+    }
+    columns = [name for name in LAYOUT_NAMES if shapes[name]]
+    colors = {OURS: "#0b6e99", "oneDNN": "#b8b8b8", "Inductor": "#e0a030"}
+    figure, axes = plt.subplots(
+        len(passes),
+        len(columns),
+        figsize=(1.5 + 5.5 * len(columns), 0.9 + 2.3 * len(passes)),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
+        width_ratios=[len(shapes[name]) for name in columns],
+    )
+    for row, name in enumerate(passes):
+        for column, layout in enumerate(columns):
+            axis = axes[row][column]
+            for number, peer in enumerate(peers):
+                for x, shape in enumerate(shapes[layout]):
+                    found = results.speedups(shape=shape, layout=layout, peer=peer, **{"pass": name}, **shown)
+                    if not found:
+                        continue
+                    left = x + (number - (len(peers) - 1) / 2) * 0.8 / len(peers)
+                    bar = axis.bar(left, found[0], 0.76 / len(peers), color=colors.get(peer, "#777777"))
+                    if peer == OURS:
+                        axis.bar_label(bar, fmt="%.1f", fontsize=8, padding=1)
+            axis.axhline(1, color="black", linewidth=0.8)
+            axis.set_xticks(range(len(shapes[layout])), [s.replace("x", "×") for s in shapes[layout]])
+            axis.tick_params(axis="x", labelrotation=20, labelsize=8, length=0, labelbottom=row == len(passes) - 1)
+            axis.spines[["top", "right"]].set_visible(False)
+            if row == 0:
+                axis.set_title(LAYOUT_NAMES[layout], fontsize=10)
+            if column == 0:
+                axis.set_ylabel({"both": "forward + backward"}.get(name, name))
+    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(peer, "#777777")) for peer in peers]
+    handles.append(plt.Line2D([], [], color="black", linewidth=0.8))
+    figure.legend(handles, [*peers, f"{BASELINE} = 1"], loc="outside upper right", ncols=len(peers) + 1, frameon=False)
+    figure.suptitle(
+        f"Times faster than {BASELINE}: {shown['dtype']}, {_threads(shown['threads'])}, {results.machine['cpu']}",
+        x=0.01,
+        ha="left",
+        fontsize=11,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=RECORD, help="what python -m bench wrote")
+    parser.add_argument("--picture", type=Path, help="default: beside the data, as .png")
+    parser.add_argument("--readme", type=Path, help="a file with the two bench marks")
+    parser.add_argument("--check", action="store_true", help="only the targets; fails where one is short")
+    options = parser.parse_args(argv)
+    results = Results(json.loads(options.data.read_text()))
+    if options.check:
+        verdicts = [target.line(results) for target in TARGETS]
+        print("\n".join(line for _, line in verdicts))
+        return 0 if all(reached for reached, _ in verdicts) else 1
+    picture(results, options.picture or options.data.with_suffix(".png"))
+    if options.readme:
+        put_into(options.readme, table(results))
+    else:
+        print(table(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Several calls timed in turn, so that whatever disturbs the machine disturbs all of them."""
+
+from __future__ import annotations
+
+import gc
+import math
+import random
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+SHORTEST_SAMPLE = 2e-3  # seconds, about; shorter calls are repeated within a sample
+MOST_CALLS = 200  # in one sample
+WARM_UP = 3
+
+
+def sample(call: Callable[[], object], times: int) -> float:
+    """Seconds per call over ``times`` calls."""
+    repeat = range(times)
+    start = perf_counter()
+    for _ in repeat:
+        call()
+    return (perf_counter() - start) / times
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]], seconds: float, rounds: int
+) -> tuple[dict[str, list[float]], int]:
+    """Samples of each call, entry i of all of them taken in round i, and the calls in one sample.
+
+    Runs at least ``rounds`` rounds and at least ``seconds``. The order changes from round to round: what
+    a call finds in the caches depends on who ran before it.
+    """
+    order = list(calls)
+    usual = median(min(sample(calls[name], 1) for _ in range(WARM_UP)) for name in order)
+    times = min(MOST_CALLS, math.ceil(SHORTEST_SAMPLE / usual))
+    samples: dict[str, list[float]] = {name: [] for name in order}
+    shuffle = random.Random(0).shuffle
+    gc.collect()
+    gc.disable()
+    try:
+        end = perf_counter() + seconds
+        while len(samples[order[0]]) < rounds or perf_counter() < end:
+            shuffle(order)
+            for name in order:
+                samples[name].append(sample(calls[name], times))
+    finally:
+        gc.enable()
+    return samples, times

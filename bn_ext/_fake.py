@@ -1,0 +1,46 @@
+"""What the operators return, without computing it: shapes, dtypes and strides for torch.compile and meta tensors."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _dense(input: Tensor) -> Tensor:
+    """The tensor that the kernels would read: dense, with its channels second or last."""
+    if input.is_contiguous() or input.movedim(1, -1).is_contiguous():
+        return input
+    return input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+
+
+@torch.library.register_fake("bn_ext::batch_norm_forward")
+def _batch_norm_forward(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    mean = input.new_empty(input.size(1), dtype=torch.float64)
+    return torch.empty_like(_dense(input)), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_backward")
+def _batch_norm_backward(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    training: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
+    dtype = accumulated if weight is None else weight.dtype
+    dx = torch.empty_like(_dense(input)) if output_mask[0] else input.new_empty(0)
+    dweight, dbias = (input.new_empty(input.size(1) if wanted else 0, dtype=dtype) for wanted in output_mask[1:])
+    return dx, dweight, dbias

@@ -1,0 +1,53 @@
+"""The function behind the modules."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def exporting() -> bool:
+    """Whether a graph is being made for others to run: it should hold standard operators."""
+    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Batch normalization, as :func:`torch.nn.functional.batch_norm`: each channel to mean 0 and variance 1, then
+    ``* weight + bias``.
+
+    Args:
+        input: (N, C, *) of float64, float32, bfloat16 or float16, of any strides.
+        running_mean, running_var: (C,), of the input's dtype or, for a half-precision input, float32. In training
+            they are updated in place (the variance with the unbiased estimate), unless None; otherwise they are the
+            statistics to normalize by, and required.
+        weight, bias: (C,), dtypes as above, or None for 1 and 0.
+        training: normalize by the statistics of this batch, the variance biased.
+        momentum: weight of this batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        (N, C, *), the dtype and memory format of ``input``.
+
+    Raises:
+        ValueError: in training, one value per channel, or ``eps`` not positive.
+        RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
+        NotImplementedError: an input that is not of a floating dtype.
+
+    Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
+    """
+    if exporting():
+        return torch.nn.functional.batch_norm(
+            input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+    return torch.ops.bn_ext.batch_norm.default(
+        input, weight, bias, running_mean, running_var, None, training, momentum, eps
+    )

@@ -1,0 +1,34 @@
+#pragma once
+
+#include <cstdint>
+
+namespace bn {
+
+enum class DType : int { Float64, Float32, Half, BFloat16 };
+
+constexpr int kDTypes = 4;
+
+constexpr int64_t size_of(DType dtype) {
+  return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
+}
+
+enum class Layout : int {
+  Planar,      // (n, c, s): each image holds c planes of s contiguous values
+  Interleaved  // (n, c), s = 1: each of n positions holds c contiguous values
+};
+
+constexpr int kLayouts = 2;
+
+// The input of a batch norm, as every kernel sees it.
+struct Problem {
+  Layout layout = Layout::Planar;
+  DType dtype = DType::Float32;
+  int64_t n = 0;
+  int64_t c = 0;
+  int64_t s = 1;
+
+  // Values per channel.
+  constexpr int64_t count() const { return n * s; }
+};
+
+}  // namespace bn

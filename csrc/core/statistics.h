@@ -1,0 +1,46 @@
+#pragma once
+
+#include "core/host_device.h"
+
+#include <cmath>
+
+// What a batch norm computes of each channel: moments, merged in double precision.
+namespace bn {
+
+// Number, mean and sum of squared deviations from the mean of a set of values.
+struct Moments {
+  double count = 0;
+  double mean = 0;
+  double m2 = 0;
+};
+
+// Moments from the sums of (x - shift) and (x - shift)^2. With the shift at the mean of as many values
+// as these, or at their own, nothing cancels: the error of m2, relative to the m2 of all of them, stays
+// a few roundings of the sums.
+BN_HD Moments shifted_moments(double count, double shift, double sum, double sum_sq) {
+  const double offset = sum / count;
+  const double m2 = sum_sq - sum * offset;
+  return {count, shift + offset, m2 < 0 ? 0 : m2};
+}
+
+// Moments of two disjoint sets together (Chan, Golub & LeVeque 1979). An infinite mean stays infinite.
+BN_HD Moments merge(const Moments& a, const Moments& b) {
+  const double count = a.count + b.count;
+  const double part = b.count / count;
+  const double delta = b.mean - a.mean;
+  const double mean = delta - delta == 0 ? a.mean + delta * part : a.mean + b.mean;
+  return {count, mean, a.m2 + b.m2 + delta * delta * a.count * part};
+}
+
+BN_HD double biased_variance(const Moments& m) { return m.m2 / m.count; }
+
+BN_HD double unbiased_variance(const Moments& m) { return m.m2 / (m.count - 1); }
+
+BN_HD double inverse_std(double var, double eps) { return 1 / std::sqrt(var + eps); }
+
+// `momentum` is the weight of the new value.
+BN_HD double running_average(double old, double observed, double momentum) {
+  return (1 - momentum) * old + momentum * observed;
+}
+
+}  // namespace bn

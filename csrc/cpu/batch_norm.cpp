@@ -1,0 +1,270 @@
+#include "cpu/batch_norm.h"
+
+#include "core/normalize.h"
+#include "core/statistics.h"
+#include "cpu/kernels.h"
+#include "cpu/plan.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <memory>
+#include <string>
+
+namespace bn::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels& (*kernels)(Layout, DType);
+};
+
+InstructionSet choose_instruction_set() {
+#if defined(__x86_64__)
+  const std::string best = at::get_cpu_capability();
+  if (best == "AVX512") {
+    return {"AVX512", kernels_avx512};
+  }
+  if (best == "AVX2") {
+    return {"AVX2", kernels_avx2};
+  }
+#endif
+  return {"DEFAULT", kernels_default};
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet set = choose_instruction_set();
+  return set;
+}
+
+// Calls f with a value of the C++ type behind a dtype.
+template <class F>
+auto with_type(DType dtype, F f) {
+  switch (dtype) {
+    case DType::Float64:
+      return f(double{});
+    case DType::Half:
+      return f(c10::Half{});
+    case DType::BFloat16:
+      return f(c10::BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+template <class F>
+void parallel(int threads, int64_t tasks, const F& f) {
+  if (threads == 1) {
+    f(int64_t{0}, tasks);
+  } else {
+    at::parallel_for(0, tasks, 1, f);
+  }
+}
+
+// Runs reduce(tile, chunk), then finish(c0, c1), then apply(tile) over a problem: tile by tile while it is
+// in a thread's cache, or, where tiles are shared, pass by pass. The second pass goes backwards, to begin
+// with what the first one touched last.
+template <class Reduce, class Finish, class Apply>
+void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+  const Blocks& blocks = plan.blocks;
+  const auto tile = [&](int64_t t, int64_t chunk) {
+    return Tile{blocks,
+                t * plan.tile,
+                std::min((t + 1) * plan.tile, blocks.c),
+                chunk * blocks.per_chunk,
+                std::min((chunk + 1) * blocks.per_chunk, blocks.count)};
+  };
+  const int64_t tiles = plan.tiles();
+  if (!plan.split) {
+    parallel(plan.threads, tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        for (int64_t chunk = 0; reduces && chunk < blocks.chunks; ++chunk) {
+          reduce(tile(t, chunk), chunk);
+        }
+        const Tile whole = tile(t, 0);
+        finish(whole.c0, whole.c1);
+        for (int64_t chunk = blocks.chunks - 1; applies && chunk >= 0; --chunk) {
+          apply(tile(t, chunk));
+        }
+      }
+    });
+    return;
+  }
+  const int64_t tasks = blocks.chunks * tiles;
+  if (reduces) {
+    parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        reduce(tile(i % tiles, i / tiles), i / tiles);
+      }
+    });
+  }
+  parallel(reduces ? plan.threads : 1, tiles, [&](int64_t begin, int64_t end) {
+    finish(begin * plan.tile, std::min(end * plan.tile, blocks.c));
+  });
+  if (applies) {
+    parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) {
+        apply(tile(i % tiles, i / tiles));
+      }
+    });
+  }
+}
+
+// Arrays that live as long as one call.
+template <class T>
+std::unique_ptr<T[]> workspace(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
+}
+
+template <class A>
+void forward(const ForwardArgs& args, const Kernels& kernels) {
+  const int64_t c = args.problem.c;
+  const Plan plan = cpu::plan(args.problem, 1, at::get_num_threads());
+  const Blocks& blocks = plan.blocks;
+  const auto partial = workspace<double>(args.training ? 2 * blocks.chunks * c : 0);
+  double* const partial_mean = partial.get();
+  double* const partial_m2 = partial_mean + blocks.chunks * c;
+  const auto counts = workspace<double>(blocks.chunks);
+  for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk) {
+    counts[chunk] = static_cast<double>(blocks.values(chunk));
+  }
+  const auto coefficients = workspace<A>(3 * c);
+  A* const shift = coefficients.get();
+  A* const scale = shift + c;
+  A* const offset = scale + c;
+  double momentum = args.momentum.value_or(0);
+  if (args.training && args.num_batches_tracked != nullptr) {
+    const int64_t batches = ++*args.num_batches_tracked;
+    momentum = args.momentum.value_or(1 / static_cast<double>(batches));
+  }
+
+  const auto reduce = [&](const Tile& tile, int64_t chunk) {
+    kernels.moments(tile, args.x, partial_mean + chunk * c, partial_m2 + chunk * c);
+  };
+  const auto statistics = [&](int64_t i) {
+    Moments all{counts[0], partial_mean[i], partial_m2[i]};
+    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
+      all = merge(all, {counts[chunk], partial_mean[chunk * c + i], partial_m2[chunk * c + i]});
+    }
+    return all;
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      double var;
+      if (args.training) {
+        const Moments all = statistics(i);
+        args.mean[i] = all.mean;
+        var = biased_variance(all);
+        if (args.running_mean) {
+          args.running_mean.set(i, running_average(args.running_mean.get(i, 0), all.mean, momentum));
+        }
+        if (args.running_var) {
+          args.running_var.set(i, running_average(args.running_var.get(i, 0), unbiased_variance(all), momentum));
+        }
+      } else {
+        args.mean[i] = args.running_mean.get(i, 0);
+        var = args.running_var.get(i, 1);
+      }
+      args.invstd[i] = inverse_std(var, args.eps);
+      const auto k = forward_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(i, 1), args.bias.get(i, 0));
+      shift[i] = k.shift;
+      scale[i] = k.scale;
+      offset[i] = k.offset;
+    }
+  };
+  const auto apply = [&](const Tile& tile) {
+    kernels.normalize(tile, args.x, shift, scale, offset, args.y, plan.bypass_cache);
+  };
+  run(plan, args.training, true, reduce, finish, apply);
+}
+
+template <class A>
+void backward(const BackwardArgs& args, const Kernels& kernels) {
+  const int64_t c = args.problem.c;
+  const bool through_statistics = args.training && args.dx != nullptr;
+  const bool reduces = through_statistics || args.dweight || args.dbias;
+  const void* const x_to_reduce = through_statistics || args.dweight ? args.x : nullptr;
+  const void* const x_to_apply = through_statistics ? args.x : nullptr;
+  const Plan plan = cpu::plan(args.problem, 2, at::get_num_threads());
+  const Blocks& blocks = plan.blocks;
+  const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
+  double* const partial_dy = partial.get();
+  double* const partial_dy_shifted = partial_dy + blocks.chunks * c;
+  const auto coefficients = workspace<A>(4 * c);
+  A* const shift = coefficients.get();
+  A* const scale = shift + c;
+  A* const slope = scale + c;
+  A* const offset = slope + c;
+
+  const auto reduce = [&](const Tile& tile, int64_t chunk) {
+    kernels.gradient_sums(
+        tile, args.dy, x_to_reduce, args.mean, partial_dy + chunk * c, partial_dy_shifted + chunk * c);
+  };
+  const auto sums = [&](int64_t i) {
+    double dy = 0;
+    double dy_shifted = 0;
+    for (int64_t chunk = 0; reduces && chunk < blocks.chunks; ++chunk) {
+      dy += partial_dy[chunk * c + i];
+      dy_shifted += partial_dy_shifted[chunk * c + i];
+    }
+    return centred<A>(args.mean[i], dy, dy_shifted);
+  };
+  const auto finish = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const GradientSums total = sums(i);
+      if (args.dweight) {
+        args.dweight.set(i, total.dy_xmu * args.invstd[i]);
+      }
+      if (args.dbias) {
+        args.dbias.set(i, total.dy);
+      }
+      const auto count = static_cast<double>(args.problem.count());
+      const auto k = backward_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(i, 1), count, total);
+      shift[i] = k.shift;
+      scale[i] = k.scale;
+      slope[i] = k.slope;
+      offset[i] = k.offset;
+    }
+  };
+  const auto apply = [&](const Tile& tile) {
+    kernels.input_gradient(
+        tile, args.dy, x_to_apply, shift, scale, slope, offset, args.dx, plan.bypass_cache);
+  };
+  run(plan, reduces, args.dx != nullptr, reduce, finish, apply);
+}
+
+}  // namespace
+
+double PerChannel::get(int64_t c, double otherwise) const {
+  if (data == nullptr) {
+    return otherwise;
+  }
+  return with_type(dtype, [&](auto type) { return static_cast<double>(static_cast<decltype(type)*>(data)[c * stride]); });
+}
+
+void PerChannel::set(int64_t c, double value) const {
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      static_cast<T*>(data)[c * stride] = static_cast<T>(static_cast<float>(value));
+    } else {
+      static_cast<T*>(data)[c * stride] = static_cast<T>(value);
+    }
+  });
+}
+
+void batch_norm_forward(const ForwardArgs& args) {
+  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype);
+  args.problem.dtype == DType::Float64 ? forward<double>(args, kernels) : forward<float>(args, kernels);
+}
+
+void batch_norm_backward(const BackwardArgs& args) {
+  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype);
+  args.problem.dtype == DType::Float64 ? backward<double>(args, kernels) : backward<float>(args, kernels);
+}
+
+const char* instruction_set() { return chosen().name; }
+
+}  // namespace bn::cpu

@@ -1,0 +1,155 @@
+// Compiled once per instruction set, with BN_KERNELS naming the table it provides. Everything but that one
+// function has internal linkage: a symbol shared with another unit could run on a CPU that lacks this
+// unit's instructions.
+
+#include "cpu/kernels.h"
+
+#include "core/normalize.h"
+#include "core/statistics.h"
+#include "cpu/interleaved.h"
+#include "cpu/planar.h"
+
+namespace bn::cpu {
+namespace {
+
+// Around the mean of the values before a block, which nothing in the block can be far from unless the
+// variance is as large; the first block goes around its own mean, found in a pass of its own.
+template <template <class> class Rows, class T>
+void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
+  const auto* x = static_cast<const T*>(x_);
+  const Rows<T> rows{tile};
+  const MomentTerm<T> term{x};
+  Acc<T> shift[Rows<T>::kMaxChannels];
+  double sum[Rows<T>::kMaxChannels];
+  double sum_sq[Rows<T>::kMaxChannels];
+  mean += tile.c0;
+  m2 += tile.c0;
+  double count = 0;
+  for (int64_t b = tile.b0; b < tile.b1; ++b) {
+    const Extent e = tile.blocks.extent(b);
+    const auto block_count = static_cast<double>(e.count());
+    if (b == tile.b0) {
+      // Sums are taken from the first value on, so that the mean of equal values is exactly that value.
+      for (int64_t c = 0; c < tile.channels(); ++c) {
+        const auto first = static_cast<Acc<T>>(x[tile.blocks.offset(e.n0, tile.c0 + c, e.s0)]);
+        shift[c] = first - first == 0 ? first : 0;
+      }
+      rows.sums(e, SumTerm<T>{x}, shift, sum, sum_sq);
+      for (int64_t c = 0; c < tile.channels(); ++c) {
+        mean[c] = shift[c] + sum[c] / block_count;
+        m2[c] = 0;
+      }
+    }
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      const auto near = static_cast<Acc<T>>(mean[c]);
+      shift[c] = near - near == 0 ? near : 0;
+    }
+    rows.sums(e, term, shift, sum, sum_sq);
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      const Moments all = merge({count, mean[c], m2[c]}, shifted_moments(block_count, shift[c], sum[c], sum_sq[c]));
+      mean[c] = all.mean;
+      m2[c] = all.m2;
+    }
+    count += block_count;
+  }
+}
+
+template <template <class> class Rows, class T>
+void normalize(const Tile& tile,
+               const void* x_,
+               const void* shift,
+               const void* scale,
+               const void* offset,
+               void* y,
+               bool bypass_cache) {
+  const auto* x = static_cast<const T*>(x_);
+  const Acc<T>* const coefficients[] = {static_cast<const Acc<T>*>(shift) + tile.c0,
+                                        static_cast<const Acc<T>*>(scale) + tile.c0,
+                                        static_cast<const Acc<T>*>(offset) + tile.c0};
+  Rows<T>{tile}.map(
+      coefficients,
+      [x](int64_t i, int64_t count, const Vec<T>(&k)[3]) { return bn::normalize(load(x + i, count), k[0], k[1], k[2]); },
+      static_cast<T*>(y),
+      bypass_cache);
+  fence();
+}
+
+template <template <class> class Rows, class T>
+void gradient_sums(
+    const Tile& tile, const void* dy_, const void* x_, const double* mean, double* sum_dy, double* sum_dy_shifted) {
+  const auto* dy = static_cast<const T*>(dy_);
+  const auto* x = static_cast<const T*>(x_);
+  const Rows<T> rows{tile};
+  Acc<T> shift[Rows<T>::kMaxChannels];
+  double sum[Rows<T>::kMaxChannels];
+  double sum_shifted[Rows<T>::kMaxChannels];
+  for (int64_t c = 0; c < tile.channels(); ++c) {
+    shift[c] = x != nullptr ? SplitMean<Acc<T>>(mean[tile.c0 + c]).shift : 0;
+    sum_dy[tile.c0 + c] = 0;
+    sum_dy_shifted[tile.c0 + c] = 0;
+  }
+  for (int64_t b = tile.b0; b < tile.b1; ++b) {
+    const Extent e = tile.blocks.extent(b);
+    if (x != nullptr) {
+      rows.sums(e, GradientTerm<T>{dy, x}, shift, sum, sum_shifted);
+    } else {
+      rows.sums(e, SumTerm<T>{dy}, shift, sum, sum_shifted);
+    }
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      sum_dy[tile.c0 + c] += sum[c];
+      sum_dy_shifted[tile.c0 + c] += sum_shifted[c];
+    }
+  }
+}
+
+template <template <class> class Rows, class T>
+void input_gradient(const Tile& tile,
+                    const void* dy_,
+                    const void* x_,
+                    const void* shift,
+                    const void* scale,
+                    const void* slope,
+                    const void* offset,
+                    void* dx,
+                    bool bypass_cache) {
+  const auto* dy = static_cast<const T*>(dy_);
+  const auto* scales = static_cast<const Acc<T>*>(scale) + tile.c0;
+  const Rows<T> rows{tile};
+  if (const auto* x = static_cast<const T*>(x_)) {
+    const Acc<T>* const coefficients[] = {static_cast<const Acc<T>*>(shift) + tile.c0,
+                                          scales,
+                                          static_cast<const Acc<T>*>(slope) + tile.c0,
+                                          static_cast<const Acc<T>*>(offset) + tile.c0};
+    rows.map(
+        coefficients,
+        [=](int64_t i, int64_t count, const Vec<T>(&k)[4]) {
+          return bn::input_gradient(load(dy + i, count), load(x + i, count), k[0], k[1], k[2], k[3]);
+        },
+        static_cast<T*>(dx),
+        bypass_cache);
+  } else {
+    const Acc<T>* const coefficients[] = {scales};
+    rows.map(
+        coefficients,
+        [=](int64_t i, int64_t count, const Vec<T>(&k)[1]) { return load(dy + i, count) * k[0]; },
+        static_cast<T*>(dx),
+        bypass_cache);
+  }
+  fence();
+}
+
+template <template <class> class Rows, class T>
+constexpr Kernels kKernels = {moments<Rows, T>, normalize<Rows, T>, gradient_sums<Rows, T>, input_gradient<Rows, T>};
+
+template <template <class> class Rows>
+constexpr Kernels kOfDType[kDTypes] = {
+    kKernels<Rows, double>, kKernels<Rows, float>, kKernels<Rows, c10::Half>, kKernels<Rows, c10::BFloat16>};
+
+}  // namespace
+
+const Kernels& BN_KERNELS(Layout layout, DType dtype) {
+  const int i = static_cast<int>(dtype);
+  return layout == Layout::Planar ? kOfDType<Planar>[i] : kOfDType<Interleaved>[i];
+}
+
+}  // namespace bn::cpu

@@ -1,0 +1,54 @@
+#pragma once
+
+#include "cpu/plan.h"
+
+namespace bn::cpu {
+
+// The widest tile a kernel takes, by layout: what its accumulators hold on the stack.
+constexpr int64_t kMaxTile[kLayouts] = {64, 512};
+
+// Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
+constexpr int64_t kFoldBelow = 64;
+
+// Elements of an output run that are gathered in the first-level cache before they are streamed out.
+constexpr int64_t kStage = 2048;
+
+// The channels [c0, c1) of the blocks [b0, b1).
+struct Tile {
+  const Blocks& blocks;
+  int64_t c0, c1;
+  int64_t b0, b1;
+
+  constexpr int64_t channels() const { return c1 - c0; }
+};
+
+// The serial kernels of one instruction set for one layout and dtype. Tensors are whole, contiguous in
+// their layout and of the problem's dtype; everything per channel starts at channel 0. `shift`, `scale`,
+// `slope` and `offset` are of the accumulation type: float, or double for float64.
+struct Kernels {
+  void (*moments)(const Tile&, const void* x, double* mean, double* m2);
+  void (*normalize)(
+      const Tile&, const void* x, const void* shift, const void* scale, const void* offset, void* y, bool stream);
+  // Without x, only the first of the two sums.
+  void (*gradient_sums)(
+      const Tile&, const void* dy, const void* x, const double* mean, double* sum_dy, double* sum_dy_shifted);
+  // Without x, dx = dy * scale.
+  void (*input_gradient)(const Tile&,
+                         const void* dy,
+                         const void* x,
+                         const void* shift,
+                         const void* scale,
+                         const void* slope,
+                         const void* offset,
+                         void* dx,
+                         bool stream);
+};
+
+// kernels.cpp, compiled once per instruction set.
+const Kernels& kernels_default(Layout layout, DType dtype);
+#if defined(__x86_64__)
+const Kernels& kernels_avx2(Layout layout, DType dtype);
+const Kernels& kernels_avx512(Layout layout, DType dtype);
+#endif
+
+}  // namespace bn::cpu

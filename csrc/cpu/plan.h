@@ -1,0 +1,63 @@
+#pragma once
+
+#include "core/problem.h"
+
+#include <algorithm>
+#include <cstdint>
+
+// How the CPU kernels cut a problem into work: values from pure functions.
+namespace bn::cpu {
+
+// A block: images or positions [n0, n1), and of each the values [s0, s1), of every channel.
+struct Extent {
+  int64_t n0, n1, s0, s1;
+
+  constexpr int64_t count() const { return (n1 - n0) * (s1 - s0); }
+};
+
+// Blocks are what is summed in the accumulation type before double precision takes over; chunks are runs
+// of blocks whose results are merged in order. Both follow from the problem alone, never from the number
+// of threads, and so do the bits of every result.
+struct Blocks {
+  int64_t n, c, s;
+  int64_t rows;       // images or positions of a block
+  int64_t segment;    // of each image, the values of a block
+  int64_t segments;   // blocks an image is cut into
+  int64_t count;      // blocks in all
+  int64_t per_chunk;  // blocks of a chunk
+  int64_t chunks;
+
+  constexpr Extent extent(int64_t block) const {
+    const int64_t n0 = block / segments * rows;
+    const int64_t s0 = block % segments * segment;
+    return {n0, std::min(n0 + rows, n), s0, std::min(s0 + segment, s)};
+  }
+
+  // Values per channel in a chunk.
+  constexpr int64_t values(int64_t chunk) const {
+    int64_t sum = 0;
+    for (int64_t b = chunk * per_chunk; b < std::min((chunk + 1) * per_chunk, count); ++b) {
+      sum += extent(b).count();
+    }
+    return sum;
+  }
+
+  constexpr int64_t offset(int64_t n_, int64_t c_, int64_t s_) const { return (n_ * c + c_) * s + s_; }
+};
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  Blocks blocks;
+  int64_t tile;       // adjacent channels that are handled together
+  int threads;        // that take part
+  bool split;         // all threads share every tile, with a barrier between the passes; else each has its own
+  bool bypass_cache;  // of the output, which is not read again soon
+
+  constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
+};
+
+// `tensors` are those that both passes read: one forward, two backward.
+Plan plan(const Problem& problem, int tensors, int threads);
+
+}  // namespace bn::cpu

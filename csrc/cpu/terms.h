@@ -1,0 +1,98 @@
+#pragma once
+
+#include "cpu/plan.h"
+#include "cpu/vec.h"
+
+// Every reduction here is a sum of u and a sum of u * w over a channel; a term says what u and w are.
+// `at` gives them for vectors, `exact` for one element in double precision.
+namespace bn::cpu {
+namespace {
+
+template <class V>
+struct Pair {
+  V u;
+  V w;
+};
+
+// u = w = x - shift.
+template <class T>
+struct MomentTerm {
+  const T* x;
+
+  Pair<Vec<T>> at(int64_t i, int64_t count, const Vec<T>& shift) const {
+    const Vec<T> d = load(x + i, count) - shift;
+    return {d, d};
+  }
+  Pair<double> exact(int64_t i, double shift) const {
+    const double d = static_cast<double>(x[i]) - shift;
+    return {d, d};
+  }
+};
+
+// u = dy, w = x - shift.
+template <class T>
+struct GradientTerm {
+  const T* dy;
+  const T* x;
+
+  Pair<Vec<T>> at(int64_t i, int64_t count, const Vec<T>& shift) const {
+    return {load(dy + i, count), load(x + i, count) - shift};
+  }
+  Pair<double> exact(int64_t i, double shift) const {
+    return {static_cast<double>(dy[i]), static_cast<double>(x[i]) - shift};
+  }
+};
+
+// u = value - shift, and no w.
+template <class T>
+struct SumTerm {
+  const T* value;
+
+  Pair<Vec<T>> at(int64_t i, int64_t count, const Vec<T>& shift) const {
+    return {load(value + i, count) - shift, Vec<T>(0)};
+  }
+  Pair<double> exact(int64_t i, double shift) const { return {static_cast<double>(value[i]) - shift, 0}; }
+};
+
+// The sums of one channel of a block, element by element in double precision.
+template <class Term>
+Pair<double> exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& term, double shift) {
+  Pair<double> total{0, 0};
+  for (int64_t n = e.n0; n < e.n1; ++n) {
+    for (int64_t s = e.s0; s < e.s1; ++s) {
+      const auto [u, w] = term.exact(blocks.offset(n, c, s), shift);
+      total.u += u;
+      total.w += u * w;
+    }
+  }
+  return total;
+}
+
+// Replaces the sums that overflowed a float or met NaN or Inf.
+template <class T, class Term>
+void repair_sums(const Tile& tile,
+                 const Extent& e,
+                 const Term& term,
+                 const Acc<T>* shift,
+                 double* sum,
+                 double* sum_product) {
+  if constexpr (std::is_same_v<Acc<T>, float>) {
+    double probe = 0;
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      probe += (sum[c] - sum[c]) + (sum_product[c] - sum_product[c]);
+    }
+    if (probe == 0) {
+      return;
+    }
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      if ((sum[c] - sum[c]) + (sum_product[c] - sum_product[c]) != 0) {
+        const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, shift[c]);
+        sum[c] = u;
+        sum_product[c] = w;
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bn::cpu

@@ -1,0 +1,138 @@
+// The operator batch_norm: which way a call goes, and its gradient.
+
+#include "ops/batch_norm.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+namespace bn::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+ThreeTensors batch_norm_forward(const Arguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
+                             .typed<ThreeTensors(const Tensor&,
+                                                 const OptionalTensor&,
+                                                 const OptionalTensor&,
+                                                 const OptionalTensor&,
+                                                 const OptionalTensor&,
+                                                 const OptionalTensor&,
+                                                 bool,
+                                                 std::optional<double>,
+                                                 double)>();
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(a.input,
+                 a.weight,
+                 a.bias,
+                 a.running_mean,
+                 a.running_var,
+                 a.num_batches_tracked,
+                 a.training,
+                 a.momentum,
+                 a.eps);
+}
+
+ThreeTensors batch_norm_backward(const BackwardArguments& a) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("bn_ext::batch_norm_backward", "")
+                             .typed<ThreeTensors(const Tensor&,
+                                                 const Tensor&,
+                                                 const OptionalTensor&,
+                                                 const Tensor&,
+                                                 const Tensor&,
+                                                 bool,
+                                                 std::array<bool, 3>)>();
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  return op.call(a.dy, a.input, a.weight, a.mean, a.invstd, a.training, a.output_mask);
+}
+
+class BatchNorm : public torch::autograd::Function<BatchNorm> {
+ public:
+  static constexpr bool is_traceable = true;
+
+  // The three that can have gradients stand apart, where autograd finds them.
+  static Tensor forward(AutogradContext* ctx,
+                        const Tensor& input,
+                        const OptionalTensor& weight,
+                        const OptionalTensor& /*bias*/,
+                        const Arguments& a) {
+    const auto [output, mean, invstd] = batch_norm_forward(a);
+    ctx->save_for_backward({input, weight.value_or(Tensor()), mean, invstd});
+    ctx->saved_data["training"] = a.training;
+    ctx->saved_data["eps"] = a.eps;
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
+    const Tensor& dy = gradients[0];
+    if (!dy.defined()) {
+      return variable_list(4);
+    }
+    const variable_list saved = ctx->get_saved_variables();
+    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    const std::array<bool, 3> wanted = {
+        ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    const BackwardArguments a{
+        dy, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool(), wanted};
+    const bool differentiable = at::GradMode::is_enabled();
+    const auto [dx, dweight, dbias] =
+        differentiable ? decomposed_backward(a, ctx->saved_data["eps"].toDouble()) : batch_norm_backward(a);
+    return {wanted[0] ? dx : Tensor(), wanted[1] ? dweight : Tensor(), wanted[2] ? dbias : Tensor(), Tensor()};
+  }
+};
+
+bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
+  return property(a.input) || (a.weight.has_value() && property(*a.weight)) ||
+         (a.bias.has_value() && property(*a.bias));
+}
+
+bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+
+bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+
+bool has_kernels(const Tensor& t) { return t.layout() == at::kStrided && (t.is_cpu() || t.is_meta()); }
+
+Tensor batch_norm(const Tensor& input,
+                  const OptionalTensor& weight,
+                  const OptionalTensor& bias,
+                  const OptionalTensor& running_mean,
+                  const OptionalTensor& running_var,
+                  const OptionalTensor& num_batches_tracked,
+                  bool training,
+                  std::optional<double> momentum,
+                  double eps) {
+  const Arguments a{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
+  if (!has_kernels(input) || any_of(a, has_tangent)) {
+    return decomposed(a);
+  }
+  if (at::GradMode::is_enabled() && any_of(a, requires_grad)) {
+    return BatchNorm::apply(input, weight, bias, a);
+  }
+  return std::get<0>(batch_norm_forward(a));
+}
+
+// Under functorch's transforms, which the C++ autograd function does not know.
+Tensor batch_norm_transformed(const Tensor& input,
+                              const OptionalTensor& weight,
+                              const OptionalTensor& bias,
+                              const OptionalTensor& running_mean,
+                              const OptionalTensor& running_var,
+                              const OptionalTensor& num_batches_tracked,
+                              bool training,
+                              std::optional<double> momentum,
+                              double eps) {
+  return decomposed({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps});
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", batch_norm); }
+
+TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) { m.impl("batch_norm", batch_norm_transformed); }
+
+}  // namespace bn::ops

@@ -1,0 +1,128 @@
+#include "ops/inputs.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/movedim.h>
+#include <c10/util/Exception.h>
+
+#include <sstream>
+
+namespace bn::ops {
+namespace {
+
+bool is_floating(at::ScalarType type) {
+  return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
+}
+
+bool channels_last(const Tensor& t) { return t.movedim(1, -1).is_contiguous(); }
+
+void check_input(const Tensor& input) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      is_floating(input.scalar_type()), "\"batch_norm\" not implemented for '", input.scalar_type(), "'");
+  TORCH_CHECK_INDEX(input.dim() >= 2, "batch_norm: input should have sizes (N, C, ...), got ", input.sizes());
+}
+
+void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& input) {
+  if (!t.has_value() || !t->defined()) {
+    return;
+  }
+  TORCH_CHECK(t->device() == input.device(),
+              "batch_norm: ", name, " is on ", t->device(), " but input is on ", input.device());
+  TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t->numel());
+  const bool reduced = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(t->scalar_type() == input.scalar_type() || (reduced && t->scalar_type() == at::kFloat),
+              "batch_norm: expected ", name, " of type ", input.scalar_type(), reduced ? " or Float" : "",
+              " for an input of type ", input.scalar_type(), ", got ", t->scalar_type());
+}
+
+void check_statistics(const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK(t.scalar_type() == at::kDouble && t.numel() == input.size(1) && t.is_contiguous() &&
+                  t.device() == input.device(),
+              "batch_norm_backward: ", name, " should hold ", input.size(1), " values of type Double on ",
+              input.device(), ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+}
+
+}  // namespace
+
+void check_inputs(const Arguments& a) {
+  check_input(a.input);
+  const int64_t channels = a.input.size(1);
+  if (a.training) {
+    if (a.input.numel() == channels) {
+      std::ostringstream sizes;
+      sizes << a.input.sizes();
+      TORCH_CHECK_VALUE(false, "Expected more than 1 value per channel when training, got input size torch.Size(",
+                        sizes.str(), ")");
+    }
+    TORCH_CHECK_VALUE(a.eps > 0, "batch_norm eps must be positive during training, but got ", a.eps);
+  } else {
+    TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm eps must be non-negative, but got ", a.eps);
+    TORCH_CHECK(a.running_mean.has_value() && a.running_var.has_value(),
+                "running_mean and running_var must be defined in evaluation mode");
+  }
+  check_per_channel("running_mean", a.running_mean, a.input);
+  check_per_channel("running_var", a.running_var, a.input);
+  check_per_channel("weight", a.weight, a.input);
+  check_per_channel("bias", a.bias, a.input);
+  if (a.num_batches_tracked.has_value()) {
+    const Tensor& count = *a.num_batches_tracked;
+    TORCH_CHECK(count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == a.input.device(),
+                "batch_norm: num_batches_tracked should be one value of type Long on ", a.input.device(), ", got ",
+                count.sizes(), " of type ", count.scalar_type(), " on ", count.device());
+  }
+}
+
+void check_inputs(const BackwardArguments& a) {
+  check_input(a.input);
+  TORCH_CHECK(a.dy.sizes() == a.input.sizes() && a.dy.scalar_type() == a.input.scalar_type() &&
+                  a.dy.device() == a.input.device(),
+              "batch_norm_backward: expected dy like the input, ", a.input.sizes(), " of type ",
+              a.input.scalar_type(), ", got ", a.dy.sizes(), " of type ", a.dy.scalar_type());
+  check_per_channel("weight", a.weight, a.input);
+  check_statistics("mean", a.mean, a.input);
+  check_statistics("invstd", a.invstd, a.input);
+}
+
+View view_as_problem(const Tensor& input) {
+  Tensor t = input;
+  bool planar = t.is_contiguous();
+  if (!planar && !channels_last(t)) {
+    t = t.contiguous(t.suggest_memory_format());
+    planar = t.is_contiguous();
+  }
+  Problem p{planar ? Layout::Planar : Layout::Interleaved, dtype_of(t), t.size(0), t.size(1), 1};
+  for (int64_t d = 2; d < t.dim(); ++d) {
+    p.s *= t.size(d);
+  }
+  if (p.c == 1) {  // either way one run of values
+    p.layout = Layout::Planar;
+    p.s *= p.n;
+    p.n = 1;
+  } else if (p.layout == Layout::Interleaved || p.s == 1) {
+    p.layout = Layout::Interleaved;
+    p.n *= p.s;
+    p.s = 1;
+  }
+  return {t, p};
+}
+
+Tensor with_strides_of(const Tensor& tensor, const Tensor& like) {
+  return tensor.strides() == like.strides() ? tensor : at::empty_like(like).copy_(tensor);
+}
+
+DType dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kDouble:
+      return DType::Float64;
+    case at::kHalf:
+      return DType::Half;
+    case at::kBFloat16:
+      return DType::BFloat16;
+    default:
+      return DType::Float32;
+  }
+}
+
+Tensor empty_statistics(const Tensor& input) { return at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(std::nullopt)); }
+
+}  // namespace bn::ops

@@ -1,0 +1,32 @@
+#pragma once
+
+#include "core/problem.h"
+#include "ops/batch_norm.h"
+
+// From tensors to problems: what every backend does before its kernel.
+namespace bn::ops {
+
+// Throws what torch throws for the same mistake. Nothing has been written by then.
+void check_inputs(const Arguments& a);
+void check_inputs(const BackwardArguments& a);
+
+// A tensor that is dense in one of the two layouts, and its sizes as a problem.
+struct View {
+  Tensor tensor;
+  Problem problem;
+};
+
+// The input itself if it is dense with its channels second or last, else a copy in the layout that torch
+// would give it.
+View view_as_problem(const Tensor& input);
+
+// `tensor` with the strides of `like`.
+Tensor with_strides_of(const Tensor& tensor, const Tensor& like);
+
+DType dtype_of(const Tensor& tensor);
+
+// Statistics are kept in double precision: a C-sized tensor costs nothing, and the backward gets the mean
+// with the digits that float loses when it is far larger than the deviation.
+Tensor empty_statistics(const Tensor& input);
+
+}  // namespace bn::ops

@@ -1,0 +1,73 @@
+"""What is compiled: the CPU kernels, once per instruction set, and the operators over them."""
+
+from __future__ import annotations
+
+import platform
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+
+ROOT = Path(__file__).parent
+KERNELS = "csrc/cpu/kernels.cpp"
+HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
+SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if str(p.relative_to(ROOT)) != KERNELS)
+
+FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+# For kernels: x * y + z may become one instruction. GCC warns inside its own AVX-512 header.
+KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized"]
+
+# By the names that ATen's vectors have for them.
+INSTRUCTION_SETS: dict[str, list[str]] = {"DEFAULT": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    INSTRUCTION_SETS["AVX2"] = ["-mavx2", "-mfma", "-mf16c"]
+    INSTRUCTION_SETS["AVX512"] = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"]
+
+
+class Build(BuildExtension):
+    """Compiles the kernels once per instruction set, and notes the torch that all of it was built against."""
+
+    def run(self) -> None:
+        super().run()
+        package = Path(self.get_ext_fullpath("bn_ext._C")).parent
+        (package / "_build_info.py").write_text(f'torch_version = "{torch.__version__}"\n')
+
+    def build_extensions(self) -> None:
+        with ThreadPoolExecutor() as pool:
+            self.extensions[0].extra_objects = list(pool.map(self._compile_kernels, INSTRUCTION_SETS))
+        super().build_extensions()
+
+    def _compile_kernels(self, capability: str) -> str:
+        folder = Path(self.build_temp, capability)
+        built = folder / KERNELS.replace(".cpp", ".o")
+        if built.exists() and built.stat().st_mtime > max(Path(f).stat().st_mtime for f in [KERNELS, *HEADERS, __file__]):
+            return str(built)
+        (compiled,) = self.compiler.compile(
+            [KERNELS],
+            output_dir=str(folder),
+            macros=[
+                ("BN_KERNELS", f"kernels_{capability.lower()}"),
+                ("CPU_CAPABILITY", capability),
+                (f"CPU_CAPABILITY_{capability}", None),
+            ],
+            include_dirs=["csrc", *include_paths()],
+            extra_postargs=[*KERNEL_FLAGS, *INSTRUCTION_SETS[capability]],
+        )
+        return compiled
+
+
+setup(
+    ext_modules=[
+        CppExtension(
+            "bn_ext._C",
+            SOURCES,
+            include_dirs=[str(ROOT / "csrc")],
+            depends=HEADERS,
+            # OpenMP's runtime is the one inside torch: linking another would give it threads of its own.
+            extra_compile_args=[*FLAGS, "-fopenmp"],
+        )
+    ],
+    cmdclass={"build_ext": Build},
+)

@@ -1,0 +1,274 @@
+"""The problems the kernels are tested on (shapes, memory layouts, number types, modes) and how to run one.
+
+A problem is run three times: by bn_ext, by torch, and by the float64 formulas of `bn_ext.reference`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import bn_ext
+from bn_ext import reference
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key("bn_ext::batch_norm_forward", "CUDA"):
+    DEVICES.append("cuda")
+
+MODULES = {
+    name: (getattr(bn_ext, name), getattr(torch.nn, name)) for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+}
+
+# ---------------------------------------------------------------------------------------------- number types
+
+
+class Types(NamedTuple):
+    """Number types of the input, of weight and bias, and of the running statistics."""
+
+    input: torch.dtype
+    param: torch.dtype
+    stat: torch.dtype
+
+    def __str__(self) -> str:
+        short = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+        return "-".join(short[t] for t in self)
+
+
+def _halves(half: torch.dtype) -> list[Types]:
+    single = torch.float32
+    return [Types(half, half, half), Types(half, single, single), Types(half, half, single)]
+
+
+FLOAT, DOUBLE = Types(*[torch.float32] * 3), Types(*[torch.float64] * 3)
+BFLOAT = Types(torch.bfloat16, torch.float32, torch.float32)
+TYPES = [FLOAT, DOUBLE, *_halves(torch.bfloat16), *_halves(torch.float16)]
+
+# ---------------------------------------------------------------------------------------------- memory layouts
+# Each takes a contiguous tensor and returns the same values laid out otherwise; what lies between them is NaN.
+
+
+def _part_of(shape: tuple[int, ...], part: tuple, x: Tensor) -> Tensor:
+    view = torch.full(shape, math.nan, dtype=x.dtype, device=x.device)[part]
+    return view.copy_(x)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    return x
+
+
+def channels_last(x: Tensor) -> Tensor:
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def transposed(x: Tensor) -> Tensor:
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """Contiguous, but one element past an aligned address."""
+    return _part_of((x.numel() + 32,), (slice(1, x.numel() + 1),), x.reshape(-1)).view(x.shape)
+
+
+def strided(x: Tensor) -> Tensor:
+    """Every second element of the last dimension."""
+    return _part_of((*x.shape[:-1], 2 * x.size(-1)), (..., slice(None, None, 2)), x)
+
+
+def channel_slice(x: Tensor) -> Tensor:
+    """Some of the channels of a wider channels-last tensor."""
+    rows = x.movedim(1, -1)
+    return _part_of((*rows.shape[:-1], x.size(1) + 5), (..., slice(2, -3)), rows).movedim(-1, 1)
+
+
+def expanded(x: Tensor) -> Tensor:
+    """One sample for the whole batch (the only layout that changes the values)."""
+    return x[:1].expand(x.shape)
+
+
+LAYOUTS = [contiguous, channels_last, transposed, unaligned, strided, channel_slice, expanded]
+
+
+def same_format(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike (the strides of size-1 dimensions say nothing)."""
+    return all(n == 1 or s == t for n, s, t in zip(a.shape, a.stride(), b.stride(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- shapes
+
+# Around the widths of vectors and blocks: S = 1, 7, 49; odd channel counts; 32 rows; 1024 elements a channel.
+SMALL = [
+    (2, 1),
+    (5, 3),
+    (31, 35),
+    (33, 65),
+    (64, 16),
+    (4, 3, 1),
+    (2, 35, 7),
+    (3, 65, 49),
+    (1, 3, 1023),
+    (2, 2, 1025),
+    (33, 5, 31),
+    (3, 1, 7, 7),
+    (8, 64, 1, 1),
+    (2, 35, 5, 3),
+    (2, 16, 33, 32),
+    (2, 3, 3, 5, 2),
+    (3, 65, 2, 1, 4),
+]
+# Several chunks of work a channel.
+LARGE = [(5003, 7), (300, 130), (4, 2, 70001), (2, 3, 150, 150), (16, 33, 14, 14), (2, 5, 20, 31, 33)]
+
+
+class Mode(NamedTuple):
+    training: bool
+    running: bool  # are there running statistics
+
+    def __str__(self) -> str:
+        return ("training" if self.training else "evaluation") + ("" if self.running else ", no running statistics")
+
+
+MODES = [Mode(True, True), Mode(True, False), Mode(False, True)]
+
+
+@dataclass(frozen=True)
+class Problem:
+    shape: tuple[int, ...]
+    layout: Callable[[Tensor], Tensor] = contiguous
+    types: Types = FLOAT
+    mode: Mode = MODES[0]
+    weight: bool = True
+    bias: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-5
+    offset: float = 2.0  # the largest ratio of a channel's mean to its deviation
+    dy_layout: Callable[[Tensor], Tensor] | None = None  # the input's unless given
+
+    def __str__(self) -> str:
+        return f"{'x'.join(map(str, self.shape))}-{self.layout.__name__}-{self.types}"
+
+    def arguments(self, device: str) -> Arguments:
+        """Random tensors of this problem: channels of differing mean and deviation."""
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, device=device, dtype=torch.float64)
+
+        channels = self.shape[1]
+        per_channel = (1, channels, *[1] * (len(self.shape) - 2))
+        deviation = torch.rand(channels, device=device, dtype=torch.float64) + 0.5
+        sign = 1 - 2 * (torch.arange(channels, device=device) % 2)
+        mean = deviation * self.offset * sign * (torch.rand(channels, device=device, dtype=torch.float64) + 1) / 2
+        input = normal(*self.shape) * deviation.view(per_channel) + mean.view(per_channel)
+        running = self.mode.running
+        return Arguments(
+            input=self.layout(input.to(self.types.input)),
+            running_mean=(mean + normal(channels) / 4).to(self.types.stat) if running else None,
+            running_var=(deviation.square() + 0.1).to(self.types.stat) if running else None,
+            weight=normal(channels).to(self.types.param) if self.weight else None,
+            bias=normal(channels).to(self.types.param) if self.bias else None,
+            training=self.mode.training,
+            momentum=self.momentum,
+            eps=self.eps,
+            dy=(self.dy_layout or self.layout)((normal(*self.shape) + 0.25).to(self.types.input)),
+        )
+
+
+
+def _grid(shapes: list[tuple[int, ...]], layouts: list[Callable], every_types: list[Types]) -> list[Problem]:
+    grid = [Problem(*point) for point in itertools.product(shapes, layouts, every_types)]
+    return [p for p in grid if p.layout is not channels_last or len(p.shape) > 2]  # two dimensions are that anyhow
+
+
+# The kernels know two layouts; the others are copied or read in place the same way for every number type.
+SMALL_GRID = _grid(SMALL, LAYOUTS[:2], TYPES) + _grid(SMALL, LAYOUTS[2:], [FLOAT, BFLOAT])
+LARGE_GRID = _grid(LARGE, LAYOUTS[:2], [FLOAT, DOUBLE, BFLOAT])
+
+# ---------------------------------------------------------------------------------------------- running one
+
+
+@dataclass
+class Arguments:
+    """The arguments of one call of batch_norm, and the gradient of its output."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+    dy: Tensor
+
+
+class Result(NamedTuple):
+    """What one call gives; the gradients only where they were asked for."""
+
+    output: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    dx: Tensor | None = None
+    dweight: Tensor | None = None
+    dbias: Tensor | None = None
+
+
+def _copy(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.clone()
+
+
+def run(batch_norm: Callable[..., Tensor], a: Arguments, backward: bool = False) -> Result:
+    """Runs ``batch_norm`` on ``a``, with copies of the running statistics."""
+    leaves = [None if t is None else t.detach().requires_grad_(backward) for t in (a.input, a.weight, a.bias)]
+    input, weight, bias = leaves
+    running = _copy(a.running_mean), _copy(a.running_var)
+    with torch.set_grad_enabled(backward):
+        output = batch_norm(input, *running, weight, bias, a.training, a.momentum, a.eps)
+    if not backward:
+        return Result(output, *running)
+    wanted = [t for t in leaves if t is not None]
+    grads = dict(zip(map(id, wanted), torch.autograd.grad(output, wanted, a.dy), strict=True))
+    return Result(output.detach(), *running, *(grads.get(id(t)) for t in leaves))
+
+
+def run_ours(a: Arguments, backward: bool = False) -> Result:
+    return run(bn_ext.functional.batch_norm, a, backward)
+
+
+def run_torch(a: Arguments, backward: bool = False) -> Result:
+    """torch's own. The one mixture that torch refuses, half parameters with float32 statistics, runs with the same
+    parameters held in float32 and its gradients rounded."""
+    param = next((t for t in (a.weight, a.bias) if t is not None), None)
+    mixed = param is not None and a.running_mean is not None and param.dtype != a.running_mean.dtype
+    if not mixed:
+        return run(torch.nn.functional.batch_norm, a, backward)
+    wide = replace(a, **{n: None if t is None else t.float() for n, t in (("weight", a.weight), ("bias", a.bias))})
+    r = run(torch.nn.functional.batch_norm, wide, backward)
+    dweight, dbias = (None if t is None else t.to(param.dtype) for t in (r.dweight, r.dbias))
+    return r._replace(dweight=dweight, dbias=dbias)
+
+
+def run_reference(a: Arguments, backward: bool = False) -> Result:
+    """The float64 formulas."""
+    if a.training:
+        mean, var = reference.statistics(a.input)
+        running = None, None
+        if a.running_mean is not None:
+            running = (
+                reference.running(a.running_mean, mean, a.momentum),
+                reference.running(a.running_var, reference.unbiased(a.input, var), a.momentum),
+            )
+    else:
+        mean, var = a.running_mean.double(), a.running_var.double()
+        running = mean, var
+    output = reference.forward(a.input, a.weight, a.bias, mean, var, a.eps)
+    if not backward:
+        return Result(output, *running)
+    dx, dweight, dbias = reference.backward(a.dy, a.input, a.weight, mean, var, a.eps, a.training)
+    return Result(
+        output, *running, dx, None if a.weight is None else dweight, None if a.bias is None else dbias
+    )

@@ -1,0 +1,54 @@
+"""The same input gives the same bits: run after run, for any number of threads, wherever it lies in memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import BFLOAT, DOUBLE, FLOAT, MODES, Problem, Result, channels_last, contiguous, run_ours, unaligned
+
+SHAPES = [(5, 3), (2051, 70), (300, 7), (3, 65, 49), (2, 2, 70001), (16, 33, 14, 14), (1, 3, 150, 151), (2, 5, 9, 31, 33)]
+PROBLEMS = [
+    Problem(shape, layout, types)
+    for shape in SHAPES
+    for layout in (contiguous, channels_last)
+    for types in (FLOAT, DOUBLE, BFLOAT)
+]
+
+
+def assert_same_bits(one: Result, other: Result, context: str) -> None:
+    for part in Result._fields:
+        assert torch.equal(getattr(one, part), getattr(other, part)), f"{context}: {part} differs"
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_number_of_threads(problem: Problem, device: str) -> None:
+    a = problem.arguments(device)
+    torch.set_num_threads(1)
+    alone = run_ours(a, backward=True)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert_same_bits(run_ours(a, backward=True), alone, f"{threads} threads")
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_run_after_run(problem: Problem, device: str) -> None:
+    a = problem.arguments(device)
+    first = run_ours(a, backward=True)
+    for _ in range(3):
+        assert_same_bits(run_ours(a, backward=True), first, "again")
+
+
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_alignment(shape: tuple[int, ...], types, device: str) -> None:
+    a = Problem(shape, types=types).arguments(device)
+    aligned = run_ours(a, backward=True)
+    a.input, a.dy = unaligned(a.input), unaligned(a.dy)
+    assert_same_bits(run_ours(a, backward=True), aligned, "unaligned")
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_gradients_change_nothing_in_the_forward(mode, device: str) -> None:
+    a = Problem((3, 65, 9, 7), mode=mode).arguments(device)
+    with_gradients, without = run_ours(a, backward=True), run_ours(a)
+    assert torch.equal(with_gradients.output, without.output)

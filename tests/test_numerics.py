@@ -1,0 +1,166 @@
+"""Inputs that are hard on the arithmetic: large offsets, constant channels, extreme magnitudes, NaN and infinity."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import check, check_arguments
+from problems import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    MODES,
+    TYPES,
+    Problem,
+    Result,
+    Types,
+    channels_last,
+    contiguous,
+    run_ours,
+    run_torch,
+)
+
+HALF = Types(torch.float16, torch.float32, torch.float32)
+SHAPES = [(67, 5), (4, 3, 49), (3, 35, 5, 7), (2, 6, 41, 43), (5, 2, 3, 31, 33)]
+NAMED = [pytest.param(layout, id=layout.__name__) for layout in (contiguous, channels_last)]
+both_layouts = pytest.mark.parametrize("layout", NAMED)
+
+
+@both_layouts
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("types", "offset"),
+    [(FLOAT, 1e2), (FLOAT, 1e4), (FLOAT, 1e6), (DOUBLE, 1e6), (DOUBLE, 1e12), (BFLOAT, 30.0), (HALF, 300.0)],
+    ids=str,
+)
+def test_mean_far_larger_than_deviation(shape, layout, types: Types, offset: float, device: str) -> None:
+    for mode in MODES:
+        check(Problem(shape, layout, types, mode, offset=offset), device, backward=True)
+
+
+@both_layouts
+@pytest.mark.parametrize("count", [2**16 + 1, 2**24 + 3], ids=str)
+def test_long_reduction(count: int, layout, device: str) -> None:
+    """More values a channel than float32 can count; the deviation is a tenth of the mean."""
+    shape = (1, 1, count) if layout is contiguous else (count // 8, 8)
+    check(Problem(shape, offset=10.0), device)
+
+
+@both_layouts
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.0, 1e6])
+@pytest.mark.parametrize("shape", [(3, 5), (7, 3, 3), (3, 35, 5, 7), (2, 3, 67, 35)], ids=str)
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_constant_channels_give_exactly_the_bias(shape, layout, value: float, types: Types, device: str) -> None:
+    if types.input == torch.float16:
+        value = min(value, 6e4)
+    a = Problem(shape, layout, types).arguments(device)
+    a.input = layout(torch.full(shape, value, dtype=types.input, device=device))
+    per_channel = (1, -1, *[1] * (len(shape) - 2))
+    bias = a.bias.to(types.input).view(per_channel).expand(shape)
+    assert torch.equal(run_ours(a).output, bias)
+    check_arguments(a, True, "constant")
+
+
+@both_layouts
+@pytest.mark.parametrize("value", [0.1, 1e6])
+def test_almost_constant_channels(layout, value: float, device: str) -> None:
+    """One value of each channel is off by one ulp."""
+    a = Problem((3, 35, 15, 9), layout).arguments(device)
+    x = torch.full(a.input.shape, value, device=device)
+    x[1, :, 3, 4] = torch.nextafter(x[1, :, 3, 4], torch.tensor(torch.inf))
+    a.input = layout(x)
+    check_arguments(a, True, "almost constant")
+
+
+@both_layouts
+def test_one_outlier(layout, device: str) -> None:
+    a = Problem((3, 35, 15, 9), layout).arguments(device)
+    a.input[1, :, 3, 4] = 1e8
+    check_arguments(a, True, "outlier")
+
+
+@both_layouts
+@pytest.mark.parametrize(
+    ("types", "scale"),
+    [(FLOAT, s) for s in (1e-40, 1e-20, 1e10, 1e18)] + [(BFLOAT, 1e-20), (BFLOAT, 1e10), (HALF, 1e-6), (HALF, 1e3)],
+    ids=str,
+)
+def test_extreme_magnitudes(layout, types: Types, scale: float, device: str) -> None:
+    for mode in MODES:
+        a = Problem((3, 35, 5, 7), layout, types, mode).arguments(device)
+        a.input = a.input * scale
+        check_arguments(a, True, f"{mode}, times {scale}")
+
+
+def test_squares_beyond_the_range_of_float(device: str) -> None:
+    """torch's contiguous kernel adds the squares in double, so 1e30 is in its reach."""
+    a = Problem((3, 35, 5, 7)).arguments(device)
+    a.input = a.input * 1e30
+    a.running_var = a.running_mean = None  # the variance itself is beyond float
+    check_arguments(a, True, "1e30")
+
+
+# ---------------------------------------------------------------------------------------------- NaN and infinity
+
+PLACES = {"first": (0, 1, 0, 0), "middle": (1, 1, 2, 3), "last": (-1, 1, -1, -1)}
+POISONS = {"nan": torch.nan, "inf": torch.inf, "-inf": -torch.inf}
+
+
+def assert_poison_as_torch(ours: Result, torchs: Result, clean: Result, context: str) -> None:
+    """NaN and infinities where torch has them; the channels not poisoned, all but 1, bitwise as without."""
+    for part in Result._fields:
+        mine, theirs, pure = (getattr(r, part) for r in (ours, torchs, clean))
+        if mine is None:
+            continue
+        assert torch.equal(mine.isnan(), theirs.isnan()), f"{context}: {part} has other NaN than torch's"
+        assert torch.equal(mine.isposinf(), theirs.isposinf()), f"{context}: {part} has other inf than torch's"
+        assert torch.equal(mine.isneginf(), theirs.isneginf()), f"{context}: {part} has other -inf than torch's"
+        channel = min(mine.dim() - 1, 1)
+        for c in (0, 2):
+            assert torch.equal(mine.select(channel, c), pure.select(channel, c)), f"{context}: {part} poisoned elsewhere"
+
+
+@both_layouts
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT, HALF], ids=str)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("poison", POISONS)
+@pytest.mark.parametrize("part", ["input", "dy"])
+def test_poisoned_element(part: str, poison: str, place: str, types: Types, layout, device: str) -> None:
+    for shape in ((2, 3, 5, 7), (3, 3, 37, 33)):
+        for mode in MODES:
+            a = Problem(shape, layout, types, mode).arguments(device)
+            clean = run_ours(a, backward=True)
+            poisoned = getattr(a, part).clone()
+            poisoned[PLACES[place]] = POISONS[poison]
+            a = replace(a, **{part: poisoned})
+            assert_poison_as_torch(run_ours(a, True), run_torch(a, True), clean, str(mode))
+
+
+@both_layouts
+@pytest.mark.parametrize("poison", [*POISONS, "-2"])
+@pytest.mark.parametrize("part", ["weight", "bias", "running_mean", "running_var"])
+def test_poisoned_parameter(part: str, poison: str, layout, device: str) -> None:
+    for mode in MODES:
+        a = Problem((2, 3, 5, 7), layout, mode=mode).arguments(device)
+        if getattr(a, part) is None:
+            continue
+        clean = run_ours(a, backward=True)
+        getattr(a, part)[1] = float(poison)
+        assert_poison_as_torch(run_ours(a, True), run_torch(a, True), clean, str(mode))
+
+
+@both_layouts
+def test_weight_zero(layout, device: str) -> None:
+    """The output is the bias; the gradient of the weight is not zero."""
+    for mode in MODES:
+        a = Problem((3, 35, 5, 7), layout, mode=mode).arguments(device)
+        a.weight.zero_()
+        assert torch.equal(run_ours(a).output, a.bias.view(1, -1, 1, 1).expand(a.input.shape))
+        check_arguments(a, True, str(mode))
+
+
+@both_layouts
+def test_evaluation_with_eps_zero(layout, device: str) -> None:
+    check(Problem((3, 35, 5, 7), layout, mode=MODES[2], eps=0.0), device, backward=True)
