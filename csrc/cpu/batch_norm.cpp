@@ -74,7 +74,8 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
                 t * plan.tile,
                 std::min((t + 1) * plan.tile, blocks.c),
                 chunk * blocks.per_chunk,
-                std::min((chunk + 1) * blocks.per_chunk, blocks.count)};
+                std::min((chunk + 1) * blocks.per_chunk, blocks.count),
+                plan.split ? 0 : plan.tile * blocks.s};
   };
   const int64_t tiles = plan.tiles();
   if (!plan.split) {
@@ -121,7 +122,7 @@ std::unique_ptr<T[]> workspace(int64_t size) {
 template <class A>
 void forward(const ForwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
-  const Plan plan = cpu::plan(args.problem, 1, at::get_num_threads());
+  const Plan plan = cpu::plan(args.problem, at::get_num_threads());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(args.training ? 2 * blocks.chunks * c : 0);
   double* const partial_mean = partial.get();
@@ -187,7 +188,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const bool reduces = through_statistics || args.dweight || args.dbias;
   const void* const x_to_reduce = through_statistics || args.dweight ? args.x : nullptr;
   const void* const x_to_apply = through_statistics ? args.x : nullptr;
-  const Plan plan = cpu::plan(args.problem, 2, at::get_num_threads());
+  const Plan plan = cpu::plan(args.problem, at::get_num_threads());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
   double* const partial_dy = partial.get();

@@ -11,16 +11,20 @@ namespace {
 template <class T>
 struct Interleaved {
   static constexpr int64_t kMaxChannels = kMaxTile[static_cast<int>(Layout::Interleaved)];
-  static constexpr int64_t kMaxLanes = std::max(kMaxChannels, kFoldBelow * kWidth<T>);
+  static constexpr int64_t kMaxLanes = std::max(kMaxChannels, kFoldBelow * kWidth<T>) + kWidth<T>;
   static constexpr int64_t kRowsAtOnce = 4;
 
   const Tile& tile;
+  // The fewest rows that fill whole vectors: a power of two no larger than a vector.
+  const int64_t copies = fold(tile);
 
   template <class Term>
   void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
     alignas(64) Acc<T> shifts[kMaxLanes];
-    alignas(64) Acc<T> u[kMaxLanes] = {};
-    alignas(64) Acc<T> uw[kMaxLanes] = {};
+    alignas(64) Acc<T> u[kMaxLanes];
+    alignas(64) Acc<T> uw[kMaxLanes];
+    std::memset(u, 0, copies * tile.channels() * sizeof(Acc<T>));
+    std::memset(uw, 0, copies * tile.channels() * sizeof(Acc<T>));
     repeat(shift, shifts);
     for_each_part(e, [&](int64_t start, int64_t rows, int64_t stride, int64_t lanes) {
       int64_t r = 0;
@@ -35,7 +39,7 @@ struct Interleaved {
       sum[c] = 0;
       sum_product[c] = 0;
     }
-    for (int64_t k = 0; k < copies(); ++k) {
+    for (int64_t k = 0; k < copies; ++k) {
       for (int64_t c = 0; c < tile.channels(); ++c) {
         sum[c] += u[k * tile.channels() + c];
         sum_product[c] += uw[k * tile.channels() + c];
@@ -50,28 +54,17 @@ struct Interleaved {
     for (int j = 0; j < K; ++j) {
       repeat(coefficients[j], lanes_of[j]);
     }
-    alignas(64) T staged[kStage];
-    for (int64_t b = tile.b1 - 1; b >= tile.b0; --b) {
+    for (int64_t b = tile.b0; b < tile.b1; ++b) {
       for_each_part(tile.blocks.extent(b), [&](int64_t start, int64_t rows, int64_t stride, int64_t lanes) {
-        // Rows that follow each other in memory are staged together.
-        const int64_t together = bypass_cache && lanes == stride ? std::max<int64_t>(kStage / lanes, 1) : 1;
-        for (int64_t r = 0; r < rows; r += together) {
-          const int64_t taken = std::min(together, rows - r);
-          T* run = bypass_cache ? staged : out + start + r * stride;
-          for (int64_t k = 0; k < taken; ++k) {
-            map_row(f, start + (r + k) * stride, lanes, lanes_of, run + k * lanes);
-          }
-          if (bypass_cache) {
-            stream(out + start + r * stride, staged, taken * lanes);
-          }
+        for (int64_t r = 0; r < rows; ++r) {
+          map_row(f, start + r * stride, lanes, lanes_of, out, bypass_cache);
         }
       });
     }
   }
 
  private:
-  // The fewest rows that fill whole vectors: a power of two no larger than a vector.
-  int64_t copies() const {
+  static int64_t fold(const Tile& tile) {
     int64_t k = 1;
     if (tile.channels() < kFoldBelow && tile.channels() == tile.blocks.c) {
       while (k * tile.channels() % kWidth<T> != 0) {
@@ -82,7 +75,7 @@ struct Interleaved {
   }
 
   void repeat(const Acc<T>* values, Acc<T>* lanes) const {
-    for (int64_t k = 0; k < copies(); ++k) {
+    for (int64_t k = 0; k < copies; ++k) {
       std::memcpy(lanes + k * tile.channels(), values, tile.channels() * sizeof(Acc<T>));
     }
   }
@@ -90,49 +83,54 @@ struct Interleaved {
   // visit(start, rows, stride, lanes): a block's folded rows, then those left over.
   template <class Visit>
   void for_each_part(const Extent& e, const Visit& visit) const {
-    const int64_t wide = (e.n1 - e.n0) / copies();
+    const int64_t wide = (e.n1 - e.n0) / copies;
     const int64_t start = tile.blocks.offset(e.n0, tile.c0, 0);
-    visit(start, wide, copies() * tile.blocks.c, copies() * tile.channels());
-    const int64_t left = (e.n1 - e.n0) - wide * copies();
+    visit(start, wide, copies * tile.blocks.c, copies * tile.channels());
+    const int64_t left = (e.n1 - e.n0) - wide * copies;
     if (left > 0) {
-      visit(start + wide * copies() * tile.blocks.c, left, tile.blocks.c, tile.channels());
+      visit(start + wide * copies * tile.blocks.c, left, tile.blocks.c, tile.channels());
     }
   }
 
   template <int kRows, class Term>
-  static void add_rows(const Term& term,
+  static void add_rows(Term term,
                        int64_t start,
                        int64_t stride,
                        int64_t lanes,
                        const Acc<T>* shifts,
                        Acc<T>* sum,
                        Acc<T>* sum_product) {
-    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
-      const int64_t count = std::min(lanes - i, kWidth<T>);
+    const auto add = [&](int64_t i, const auto& place) {
       const auto shift = Vec<T>::loadu(shifts + i);
-      auto us = Vec<T>::loadu(sum + i);
-      auto uws = Vec<T>::loadu(sum_product + i);
+      auto u = Vec<T>::loadu(sum + i);
+      auto uw = Vec<T>::loadu(sum_product + i);
       for (int64_t r = 0; r < kRows; ++r) {
-        const auto [u, w] = term.at(start + r * stride + i, count, shift);
-        us = us + u;
-        uws = at::vec::fmadd(u, w, uws);
+        term.add(place(start + r * stride + i), shift, u, uw);
       }
-      us.store(sum + i, static_cast<int>(count));
-      uws.store(sum_product + i, static_cast<int>(count));
+      u.store(sum + i);
+      uw.store(sum_product + i);
+    };
+    int64_t i = 0;
+    for (; i + kWidth<T> <= lanes; i += kWidth<T>) {
+      add(i, [](int64_t at) { return Whole<T>{at}; });
+    }
+    if (i < lanes) {  // the lanes behind the last are another copy's, or nobody's
+      const Vec<T> mask = lane_mask<T>(lanes - i);
+      add(i, [&](int64_t at) { return Part<T>{at, lanes - i, mask}; });
     }
   }
 
   template <int K, class F>
   static void map_row(
-      const F& f, int64_t start, int64_t lanes, const Acc<T> (&lanes_of)[K][kMaxLanes], T* out) {
-    for (int64_t i = 0; i < lanes; i += kWidth<T>) {
+      F f, int64_t start, int64_t lanes, const Acc<T> (&lanes_of)[K][kMaxLanes], T* out, bool bypass_cache) {
+    write_row(out + start, lanes, bypass_cache, [&](int64_t i, int64_t count, bool streamed) {
       Vec<T> k[K];
       for (int j = 0; j < K; ++j) {
         k[j] = Vec<T>::loadu(lanes_of[j] + i);
       }
-      const int64_t count = std::min(lanes - i, kWidth<T>);
-      store(out + i, f(start + i, count, k), count);
-    }
+      const Vec<T> result = f(start + i, count, k);
+      streamed ? stream_vec(out + start + i, result) : store_vec(out + start + i, result, count);
+    });
   }
 };
 

@@ -68,7 +68,10 @@ void normalize(const Tile& tile,
                                         static_cast<const Acc<T>*>(offset) + tile.c0};
   Rows<T>{tile}.map(
       coefficients,
-      [x](int64_t i, int64_t count, const Vec<T>(&k)[3]) { return bn::normalize(load(x + i, count), k[0], k[1], k[2]); },
+      [x, ahead = tile.ahead](int64_t i, int64_t count, const Vec<T>(&k)[3]) {
+        prefetch(x + i + ahead);
+        return bn::normalize(load_vec(x + i, count), k[0], k[1], k[2]);
+      },
       static_cast<T*>(y),
       bypass_cache);
   fence();
@@ -122,8 +125,10 @@ void input_gradient(const Tile& tile,
                                           static_cast<const Acc<T>*>(offset) + tile.c0};
     rows.map(
         coefficients,
-        [=](int64_t i, int64_t count, const Vec<T>(&k)[4]) {
-          return bn::input_gradient(load(dy + i, count), load(x + i, count), k[0], k[1], k[2], k[3]);
+        [dy, x, ahead = tile.ahead](int64_t i, int64_t count, const Vec<T>(&k)[4]) {
+          prefetch(dy + i + ahead);
+          prefetch(x + i + ahead);
+          return bn::input_gradient(load_vec(dy + i, count), load_vec(x + i, count), k[0], k[1], k[2], k[3]);
         },
         static_cast<T*>(dx),
         bypass_cache);
@@ -131,7 +136,7 @@ void input_gradient(const Tile& tile,
     const Acc<T>* const coefficients[] = {scales};
     rows.map(
         coefficients,
-        [=](int64_t i, int64_t count, const Vec<T>(&k)[1]) { return load(dy + i, count) * k[0]; },
+        [dy](int64_t i, int64_t count, const Vec<T>(&k)[1]) { return load_vec(dy + i, count) * k[0]; },
         static_cast<T*>(dx),
         bypass_cache);
   }

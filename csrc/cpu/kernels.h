@@ -5,19 +5,18 @@
 namespace bn::cpu {
 
 // The widest tile a kernel takes, by layout: what its accumulators hold on the stack.
-constexpr int64_t kMaxTile[kLayouts] = {64, 512};
+constexpr int64_t kMaxTile[kLayouts] = {64, 2048};
 
 // Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
 constexpr int64_t kFoldBelow = 64;
 
-// Elements of an output run that are gathered in the first-level cache before they are streamed out.
-constexpr int64_t kStage = 2048;
-
-// The channels [c0, c1) of the blocks [b0, b1).
+// The channels [c0, c1) of the blocks [b0, b1). While a tile is written, memory has little to read: the
+// elements `ahead` of it, those of the tile that comes next, are fetched meanwhile.
 struct Tile {
   const Blocks& blocks;
   int64_t c0, c1;
   int64_t b0, b1;
+  int64_t ahead;
 
   constexpr int64_t channels() const { return c1 - c0; }
 };
@@ -28,7 +27,7 @@ struct Tile {
 struct Kernels {
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
   void (*normalize)(
-      const Tile&, const void* x, const void* shift, const void* scale, const void* offset, void* y, bool stream);
+      const Tile&, const void* x, const void* shift, const void* scale, const void* offset, void* y, bool bypass_cache);
   // Without x, only the first of the two sums.
   void (*gradient_sums)(
       const Tile&, const void* dy, const void* x, const double* mean, double* sum_dy, double* sum_dy_shifted);
@@ -41,7 +40,7 @@ struct Kernels {
                          const void* slope,
                          const void* offset,
                          void* dx,
-                         bool stream);
+                         bool bypass_cache);
 };
 
 // kernels.cpp, compiled once per instruction set.

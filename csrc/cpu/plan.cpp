@@ -16,14 +16,22 @@ constexpr int64_t kPlanarChunk = 16;
 constexpr int64_t kInterleavedChunk = 131072;
 constexpr int64_t kMaxChunks = 64;
 
+// Short planes are taken together, so that memory is passed over in runs of some kilobytes.
+constexpr int64_t kPlanarRun = 2048;
+
+// Interleaved tiles are no narrower than this, for rows of some lines each.
+constexpr int64_t kNarrowest = 64;
+
+// Tasks of unequal cost even out over this many for each thread.
+constexpr int64_t kTasksPerThread = 4;
+
 // Below this many elements another thread costs more than it brings.
 constexpr int64_t kSerial = 32768;
 
-// What a thread can count on to find again in its own cache.
-constexpr int64_t kCachedBytes = 512 << 10;
-
-// Outputs of this size and more would push everything else out of the cache.
-constexpr int64_t kBypassBytes = 8 << 20;
+// Outputs of this size and more go past the cache: a core's own cache is smaller, so that a consumer would
+// hardly find them there, and not reading lines before writing them saves a third of the traffic.
+constexpr int64_t kBypassBytes = 4 << 20;
+constexpr int64_t kLine = 64;
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -52,24 +60,24 @@ Blocks cut(const Problem& p) {
 
 }  // namespace
 
-Plan plan(const Problem& p, int tensors, int threads) {
+Plan plan(const Problem& p, int threads) {
   Plan plan{};
   plan.blocks = cut(p);
   const int64_t elements = p.n * p.c * p.s;
-  const int64_t bytes = elements * size_of(p.dtype);
   plan.threads = elements < kSerial ? 1 : threads;
-  plan.bypass_cache = bytes >= kBypassBytes;
+  // Lines that two rows share would be written in part, which is slower past the cache than through it.
+  const int64_t row = (p.layout == Layout::Planar ? p.s : p.c) * size_of(p.dtype);
+  plan.bypass_cache = elements * size_of(p.dtype) >= kBypassBytes && row % kLine == 0;
+
+  const int64_t enough = kTasksPerThread * plan.threads;
   const int64_t max_tile = std::min(kMaxTile[static_cast<int>(p.layout)], p.c);
-  const int64_t balanced = divide_up(p.c, 4 * plan.threads);
+  const int64_t balanced = divide_up(p.c, enough);
   if (p.layout == Layout::Planar) {
-    // Several planes together where one is short, so that memory is passed over in runs of some kilobytes.
-    plan.tile = std::clamp<int64_t>(std::min(kStage / p.s, balanced), 1, max_tile);
-    plan.split = plan.threads > 1 && plan.tiles() < 4 * plan.threads;
+    plan.tile = std::clamp<int64_t>(std::min(kPlanarRun / p.s, balanced), 1, max_tile);
+    plan.split = plan.threads > 1 && plan.tiles() < enough;
   } else {
-    // A thread of its own for each group of channels where their values stay in its cache.
-    const int64_t cached = kCachedBytes / (p.n * size_of(p.dtype) * tensors) / 16 * 16;
-    plan.split = cached < std::min<int64_t>(64, p.c);
-    plan.tile = plan.split ? max_tile : std::clamp<int64_t>(std::min(cached, round_up(balanced, 16)), 1, max_tile);
+    plan.tile = plan.blocks.chunks >= enough ? max_tile : std::min(round_up(balanced, kNarrowest), max_tile);
+    plan.split = plan.threads > 1;
   }
   return plan;
 }

@@ -16,10 +16,10 @@ struct Planar {
   // Per channel of the tile, the sums over a block of u and of u * w; `shift` per channel of the tile.
   template <class Term>
   void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
-    Vec<T> u[kMaxChannels];
-    Vec<T> uw[kMaxChannels];
-    std::fill_n(u, tile.channels(), Vec<T>(0));
-    std::fill_n(uw, tile.channels(), Vec<T>(0));
+    alignas(64) Acc<T> u[kMaxChannels][kWidth<T>];
+    alignas(64) Acc<T> uw[kMaxChannels][kWidth<T>];
+    std::memset(u, 0, tile.channels() * sizeof(u[0]));
+    std::memset(uw, 0, tile.channels() * sizeof(uw[0]));
     const int64_t length = e.s1 - e.s0;
     const Vec<T> mask = lane_mask<T>(length % kWidth<T>);
     for (int64_t n = e.n0; n < e.n1; ++n) {
@@ -34,27 +34,19 @@ struct Planar {
     repair_sums<T>(tile, e, term, shift, sum, sum_product);
   }
 
-  // out[i] = f(i, count, k) for every element of the tile, the last block first since the cache still holds
-  // it; k are its channel's values of the K coefficients, each given per channel of the tile.
+  // out[i] = f(i, count, k) for every element of the tile, k being its channel's values of the K
+  // coefficients, each given per channel of the tile.
   template <int K, class F>
   void map(const Acc<T>* const (&coefficients)[K], const F& f, T* out, bool bypass_cache) const {
-    alignas(64) T staged[kStage];
-    for (int64_t b = tile.b1 - 1; b >= tile.b0; --b) {
+    for (int64_t b = tile.b0; b < tile.b1; ++b) {
       const Extent e = tile.blocks.extent(b);
-      const int64_t length = e.s1 - e.s0;
       for (int64_t n = e.n0; n < e.n1; ++n) {
-        // A tile of several channels has whole rows, which follow each other in memory.
-        const int64_t start = tile.blocks.offset(n, tile.c0, e.s0);
-        T* run = bypass_cache ? staged : out + start;
         for (int64_t c = 0; c < tile.channels(); ++c) {
           Vec<T> k[K];
           for (int j = 0; j < K; ++j) {
             k[j] = Vec<T>(coefficients[j][c]);
           }
-          map_row(f, start + c * length, length, k, run + c * length);
-        }
-        if (bypass_cache) {
-          stream(out + start, staged, tile.channels() * length);
+          map_row(f, tile.blocks.offset(n, tile.c0 + c, e.s0), e.s1 - e.s0, k, out, bypass_cache);
         }
       }
     }
@@ -62,46 +54,44 @@ struct Planar {
 
  private:
   template <class Term>
-  static void add_row(const Term& term,
+  static void add_row(Term term,
                       int64_t start,
                       int64_t length,
                       const Vec<T>& mask,
                       const Vec<T>& shift,
-                      Vec<T>& sum,
-                      Vec<T>& sum_product) {
-    constexpr int64_t unroll = 4;
+                      Acc<T>* lanes_of_sum,
+                      Acc<T>* lanes_of_product) {
+    auto sum = Vec<T>::loadu(lanes_of_sum);
+    auto product = Vec<T>::loadu(lanes_of_product);
+    constexpr int64_t w = kWidth<T>;
     int64_t i = 0;
-    if (length >= unroll * kWidth<T>) {
-      Vec<T> us[unroll] = {sum, Vec<T>(0), Vec<T>(0), Vec<T>(0)};
-      Vec<T> uws[unroll] = {sum_product, Vec<T>(0), Vec<T>(0), Vec<T>(0)};
-      for (; i + unroll * kWidth<T> <= length; i += unroll * kWidth<T>) {
-        for (int64_t k = 0; k < unroll; ++k) {
-          const auto [u, w] = term.at(start + i + k * kWidth<T>, kWidth<T>, shift);
-          us[k] = us[k] + u;
-          uws[k] = at::vec::fmadd(u, w, uws[k]);
-        }
+    if (length >= 4 * w) {  // four chains of additions hide their latency
+      Vec<T> sum1(0), sum2(0), sum3(0), product1(0), product2(0), product3(0);
+      for (; i + 4 * w <= length; i += 4 * w) {
+        term.add(Whole<T>{start + i}, shift, sum, product);
+        term.add(Whole<T>{start + i + w}, shift, sum1, product1);
+        term.add(Whole<T>{start + i + 2 * w}, shift, sum2, product2);
+        term.add(Whole<T>{start + i + 3 * w}, shift, sum3, product3);
       }
-      sum = (us[0] + us[1]) + (us[2] + us[3]);
-      sum_product = (uws[0] + uws[1]) + (uws[2] + uws[3]);
+      sum = (sum + sum1) + (sum2 + sum3);
+      product = (product + product1) + (product2 + product3);
     }
-    for (; i < length; i += kWidth<T>) {
-      const int64_t count = std::min(length - i, kWidth<T>);
-      const auto [u, w] = term.at(start + i, count, shift);
-      const Vec<T> kept = count < kWidth<T> ? u & mask : u;
-      sum = sum + kept;
-      sum_product = at::vec::fmadd(kept, w, sum_product);
+    for (; i + w <= length; i += w) {
+      term.add(Whole<T>{start + i}, shift, sum, product);
     }
+    if (i < length) {
+      term.add(Part<T>{start + i, length - i, mask}, shift, sum, product);
+    }
+    sum.store(lanes_of_sum);
+    product.store(lanes_of_product);
   }
 
   template <int K, class F>
-  static void map_row(const F& f, int64_t start, int64_t length, const Vec<T> (&k)[K], T* out) {
-    int64_t i = 0;
-    for (; i + kWidth<T> <= length; i += kWidth<T>) {
-      store(out + i, f(start + i, kWidth<T>, k));
-    }
-    if (i < length) {
-      store(out + i, f(start + i, length - i, k), length - i);
-    }
+  static void map_row(F f, int64_t start, int64_t length, const Vec<T> (&k)[K], T* out, bool bypass_cache) {
+    write_row(out + start, length, bypass_cache, [&](int64_t i, int64_t count, bool streamed) {
+      const Vec<T> result = f(start + i, count, k);
+      streamed ? stream_vec(out + start + i, result) : store_vec(out + start + i, result, count);
+    });
   }
 };
 

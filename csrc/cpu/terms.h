@@ -3,15 +3,34 @@
 #include "cpu/plan.h"
 #include "cpu/vec.h"
 
-// Every reduction here is a sum of u and a sum of u * w over a channel; a term says what u and w are.
-// `at` gives them for vectors, `exact` for one element in double precision.
+// Every reduction here is a sum of u and a sum of u * w over a channel; a term says what u and w are: `add`
+// for a vector of elements, `exact` for one element in double precision.
 namespace bn::cpu {
 namespace {
 
-template <class V>
+// Where a term reads: a whole vector at element i ...
+template <class T>
+struct Whole {
+  int64_t i;
+
+  Vec<T> read(const T* p) const { return load_vec(p + i); }
+  Vec<T> keep(const Vec<T>& u) const { return u; }
+};
+
+// ... or the first `count` lanes of one, of which those in the mask count.
+template <class T>
+struct Part {
+  int64_t i;
+  int64_t count;
+  const Vec<T>& mask;
+
+  Vec<T> read(const T* p) const { return load_vec(p + i, count); }
+  Vec<T> keep(const Vec<T>& u) const { return u & mask; }
+};
+
 struct Pair {
-  V u;
-  V w;
+  double u;
+  double w;
 };
 
 // u = w = x - shift.
@@ -19,11 +38,13 @@ template <class T>
 struct MomentTerm {
   const T* x;
 
-  Pair<Vec<T>> at(int64_t i, int64_t count, const Vec<T>& shift) const {
-    const Vec<T> d = load(x + i, count) - shift;
-    return {d, d};
+  template <class Place>
+  void add(const Place& at, const Vec<T>& shift, Vec<T>& sum, Vec<T>& sum_product) const {
+    const Vec<T> d = at.keep(at.read(x) - shift);
+    sum = sum + d;
+    sum_product = at::vec::fmadd(d, d, sum_product);
   }
-  Pair<double> exact(int64_t i, double shift) const {
+  Pair exact(int64_t i, double shift) const {
     const double d = static_cast<double>(x[i]) - shift;
     return {d, d};
   }
@@ -35,10 +56,13 @@ struct GradientTerm {
   const T* dy;
   const T* x;
 
-  Pair<Vec<T>> at(int64_t i, int64_t count, const Vec<T>& shift) const {
-    return {load(dy + i, count), load(x + i, count) - shift};
+  template <class Place>
+  void add(const Place& at, const Vec<T>& shift, Vec<T>& sum, Vec<T>& sum_product) const {
+    const Vec<T> g = at.keep(at.read(dy));
+    sum = sum + g;
+    sum_product = at::vec::fmadd(g, at.read(x) - shift, sum_product);
   }
-  Pair<double> exact(int64_t i, double shift) const {
+  Pair exact(int64_t i, double shift) const {
     return {static_cast<double>(dy[i]), static_cast<double>(x[i]) - shift};
   }
 };
@@ -48,16 +72,17 @@ template <class T>
 struct SumTerm {
   const T* value;
 
-  Pair<Vec<T>> at(int64_t i, int64_t count, const Vec<T>& shift) const {
-    return {load(value + i, count) - shift, Vec<T>(0)};
+  template <class Place>
+  void add(const Place& at, const Vec<T>& shift, Vec<T>& sum, Vec<T>&) const {
+    sum = sum + at.keep(at.read(value) - shift);
   }
-  Pair<double> exact(int64_t i, double shift) const { return {static_cast<double>(value[i]) - shift, 0}; }
+  Pair exact(int64_t i, double shift) const { return {static_cast<double>(value[i]) - shift, 0}; }
 };
 
 // The sums of one channel of a block, element by element in double precision.
 template <class Term>
-Pair<double> exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& term, double shift) {
-  Pair<double> total{0, 0};
+Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& term, double shift) {
+  Pair total{0, 0};
   for (int64_t n = e.n0; n < e.n1; ++n) {
     for (int64_t s = e.s0; s < e.s1; ++s) {
       const auto [u, w] = term.exact(blocks.offset(n, c, s), shift);

@@ -29,7 +29,7 @@ constexpr bool kReduced = !std::is_same_v<T, Acc<T>>;
 
 // `count` values at p; the lanes behind them are zero.
 template <class T>
-inline Vec<T> load(const T* p, int64_t count = kWidth<T>) {
+inline Vec<T> load_vec(const T* p, int64_t count = kWidth<T>) {
   if constexpr (!kReduced<T>) {
     return Vec<T>::loadu(p, count);
   } else {
@@ -60,35 +60,47 @@ inline Vec<T> load(const T* p, int64_t count = kWidth<T>) {
   }
 }
 
+#if defined(CPU_CAPABILITY_AVX512)
 template <class T>
-inline void store(T* p, const Vec<T>& v, int64_t count = kWidth<T>) {
+inline __m256i narrow(const Vec<T>& v) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return at::vec::cvtfp32_bf16(v);
+  } else {
+    return at::vec::cvtfp32_fp16(v);
+  }
+}
+#elif defined(CPU_CAPABILITY_AVX2)
+template <class T>
+inline __m128i narrow(const Vec<T>& v) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    return at::vec::cvtfp32_bf16(v);
+  } else {
+    return at::vec::cvtfp32_fp16(v);
+  }
+}
+#endif
+
+// Brings the line of p, which may lie outside of any tensor, into the second-level cache.
+template <class T>
+inline void prefetch(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// The first `count` lanes to p.
+template <class T>
+inline void store_vec(T* p, const Vec<T>& v, int64_t count = kWidth<T>) {
   if constexpr (!kReduced<T>) {
     v.store(p, static_cast<int>(count));
   } else {
 #if defined(CPU_CAPABILITY_AVX512)
-    __m256i narrow;
-    if constexpr (std::is_same_v<T, c10::BFloat16>) {
-      narrow = at::vec::cvtfp32_bf16(v);
+    if (count == kWidth<T>) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow<T>(v));
     } else {
-      narrow = at::vec::cvtfp32_fp16(v);
-    }
-    if (count == 16) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow);
-    } else {
-      _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), narrow);
+      _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1), narrow<T>(v));
     }
 #elif defined(CPU_CAPABILITY_AVX2)
-    __m128i narrow;
-    if constexpr (std::is_same_v<T, c10::BFloat16>) {
-      narrow = at::vec::cvtfp32_bf16(v);
-    } else {
-      narrow = at::vec::cvtfp32_fp16(v);
-    }
-    if (count == 8) {
-      _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
-    } else {
-      std::memcpy(p, &narrow, count * sizeof(T));
-    }
+    const __m128i lanes = narrow<T>(v);
+    std::memcpy(p, &lanes, count * sizeof(T));
 #else
     alignas(64) float wide[kWidth<T>];
     v.store(wide);
@@ -96,6 +108,69 @@ inline void store(T* p, const Vec<T>& v, int64_t count = kWidth<T>) {
       p[i] = static_cast<T>(wide[i]);
     }
 #endif
+  }
+}
+
+// All lanes to p, past the cache: memory is written without being read first. p has to be aligned to the
+// bytes of its kWidth elements.
+template <class T>
+inline void stream_vec(T* p, const Vec<T>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (kReduced<T>) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow<T>(v));
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm512_stream_pd(p, v);
+  } else {
+    _mm512_stream_ps(p, v);
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (kReduced<T>) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow<T>(v));
+  } else if constexpr (std::is_same_v<T, double>) {
+    _mm256_stream_pd(p, v);
+  } else {
+    _mm256_stream_ps(p, v);
+  }
+#else
+  store_vec(p, v);
+#endif
+}
+
+// Makes streamed stores visible to other threads.
+inline void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Elements from p to the first address that can be streamed to.
+template <class T>
+inline int64_t unaligned_head(const T* p) {
+  constexpr int64_t bytes = kWidth<T> * static_cast<int64_t>(sizeof(T));
+  return (-reinterpret_cast<intptr_t>(p) & (bytes - 1)) / static_cast<int64_t>(sizeof(T));
+}
+
+// write(i, count, streamed) over [0, length) in whole vectors, the rest before and after them in part;
+// where `bypass_cache`, the whole ones lie so that they can be streamed to p + i.
+template <class T, class Write>
+inline void write_row(const T* p, int64_t length, bool bypass_cache, const Write& write) {
+  int64_t i = 0;
+  if (bypass_cache) {
+    const int64_t head = std::min(unaligned_head(p), length);
+    if (head > 0) {
+      write(i, head, false);
+      i = head;
+    }
+    for (; i + kWidth<T> <= length; i += kWidth<T>) {
+      write(i, kWidth<T>, true);
+    }
+  } else {
+    for (; i + kWidth<T> <= length; i += kWidth<T>) {
+      write(i, kWidth<T>, false);
+    }
+  }
+  if (i < length) {
+    write(i, length - i, false);
   }
 }
 
@@ -109,54 +184,14 @@ inline Vec<T> lane_mask(int64_t count) {
 }
 
 template <class T>
-inline double sum_of_lanes(const Vec<T>& v) {
-  alignas(64) Acc<T> lanes[kWidth<T>];
-  v.store(lanes);
-  double even = 0;
-  double odd = 0;
-  for (int64_t i = 0; i < kWidth<T>; i += 2) {
-    even += lanes[i];
-    odd += lanes[i + 1];
-  }
-  return even + odd;
-}
-
-// Copies around the cache: whole lines go straight to memory, without being read first.
-template <class T>
-inline void stream(T* to, const T* from, int64_t count) {
-#if defined(__x86_64__)
-  constexpr int64_t line = 64;
-  auto* out = reinterpret_cast<char*>(to);
-  const auto* in = reinterpret_cast<const char*>(from);
-  int64_t bytes = count * static_cast<int64_t>(sizeof(T));
-  const int64_t head = -reinterpret_cast<intptr_t>(out) & (line - 1);
-  if (bytes >= head + line) {
-    std::memcpy(out, in, head);
-    out += head;
-    in += head;
-    bytes -= head;
-    for (; bytes >= line; bytes -= line, out += line, in += line) {
-#if defined(CPU_CAPABILITY_AVX512)
-      _mm512_stream_si512(reinterpret_cast<__m512i*>(out), _mm512_loadu_si512(in));
-#else
-      for (int64_t i = 0; i < line; i += 16) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(out + i),
-                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i)));
-      }
-#endif
+inline double sum_of_lanes(const Acc<T>* lanes) {
+  double sums[4] = {};
+  for (int64_t i = 0; i < kWidth<T>; i += 4) {
+    for (int64_t k = 0; k < 4; ++k) {
+      sums[k] += lanes[i + k];
     }
   }
-  std::memcpy(out, in, bytes);
-#else
-  std::memcpy(to, from, count * sizeof(T));
-#endif
-}
-
-// Makes streamed stores visible to other threads.
-inline void fence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 }  // namespace
