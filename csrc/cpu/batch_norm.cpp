@@ -75,7 +75,7 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
                 std::min((t + 1) * plan.tile, blocks.c),
                 chunk * blocks.per_chunk,
                 std::min((chunk + 1) * blocks.per_chunk, blocks.count),
-                plan.split ? 0 : plan.tile * blocks.s};
+                plan.ahead};
   };
   const int64_t tiles = plan.tiles();
   if (!plan.split) {
@@ -101,9 +101,7 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
       }
     });
   }
-  parallel(reduces ? plan.threads : 1, tiles, [&](int64_t begin, int64_t end) {
-    finish(begin * plan.tile, std::min(end * plan.tile, blocks.c));
-  });
+  parallel(reduces ? plan.threads : 1, blocks.c, finish);
   if (applies) {
     parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
       for (int64_t i = end - 1; i >= begin; --i) {
@@ -144,18 +142,25 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   const auto reduce = [&](const Tile& tile, int64_t chunk) {
     kernels.moments(tile, args.x, partial_mean + chunk * c, partial_m2 + chunk * c);
   };
-  const auto statistics = [&](int64_t i) {
-    Moments all{counts[0], partial_mean[i], partial_m2[i]};
-    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
-      all = merge(all, {counts[chunk], partial_mean[chunk * c + i], partial_m2[chunk * c + i]});
+  const auto merge_chunks = [&](int64_t begin, int64_t end) {
+    double count = counts[0];
+    for (int64_t chunk = 1; chunk < blocks.chunks; count += counts[chunk++]) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Moments next{counts[chunk], partial_mean[chunk * c + i], partial_m2[chunk * c + i]};
+        const Moments all = merge({count, partial_mean[i], partial_m2[i]}, next);
+        partial_mean[i] = all.mean;
+        partial_m2[i] = all.m2;
+      }
     }
-    return all;
   };
   const auto finish = [&](int64_t begin, int64_t end) {
+    if (args.training) {
+      merge_chunks(begin, end);
+    }
     for (int64_t i = begin; i < end; ++i) {
       double var;
       if (args.training) {
-        const Moments all = statistics(i);
+        const Moments all{static_cast<double>(args.problem.count()), partial_mean[i], partial_m2[i]};
         args.mean[i] = all.mean;
         var = biased_variance(all);
         if (args.running_mean) {
@@ -203,18 +208,20 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
     kernels.gradient_sums(
         tile, args.dy, x_to_reduce, args.mean, partial_dy + chunk * c, partial_dy_shifted + chunk * c);
   };
-  const auto sums = [&](int64_t i) {
-    double dy = 0;
-    double dy_shifted = 0;
-    for (int64_t chunk = 0; reduces && chunk < blocks.chunks; ++chunk) {
-      dy += partial_dy[chunk * c + i];
-      dy_shifted += partial_dy_shifted[chunk * c + i];
+  const auto add_chunks = [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
+      for (int64_t i = begin; i < end; ++i) {
+        partial_dy[i] += partial_dy[chunk * c + i];
+        partial_dy_shifted[i] += partial_dy_shifted[chunk * c + i];
+      }
     }
-    return centred<A>(args.mean[i], dy, dy_shifted);
   };
   const auto finish = [&](int64_t begin, int64_t end) {
+    if (reduces) {
+      add_chunks(begin, end);
+    }
     for (int64_t i = begin; i < end; ++i) {
-      const GradientSums total = sums(i);
+      const GradientSums total = reduces ? centred<A>(args.mean[i], partial_dy[i], partial_dy_shifted[i]) : GradientSums{};
       if (args.dweight) {
         args.dweight.set(i, total.dy_xmu * args.invstd[i]);
       }

@@ -10,8 +10,8 @@ constexpr int64_t kMaxTile[kLayouts] = {64, 2048};
 // Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
 constexpr int64_t kFoldBelow = 64;
 
-// The channels [c0, c1) of the blocks [b0, b1). While a tile is written, memory has little to read: the
-// elements `ahead` of it, those of the tile that comes next, are fetched meanwhile.
+// The channels [c0, c1) of the blocks [b0, b1). While a tile is written, memory has time to read: what lies
+// `ahead` elements further on, and comes next, is fetched meanwhile.
 struct Tile {
   const Blocks& blocks;
   int64_t c0, c1;

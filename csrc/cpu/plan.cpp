@@ -13,7 +13,8 @@ constexpr int64_t kInterleavedRows = 32;
 
 // Chunks are what threads share: enough of them to balance, not so many that merging them is felt.
 constexpr int64_t kPlanarChunk = 16;
-constexpr int64_t kInterleavedChunk = 131072;
+constexpr int64_t kInterleavedChunk = 32768;
+constexpr int64_t kInterleavedChunkRows = 64;
 constexpr int64_t kMaxChunks = 64;
 
 // Short planes are taken together, so that memory is passed over in runs of some kilobytes.
@@ -32,6 +33,7 @@ constexpr int64_t kSerial = 32768;
 // hardly find them there, and not reading lines before writing them saves a third of the traffic.
 constexpr int64_t kBypassBytes = 4 << 20;
 constexpr int64_t kLine = 64;
+constexpr int64_t kAheadBytes = 8 << 10;
 
 constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
@@ -50,7 +52,7 @@ Blocks cut(const Problem& p) {
     b.segments = 1;
     b.segment = 1;
     b.rows = round_up(std::max(kInterleavedBlock / p.c, kInterleavedRows), kInterleavedRows);
-    chunk = std::max<int64_t>(kInterleavedChunk / (b.rows * p.c), 1);
+    chunk = divide_up(std::max(kInterleavedChunk / p.c, kInterleavedChunkRows), b.rows);
   }
   b.count = divide_up(p.n, b.rows) * b.segments;
   b.per_chunk = std::max(chunk, divide_up(b.count, kMaxChunks));
@@ -77,8 +79,11 @@ Plan plan(const Problem& p, int threads) {
     plan.split = plan.threads > 1 && plan.tiles() < enough;
   } else {
     plan.tile = plan.blocks.chunks >= enough ? max_tile : std::min(round_up(balanced, kNarrowest), max_tile);
-    plan.split = plan.threads > 1;
+    plan.split = true;
   }
+  // Into the next tile (measured, 32 x 64 x 56 x 56 float forward: 22 cycles a vector, 31 without), or, where
+  // a pass goes through memory in order, a little further than the hardware looks.
+  plan.ahead = plan.split ? kAheadBytes / size_of(p.dtype) : plan.tile * p.s;
   return plan;
 }
 

@@ -17,6 +17,19 @@ struct Whole {
   Vec<T> keep(const Vec<T>& u) const { return u; }
 };
 
+// ... that, while the line `ahead` of it is fetched ...
+template <class T>
+struct WholeAndAhead {
+  int64_t i;
+  int64_t ahead;
+
+  Vec<T> read(const T* p) const {
+    prefetch(p + i + ahead);
+    return load_vec(p + i);
+  }
+  Vec<T> keep(const Vec<T>& u) const { return u; }
+};
+
 // ... or the first `count` lanes of one, of which those in the mask count.
 template <class T>
 struct Part {
@@ -102,15 +115,16 @@ void repair_sums(const Tile& tile,
                  double* sum,
                  double* sum_product) {
   if constexpr (std::is_same_v<Acc<T>, float>) {
-    double probe = 0;
+    const auto is_finite = [&](int64_t c) { return sum[c] - sum[c] == 0 && sum_product[c] - sum_product[c] == 0; };
+    int all_finite = 1;
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      probe += (sum[c] - sum[c]) + (sum_product[c] - sum_product[c]);
+      all_finite &= is_finite(c);
     }
-    if (probe == 0) {
+    if (all_finite) {
       return;
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      if ((sum[c] - sum[c]) + (sum_product[c] - sum_product[c]) != 0) {
+      if (!is_finite(c)) {
         const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, shift[c]);
         sum[c] = u;
         sum_product[c] = w;
