@@ -17,7 +17,7 @@ SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if
 
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 # For kernels: x * y + z may become one instruction. GCC warns inside its own AVX-512 header.
-KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized"]
+KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 
 # By the names that ATen's vectors have for them.
 INSTRUCTION_SETS: dict[str, list[str]] = {"DEFAULT": []}
@@ -42,7 +42,8 @@ class Build(BuildExtension):
     def _compile_kernels(self, capability: str) -> str:
         folder = Path(self.build_temp, capability)
         built = folder / KERNELS.replace(".cpp", ".o")
-        if built.exists() and built.stat().st_mtime > max(Path(f).stat().st_mtime for f in [KERNELS, *HEADERS, __file__]):
+        newest = max(Path(f).stat().st_mtime for f in [KERNELS, *HEADERS, __file__])
+        if built.exists() and built.stat().st_mtime > newest:
             return str(built)
         (compiled,) = self.compiler.compile(
             [KERNELS],

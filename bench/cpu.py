@@ -23,6 +23,17 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "bench" / "results" / "cpu.json"
 PARTIAL = ROOT / "build" / "bench.json"  # part of the grid does not replace the record
 
+GRID: dict[str, Any] = {
+    "shapes": SHAPES,
+    "layouts": tuple(LAYOUTS),
+    "dtypes": tuple(DTYPES),
+    "threads": (1, 2),
+    "passes": PASSES,
+    "peers": tuple(name for name in PEERS if name not in (OURS, BASELINE)),
+}
+QUICK: dict[str, Any] = {"shapes": RESNET, "dtypes": ("float32",), "threads": (2,), "peers": (), "seconds": 1.0}
+BUSY = 0.5  # load a core above which figures are not worth keeping
+
 
 def machine() -> dict[str, Any]:
     """The processor, in what matters for speed and names nobody."""
@@ -109,34 +120,23 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    rest = [name for name in PEERS if name not in (OURS, BASELINE)]
-    parser.add_argument("--quick", action="store_true", help="float32, most threads, ResNet's shapes, no other peers")
+    parser.add_argument("--quick", action="store_true", help="float32, 2 threads, ResNet-50's shapes, no other peers")
     parser.add_argument("--shapes", nargs="+", metavar="NxCxHxW")
-    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES)
     parser.add_argument("--threads", nargs="+", type=int, metavar="N")
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES))
-    parser.add_argument("--peers", nargs="*", choices=rest, help=f"beside {OURS} and {BASELINE}")
+    parser.add_argument("--passes", nargs="+", choices=PASSES)
+    parser.add_argument("--peers", nargs="*", choices=GRID["peers"], help=f"beside {OURS} and {BASELINE}")
     parser.add_argument("--seconds", type=float, help="time for each case, at the least")
     parser.add_argument("--rounds", type=int, default=7, help="samples for each case, at the least")
-    parser.add_argument("--out", type=Path, help="default: bench/results/cpu.json for the whole grid")
-    whole: dict[str, Any] = {
-        "shapes": list(SHAPES),
-        "dtypes": list(DTYPES),
-        "threads": [1, 2],
-        "peers": rest,
-        "seconds": 2.0,
-    }
-    quick: dict[str, Any] = {"shapes": list(RESNET), "dtypes": ["float32"], "threads": [2], "peers": [], "seconds": 1.0}
+    parser.add_argument("--out", type=Path, help="default: bench/results/cpu.json if this is the whole grid")
     options = parser.parse_args(argv)
-    for name, value in (quick if options.quick else whole).items():
+    defaults = GRID | QUICK if options.quick else GRID | {"seconds": 3.0}
+    for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.out is None:
-        covered = all(
-            set(getattr(options, name)) >= set(whole[name]) for name in ("shapes", "dtypes", "threads", "peers")
-        )
-        covered = covered and set(options.layouts) == set(LAYOUTS) and set(options.passes) == set(PASSES)
+        covered = all(set(getattr(options, name)) >= set(values) for name, values in GRID.items())
         options.out = RECORD if covered else PARTIAL
     return options
 
@@ -146,10 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     data: dict[str, Any] = {
         "machine": machine(),
         "versions": versions(),
-        "settings": {"seconds": options.seconds, "rounds": options.rounds},
+        "settings": {
+            "seconds": options.seconds,
+            "rounds": options.rounds,
+            "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
+        },
         "fields": FIELDS,
         "rows": [],
     }
+    if data["machine"]["load_before"] > BUSY * (os.cpu_count() or 1):
+        print("this machine is busy: expect noise", file=sys.stderr)
     for rows in run(options):
         print(_line(rows), flush=True)
         data["rows"] += rows

@@ -23,7 +23,9 @@ from bench.problems import PASSES, RESNET
 
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 LAYOUT_NAMES = {"contiguous": "NCHW", "channels_last": "NHWC"}
+PASS_NAMES = {"both": "forward + backward"}
 TRAINING = ("forward", "backward", "both")
+COLORS = {OURS: "#0b6e99", "oneDNN": "#b8b8b8", "Inductor": "#e0a030"}
 
 
 class Results:
@@ -54,8 +56,11 @@ def place(row: Row) -> str:
     return f"{row['shape'].replace('x', '×')} {LAYOUT_NAMES[row['layout']] if row['shape'].count('x') == 3 else 'NC'}"
 
 
-def _mean(values: Iterable[float]) -> str:
-    values = list(values)
+def _mean(rows: list[Row]) -> str:
+    """The geometric mean of what could run; a peer with wrong results has none."""
+    if any(row["status"] == "wrong" for row in rows):
+        return "wrong"
+    values = [row["speedup"] for row in rows if "speedup" in row]
     return f"{geometric_mean(values):.2f}×" if values else "–"
 
 
@@ -69,6 +74,10 @@ def _cell(rows: list[Row]) -> str:
     if "speedup" not in row:
         return row.get("status", "–")
     return f"{row['speedup']:.2f}× ({100 * row['of_copy']:.0f} %)"
+
+
+def _heads(passes: Iterable[str]) -> list[str]:
+    return [PASS_NAMES.get(name, name) for name in passes]
 
 
 def _best_other(results: Results, **case: Any) -> str:
@@ -88,7 +97,7 @@ def shapes_table(results: Results, dtype: str, threads: int) -> str:
             here = {"shape": shape, "layout": layout, **case}
             cells = [_cell(results.select(**here, peer=OURS, **{"pass": name})) for name in passes]
             body.append([place(here), *cells, _best_other(results, **here)])
-    return _markdown(["", *passes, "best other, both"], body)
+    return _markdown(["", *_heads(passes), "best other, forward + backward"], body)
 
 
 def means_table(results: Results) -> str:
@@ -100,9 +109,9 @@ def means_table(results: Results) -> str:
         for threads in results.values("threads"):
             for peer in peers:
                 where = {"dtype": dtype, "threads": threads, "peer": peer, "shape": RESNET}
-                cells = [_mean(results.speedups(**where, **{"pass": name})) for name in passes]
+                cells = [_mean(results.select(**where, **{"pass": name})) for name in passes]
                 body.append([f"{dtype}, {_threads(threads)}", peer, *cells])
-    return _markdown(["", "", *passes], body)
+    return _markdown(["", "", *_heads(passes)], body)
 
 
 def _threads(count: int) -> str:
@@ -152,17 +161,18 @@ class Target:
     where: dict[str, Any]
     mean: bool = True  # else the slowest single one counts
 
-    def line(self, results: Results) -> tuple[bool, str]:
+    def judge(self, results: Results) -> tuple[bool, str]:
+        """Whether it is reached, and a line that says so."""
         rows = results.select(peer=OURS, **self.where)
-        lost = [row for row in rows if "speedup" not in row]
-        if lost or not rows:
-            return False, f"short  {self.name}: " + (
-                f"{place(lost[0])} {lost[0]['status']}" if lost else "not measured"
-            )
+        if not rows:
+            return False, f"?      {self.name}: not measured"
+        refused = [row for row in rows if "speedup" not in row]
+        if refused:
+            return False, f"short  {self.name}: {place(refused[0])} is {refused[0]['status']}"
         slowest = min(rows, key=lambda row: row["speedup"])
         value = geometric_mean(row["speedup"] for row in rows) if self.mean else slowest["speedup"]
         verdict = "ok   " if value >= self.least else "short"
-        case = "" if self.mean else " at {}, {pass}, {dtype}, {threads}".format(place(slowest), **slowest)
+        case = "" if self.mean else " at {}, {pass}, {}".format(place(slowest), _threads(slowest["threads"]), **slowest)
         return value >= self.least, f"{verdict}  {self.name}: {value:.3f}, to reach {self.least}{case}"
 
 
@@ -181,6 +191,34 @@ TARGETS = (
 )
 
 
+def _panel(axis: Any, results: Results, shapes: list[str], **where: Any) -> None:
+    """The bars of one pass and layout, a group for each shape; a peer not measured here gets no room."""
+    peers = [peer for peer in COLORS if results.speedups(peer=peer, **where)]
+    width = 0.8 / max(len(peers), 1)
+    for number, peer in enumerate(peers):
+        found = {row["shape"]: row["speedup"] for row in results.select(peer=peer, **where) if "speedup" in row}
+        middles = [shapes.index(shape) + (number + 0.5) * width - 0.4 for shape in found]
+        axis.bar(middles, [value - 1 for value in found.values()], 0.94 * width, bottom=1, color=COLORS[peer])
+        if peer == OURS:
+            for middle, value in zip(middles, found.values(), strict=True):
+                axis.annotate(
+                    f"{value:.2g}" if value < 1 else f"{value:.1f}",
+                    (middle, max(value, 1)),
+                    xytext=(0, 2),
+                    textcoords="offset points",
+                    ha="center",
+                    fontsize=8,
+                )
+    axis.axhline(1, color="black", linewidth=0.8)
+    axis.set_yscale("log", base=2)  # twice as fast and half as fast are equally far from 1
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.margins(x=0.01, y=0.12)
+    axis.set_xticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes])
+    axis.tick_params(axis="x", labelrotation=20, labelsize=8, length=0)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
 def picture(results: Results, path: Path) -> None:
     """Grouped bars: speed-up over the baseline of every peer, one panel a pass and layout."""
     import matplotlib  # noqa: PLC0415 - for the picture alone
@@ -190,50 +228,31 @@ def picture(results: Results, path: Path) -> None:
 
     shown = headline(results)
     passes = [name for name in TRAINING if name in results.values("pass")]
-    peers = [name for name in results.values("peer") if name not in (BASELINE, COPY)]
-    shapes = {
-        name: list(dict.fromkeys(r["shape"] for r in results.select(layout=name, **shown))) for name in LAYOUT_NAMES
-    }
-    columns = [name for name in LAYOUT_NAMES if shapes[name]]
-    colors = {OURS: "#0b6e99", "oneDNN": "#b8b8b8", "Inductor": "#e0a030"}
+    columns = [name for name in LAYOUT_NAMES if results.select(layout=name, **shown)]
+    shapes = [list(dict.fromkeys(r["shape"] for r in results.select(layout=name, **shown))) for name in columns]
     figure, axes = plt.subplots(
         len(passes),
         len(columns),
         figsize=(1.5 + 5.5 * len(columns), 0.9 + 2.3 * len(passes)),
         squeeze=False,
+        sharex="col",
         sharey="row",
         layout="constrained",
-        width_ratios=[len(shapes[name]) for name in columns],
+        width_ratios=[len(here) for here in shapes],
     )
     for row, name in enumerate(passes):
         for column, layout in enumerate(columns):
-            axis = axes[row][column]
-            for number, peer in enumerate(peers):
-                for x, shape in enumerate(shapes[layout]):
-                    found = results.speedups(shape=shape, layout=layout, peer=peer, **{"pass": name}, **shown)
-                    if not found:
-                        continue
-                    left = x + (number - (len(peers) - 1) / 2) * 0.8 / len(peers)
-                    bar = axis.bar(left, found[0], 0.76 / len(peers), color=colors.get(peer, "#777777"))
-                    if peer == OURS:
-                        axis.bar_label(bar, fmt="%.1f", fontsize=8, padding=1)
-            axis.axhline(1, color="black", linewidth=0.8)
-            axis.set_xticks(range(len(shapes[layout])), [s.replace("x", "×") for s in shapes[layout]])
-            axis.tick_params(axis="x", labelrotation=20, labelsize=8, length=0, labelbottom=row == len(passes) - 1)
-            axis.spines[["top", "right"]].set_visible(False)
-            if row == 0:
-                axis.set_title(LAYOUT_NAMES[layout], fontsize=10)
-            if column == 0:
-                axis.set_ylabel({"both": "forward + backward"}.get(name, name))
-    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=colors.get(peer, "#777777")) for peer in peers]
+            _panel(axes[row][column], results, shapes[column], layout=layout, **{"pass": name}, **shown)
+        axes[row][0].set_ylabel(PASS_NAMES.get(name, name), fontsize=9)
+    for axis, layout in zip(axes[0], columns, strict=True):
+        axis.set_title(LAYOUT_NAMES[layout], fontsize=10)
+    figure.align_ylabels()
+    peers = [peer for peer in COLORS if peer in results.values("peer")]
+    handles: list[Any] = [plt.Rectangle((0, 0), 1, 1, color=COLORS[peer]) for peer in peers]
     handles.append(plt.Line2D([], [], color="black", linewidth=0.8))
-    figure.legend(handles, [*peers, f"{BASELINE} = 1"], loc="outside upper right", ncols=len(peers) + 1, frameon=False)
-    figure.suptitle(
-        f"Times faster than {BASELINE}: {shown['dtype']}, {_threads(shown['threads'])}, {results.machine['cpu']}",
-        x=0.01,
-        ha="left",
-        fontsize=11,
-    )
+    figure.legend(handles, [*peers, f"{BASELINE} = 1"], loc="outside upper right", ncols=len(handles), frameon=False)
+    title = f"Times faster than {BASELINE}: {shown['dtype']}, {_threads(shown['threads'])}, {results.machine['cpu']}"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -250,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     results = Results(json.loads(options.data.read_text()))
     if options.check:
-        verdicts = [target.line(results) for target in TARGETS]
+        verdicts = [target.judge(results) for target in TARGETS]
         print("\n".join(line for _, line in verdicts))
         return 0 if all(reached for reached, _ in verdicts) else 1
     picture(results, options.picture or options.data.with_suffix(".png"))

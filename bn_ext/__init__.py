@@ -1,11 +1,8 @@
 """Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``."""
 
-from bn_ext import _load  # first: everything else calls the operators
-from bn_ext import functional
+from bn_ext import _load, functional  # noqa: F401, the first loads the operators
 from bn_ext.convert import convert, revert
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "functional", "revert"]
 __version__ = "0.1.0"
-
-del _load

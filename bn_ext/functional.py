@@ -45,9 +45,7 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
     """
     if exporting():
-        return torch.nn.functional.batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return torch.ops.bn_ext.batch_norm.default(
         input, weight, bias, running_mean, running_var, None, training, momentum, eps
     )

@@ -7,7 +7,6 @@ transform and the unbiased one in the running average. Everything returned is fl
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -38,9 +37,7 @@ def unbiased(input: Tensor, var: Tensor) -> Tensor:
     return var * (count / (count - 1))
 
 
-def forward(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float
-) -> Tensor:
+def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """``(input - mean) / sqrt(var + eps) * weight + bias``."""
     output = (input.double() - _channels(input, mean)) * _channels(input, (var.double() + eps).rsqrt())
     if weight is not None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -14,92 +15,100 @@ from torch import Tensor, nn
 import bn_ext
 
 BATCH = 60
-PERCENTILES = (0.15, 0.50, 0.85)
+PERCENTILES = (15, 50, 85)
 
-Norm = Callable[[int], nn.Module] | None
+Norm = Callable[[int], nn.Module]
+Tick = Callable[[int], None]  # told how many steps are done
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A network and how it is trained; a rate with batch norm serves torch's and ours."""
+    """A network and how it is trained; torch's batch norm and ours share a learning rate."""
 
     name: str
-    build: Callable[[Norm], nn.Sequential]
-    prepare: Callable[[Tensor], Tensor]  # images as bytes -> the network's input
-    norms: dict[str, Norm]
-    rate_plain: float
-    rate_norm: float
+    build: Callable[[Norm | None], nn.Sequential]
+    prepare: Callable[[Tensor], Tensor]  # bytes (N, 28, 28) -> the network's input
+    norms: Mapping[str, Norm | None]
+    plain_rate: float
+    norm_rate: float
+    check_rate: float  # gentler, see loss_difference
     steps: int
 
     def model(self, variant: str, seed: int) -> nn.Sequential:
-        """The same weights for every variant: a batch norm draws no random numbers, a bias starts at zero."""
+        """Every variant starts from the same weights: neither a batch norm nor a zero bias takes random numbers."""
         torch.manual_seed(seed)
         return self.build(self.norms[variant])
 
-    def optimizer(self, variant: str, model: nn.Module) -> torch.optim.Optimizer:
-        rate = self.rate_plain if self.norms[variant] is None else self.rate_norm
-        return torch.optim.SGD(model.parameters(), lr=rate)
+    def rate(self, variant: str) -> float:
+        return self.plain_rate if self.norms[variant] is None else self.norm_rate
 
 
-def sigmoid_network(norm: Norm) -> nn.Sequential:
-    """The paper's network (section 4.1): three layers of 100 sigmoids, small Gaussian weights."""
+def sigmoid_network(norm: Norm | None) -> nn.Sequential:
+    """The paper's (section 4.1): three hidden layers of 100 sigmoids, small Gaussian weights."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (SIDE * SIDE, 100, 100):
         layers += [nn.Linear(inputs, 100, bias=norm is None), *([norm(100)] if norm else []), nn.Sigmoid()]
-    return _gaussian(nn.Sequential(*layers, nn.Linear(100, CLASSES)), "sigmoid")
+    return _initialized(nn.Sequential(*layers, nn.Linear(100, CLASSES)), partial(nn.init.normal_, std=0.1))
 
 
-def convolutional_network(norm: Norm) -> nn.Sequential:
-    """Three convolutions, the last two of stride 2, and one linear layer."""
+def convolutional_network(norm: Norm | None) -> nn.Sequential:
+    """Three convolutions, the last two of stride 2, then one linear layer."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 8, 1), (8, 16, 2), (16, 32, 2)):
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=norm is None)
         layers += [convolution, *([norm(outputs)] if norm else []), nn.ReLU()]
-    return _gaussian(nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * (SIDE // 4) ** 2, CLASSES)), "relu")
+    layers += [nn.Flatten(), nn.Linear(32 * (SIDE // 4) ** 2, CLASSES)]
+    return _initialized(nn.Sequential(*layers), nn.init.kaiming_normal_)
 
 
-def _gaussian(model: nn.Sequential, nonlinearity: str) -> nn.Sequential:
+def _initialized(model: nn.Sequential, draw: Callable[[Tensor], Tensor]) -> nn.Sequential:
     for layer in model:
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, nonlinearity=nonlinearity)  # type: ignore[arg-type]
+            draw(layer.weight)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
     return model
 
 
 def binarized(images: Tensor) -> Tensor:
-    return (images >= 128).to(torch.get_default_dtype())
+    return (images >= 128).float()
 
 
 def grey(images: Tensor) -> Tensor:
     return images.unsqueeze(1) / 255
 
 
+# The learning rates are the best of those tried, by the mean over seeds of the best accuracy on a fifth of the
+# training digits, held out. Sigmoids, 3 seeds, 5,000 steps: plain 1, 2, 3, 5, 10 (10 no longer trains); batch norm
+# 2, 5, 10, 20, 40 (40 no longer trains). Convolutions, 2 seeds, 800 steps: plain 0.03, 0.1, 0.2, 0.3, 0.5 (0.5 no
+# longer trains); batch norm 0.03, 0.1, 0.3, 1, 2 (2 no longer trains).
 EXPERIMENTS = (
     Experiment(
         name="sigmoids",
         build=sigmoid_network,
         prepare=binarized,
         norms={"none": None, "torch": nn.BatchNorm1d, "bn_ext": bn_ext.BatchNorm1d},
-        rate_plain=1.0,
-        rate_norm=0.5,
-        steps=8000,
+        plain_rate=3,
+        norm_rate=20,
+        check_rate=2,
+        steps=5000,
     ),
     Experiment(
         name="convolutions",
         build=convolutional_network,
         prepare=grey,
         norms={"none": None, "torch": nn.BatchNorm2d, "bn_ext": bn_ext.BatchNorm2d},
-        rate_plain=0.1,
-        rate_norm=0.1,
-        steps=1500,
+        plain_rate=0.2,
+        norm_rate=0.3,
+        check_rate=0.1,
+        steps=800,
     ),
 )
 
 
 @dataclass
 class Run:
-    """What one variant's training showed."""
+    """What the training of one variant showed."""
 
     variant: str
     seconds: list[float] = field(default_factory=list)  # of each training step
@@ -112,6 +121,8 @@ def batches(digits: Digits, prepare: Callable[[Tensor], Tensor], seed: int) -> I
     """Mini-batches without end, every epoch in another order, its incomplete last one left out."""
     generator = torch.Generator().manual_seed(seed)
     whole = len(digits.labels) // BATCH * BATCH
+    if whole == 0:
+        raise ValueError(f"a batch takes {BATCH} training images, got {len(digits.labels)}")
     while True:
         for chosen in torch.randperm(len(digits.labels), generator=generator)[:whole].view(-1, BATCH):
             yield prepare(digits.images[chosen]), digits.labels[chosen]
@@ -126,49 +137,52 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tenso
 
 
 @torch.no_grad()
-def evaluate(model: nn.Sequential, images: Tensor, labels: Tensor, step: int, run: Run) -> None:
+def evaluate(run: Run, model: nn.Sequential, step: int, images: Tensor, labels: Tensor) -> None:
     model.eval()
     before = model[:-2](images)
     if isinstance(model[-2], nn.Sigmoid):
-        run.percentiles.append(before.quantile(before.new_tensor(PERCENTILES), dim=0))
+        run.percentiles.append(before.quantile(torch.tensor(PERCENTILES) / 100, dim=0))
     run.steps.append(step)
     run.accuracy.append((model[-2:](before).argmax(1) == labels).float().mean().item())
     model.train()
 
 
-def train(
-    experiment: Experiment, data: Data, steps: int, seed: int, evaluations: int, tick: Callable[[int], None]
-) -> list[Run]:
+def train(experiment: Experiment, data: Data, steps: int, seed: int, evaluations: int, tick: Tick) -> list[Run]:
     """Every variant from the same weights on the same batches, a step each in turn, so that all are timed alike."""
     runs = [Run(variant) for variant in experiment.norms]
     models = [experiment.model(run.variant, seed) for run in runs]
-    optimizers = [experiment.optimizer(run.variant, model) for run, model in zip(runs, models)]
+    rates = [experiment.rate(run.variant) for run in runs]
+    optimizers = [torch.optim.SGD(model.parameters(), rate) for model, rate in zip(models, rates)]
     turns = list(zip(runs, models, optimizers))
     test = experiment.prepare(data.test.images), data.test.labels
     every = max(1, steps // evaluations)
+
     for step, batch in enumerate(islice(batches(data.train, experiment.prepare, seed), steps)):
         if step % every == 0:
             for run, model, _ in turns:
-                evaluate(model, *test, step, run)
+                evaluate(run, model, step, *test)
         for run, model, optimizer in turns:
             start = time.perf_counter()
             train_step(model, optimizer, *batch)
             run.seconds.append(time.perf_counter() - start)
-        turns = turns[1:] + turns[:1]  # no variant always follows the same other
+        turns = turns[1:] + turns[:1]  # whoever comes first finds the caches cold
         tick(step + 1)
     for run, model, _ in turns:
-        evaluate(model, *test, steps, run)
+        evaluate(run, model, steps, *test)
     return runs
 
 
-def loss_difference(experiment: Experiment, digits: Digits, steps: int, seed: int) -> float:
-    """Largest relative difference between the losses of torch and bn_ext, each trained alone in float64."""
+def loss_difference(experiment: Experiment, digits: Digits, steps: int, seed: int, tick: Tick) -> float:
+    """Largest relative difference between the losses of torch's and bn_ext's training, each on its own, in float64.
 
-    def losses(variant: str) -> Tensor:
-        model = experiment.model(variant, seed).double()
-        optimizer = experiment.optimizer(variant, model)
-        pairs = islice(batches(digits, experiment.prepare, seed), steps)
-        return torch.stack([train_step(model, optimizer, images.double(), labels) for images, labels in pairs])
-
-    expected, got = losses("torch"), losses("bn_ext")
-    return ((got - expected).abs() / expected.abs()).max().item()
+    A high learning rate amplifies rounding itself: the sigmoids at rate 10 with torch's batch norm and with the plain
+    formula written in torch differ by up to 3e-6 after 200 steps, at the check's rate by 1e-12 (6 seeds).
+    """
+    models = [experiment.model(variant, seed).double() for variant in ("torch", "bn_ext")]
+    optimizers = [torch.optim.SGD(model.parameters(), experiment.check_rate) for model in models]
+    losses = []
+    for step, (images, labels) in enumerate(islice(batches(digits, experiment.prepare, seed), steps)):
+        losses.append([train_step(*side, images.double(), labels).item() for side in zip(models, optimizers)])
+        tick(step + 1)
+    expected, got = torch.tensor(losses, dtype=torch.float64).unbind(1)
+    return ((got - expected) / expected).abs().max().item()

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 # Threads that spin at a barrier starve each other where cores are shared (pytest -n): before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import hypothesis  # noqa: E402
-import problems  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import hypothesis
+import problems
+import pytest
+import torch
 
 # The same examples in every run, so that a failure is everyone's failure.
 hypothesis.settings.register_profile("bn_ext", deadline=None, derandomize=True, print_blob=False)

@@ -42,9 +42,9 @@ def test_large(problem: Problem, device: str) -> None:
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("types", TYPES, ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-@pytest.mark.parametrize(("weight", "bias"), [(True, False), (False, True), (False, False)])
-def test_without_weight_or_bias(layout, types: Types, mode, weight: bool, bias: bool, device: str) -> None:
-    check(Problem((3, 19, 5, 7), layout, types, mode, weight, bias), device, backward=True)
+@pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)], ids=str)
+def test_without_weight_or_bias(layout, types: Types, mode, affine: tuple[bool, bool], device: str) -> None:
+    check(Problem((3, 19, 5, 7), layout, types, mode, *affine), device, backward=True)
 
 
 @pytest.mark.parametrize("dy_layout", LAYOUTS)

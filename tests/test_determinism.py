@@ -6,7 +6,16 @@ import pytest
 import torch
 from problems import BFLOAT, DOUBLE, FLOAT, MODES, Problem, Result, channels_last, contiguous, run_ours, unaligned
 
-SHAPES = [(5, 3), (2051, 70), (300, 7), (3, 65, 49), (2, 2, 70001), (16, 33, 14, 14), (1, 3, 150, 151), (2, 5, 9, 31, 33)]
+SHAPES = [
+    (5, 3),
+    (2051, 70),
+    (300, 7),
+    (3, 65, 49),
+    (2, 2, 70001),
+    (16, 33, 14, 14),
+    (1, 3, 150, 151),
+    (2, 5, 9, 31, 33),
+]
 PROBLEMS = [
     Problem(shape, layout, types)
     for shape in SHAPES

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -24,8 +25,7 @@ from problems import (
 
 HALF = Types(torch.float16, torch.float32, torch.float32)
 SHAPES = [(67, 5), (4, 3, 49), (3, 35, 5, 7), (2, 6, 41, 43), (5, 2, 3, 31, 33)]
-NAMED = [pytest.param(layout, id=layout.__name__) for layout in (contiguous, channels_last)]
-both_layouts = pytest.mark.parametrize("layout", NAMED)
+both_layouts = pytest.mark.parametrize("layout", [contiguous, channels_last])
 
 
 @both_layouts
@@ -40,11 +40,9 @@ def test_mean_far_larger_than_deviation(shape, layout, types: Types, offset: flo
         check(Problem(shape, layout, types, mode, offset=offset), device, backward=True)
 
 
-@both_layouts
-@pytest.mark.parametrize("count", [2**16 + 1, 2**24 + 3], ids=str)
-def test_long_reduction(count: int, layout, device: str) -> None:
-    """More values a channel than float32 can count; the deviation is a tenth of the mean."""
-    shape = (1, 1, count) if layout is contiguous else (count // 8, 8)
+@pytest.mark.parametrize("shape", [(1, 1, 2**24 + 3), (2**19 + 1, 5)], ids=str)
+def test_long_reduction(shape: tuple[int, ...], device: str) -> None:
+    """The first has more values a channel than float32 can count."""
     check(Problem(shape, offset=10.0), device)
 
 
@@ -117,25 +115,24 @@ def assert_poison_as_torch(ours: Result, torchs: Result, clean: Result, context:
         assert torch.equal(mine.isnan(), theirs.isnan()), f"{context}: {part} has other NaN than torch's"
         assert torch.equal(mine.isposinf(), theirs.isposinf()), f"{context}: {part} has other inf than torch's"
         assert torch.equal(mine.isneginf(), theirs.isneginf()), f"{context}: {part} has other -inf than torch's"
-        channel = min(mine.dim() - 1, 1)
-        for c in (0, 2):
-            assert torch.equal(mine.select(channel, c), pure.select(channel, c)), f"{context}: {part} poisoned elsewhere"
+        others, channel = torch.tensor([0, 2], device=mine.device), min(mine.dim() - 1, 1)
+        one, other = (t.index_select(channel, others) for t in (mine, pure))
+        assert torch.equal(one, other), f"{context}: {part} is poisoned elsewhere"
 
 
 @both_layouts
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT, HALF], ids=str)
-@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("poison", POISONS)
 @pytest.mark.parametrize("part", ["input", "dy"])
-def test_poisoned_element(part: str, poison: str, place: str, types: Types, layout, device: str) -> None:
-    for shape in ((2, 3, 5, 7), (3, 3, 37, 33)):
-        for mode in MODES:
-            a = Problem(shape, layout, types, mode).arguments(device)
-            clean = run_ours(a, backward=True)
+def test_poisoned_element(part: str, poison: str, types: Types, layout, device: str) -> None:
+    for shape, mode in itertools.product([(2, 3, 5, 7), (3, 3, 37, 33)], MODES):
+        a = Problem(shape, layout, types, mode).arguments(device)
+        clean = run_ours(a, backward=True)
+        for name, place in PLACES.items():
             poisoned = getattr(a, part).clone()
-            poisoned[PLACES[place]] = POISONS[poison]
-            a = replace(a, **{part: poisoned})
-            assert_poison_as_torch(run_ours(a, True), run_torch(a, True), clean, str(mode))
+            poisoned[place] = POISONS[poison]
+            b = replace(a, **{part: poisoned})
+            assert_poison_as_torch(run_ours(b, True), run_torch(b, True), clean, f"{mode}, {name} of {shape}")
 
 
 @both_layouts

@@ -1,5 +1,7 @@
 #pragma once
 
+#include "core/host_device.h"
+
 #include <cstdint>
 
 namespace bn {
@@ -8,7 +10,7 @@ enum class DType : int { Float64, Float32, Half, BFloat16 };
 
 constexpr int kDTypes = 4;
 
-constexpr int64_t size_of(DType dtype) {
+BN_HD constexpr int64_t size_of(DType dtype) {
   return dtype == DType::Float64 ? 8 : dtype == DType::Float32 ? 4 : 2;
 }
 
@@ -28,7 +30,7 @@ struct Problem {
   int64_t s = 1;
 
   // Values per channel.
-  constexpr int64_t count() const { return n * s; }
+  BN_HD constexpr int64_t count() const { return n * s; }
 };
 
 }  // namespace bn

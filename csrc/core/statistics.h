@@ -32,11 +32,17 @@ BN_HD Moments merge(const Moments& a, const Moments& b) {
   return {count, mean, a.m2 + b.m2 + delta * delta * a.count * part};
 }
 
-BN_HD double biased_variance(const Moments& m) { return m.m2 / m.count; }
+BN_HD double biased_variance(const Moments& m) {
+  return m.m2 / m.count;
+}
 
-BN_HD double unbiased_variance(const Moments& m) { return m.m2 / (m.count - 1); }
+BN_HD double unbiased_variance(const Moments& m) {
+  return m.m2 / (m.count - 1);
+}
 
-BN_HD double inverse_std(double var, double eps) { return 1 / std::sqrt(var + eps); }
+BN_HD double inverse_std(double var, double eps) {
+  return 1 / std::sqrt(var + eps);
+}
 
 // `momentum` is the weight of the new value.
 BN_HD double running_average(double old, double observed, double momentum) {

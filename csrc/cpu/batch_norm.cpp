@@ -205,8 +205,8 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   A* const offset = slope + c;
 
   const auto reduce = [&](const Tile& tile, int64_t chunk) {
-    kernels.gradient_sums(
-        tile, args.dy, x_to_reduce, args.mean, partial_dy + chunk * c, partial_dy_shifted + chunk * c);
+    kernels.gradient_sums(tile, args.dy, x_to_reduce, args.mean, partial_dy + chunk * c,
+                          partial_dy_shifted + chunk * c);
   };
   const auto add_chunks = [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
@@ -221,7 +221,8 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
       add_chunks(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const GradientSums total = reduces ? centred<A>(args.mean[i], partial_dy[i], partial_dy_shifted[i]) : GradientSums{};
+      const GradientSums total =
+          reduces ? centred<A>(args.mean[i], partial_dy[i], partial_dy_shifted[i]) : GradientSums{};
       if (args.dweight) {
         args.dweight.set(i, total.dy_xmu * args.invstd[i]);
       }
@@ -237,8 +238,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
     }
   };
   const auto apply = [&](const Tile& tile) {
-    kernels.input_gradient(
-        tile, args.dy, x_to_apply, shift, scale, slope, offset, args.dx, plan.bypass_cache);
+    kernels.input_gradient(tile, args.dy, x_to_apply, shift, scale, slope, offset, args.dx, plan.bypass_cache);
   };
   run(plan, reduces, args.dx != nullptr, reduce, finish, apply);
 }
@@ -249,7 +249,8 @@ double PerChannel::get(int64_t c, double otherwise) const {
   if (data == nullptr) {
     return otherwise;
   }
-  return with_type(dtype, [&](auto type) { return static_cast<double>(static_cast<decltype(type)*>(data)[c * stride]); });
+  return with_type(dtype,
+                   [&](auto type) { return static_cast<double>(static_cast<decltype(type)*>(data)[c * stride]); });
 }
 
 void PerChannel::set(int64_t c, double value) const {
@@ -273,6 +274,8 @@ void batch_norm_backward(const BackwardArgs& args) {
   args.problem.dtype == DType::Float64 ? backward<double>(args, kernels) : backward<float>(args, kernels);
 }
 
-const char* instruction_set() { return chosen().name; }
+const char* instruction_set() {
+  return chosen().name;
+}
 
 }  // namespace bn::cpu

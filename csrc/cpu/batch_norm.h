@@ -27,7 +27,7 @@ struct ForwardArgs {
   PerChannel bias;
   PerChannel running_mean;
   PerChannel running_var;
-  int64_t* num_batches_tracked;    // or null
+  int64_t* num_batches_tracked;  // or null
   bool training;
   std::optional<double> momentum;  // none: the cumulative average, 1 / num_batches_tracked
   double eps;

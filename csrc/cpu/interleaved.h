@@ -11,7 +11,7 @@ namespace {
 template <class T>
 struct Interleaved {
   static constexpr int64_t kMaxChannels = kMaxTile[static_cast<int>(Layout::Interleaved)];
-  static constexpr int64_t kMaxLanes = std::max(kMaxChannels, kFoldBelow * kWidth<T>) + kWidth<T>;
+  static constexpr int64_t kMaxLanes = std::max(kMaxChannels, kFoldBelow* kWidth<T>) + kWidth<T>;
   // As many rows are added at once, and as many fetched ahead of them (measured, 25088 x 512 float: 19 cycles
   // a vector with 4 rows and nothing fetched, 12 with 4, 11 with 8).
   static constexpr int64_t kRowsAtOnce = 8;
@@ -95,13 +95,8 @@ struct Interleaved {
   }
 
   template <int kRows, class Term>
-  static void add_rows(Term term,
-                       int64_t start,
-                       int64_t stride,
-                       int64_t lanes,
-                       const Acc<T>* shifts,
-                       Acc<T>* sum,
-                       Acc<T>* sum_product) {
+  static void add_rows(
+      Term term, int64_t start, int64_t stride, int64_t lanes, const Acc<T>* shifts, Acc<T>* sum, Acc<T>* sum_product) {
     const auto add = [&](int64_t i, const auto& place) {
       const auto shift = Vec<T>::loadu(shifts + i);
       auto u = Vec<T>::loadu(sum + i);

@@ -72,8 +72,7 @@ void normalize(const Tile& tile,
         prefetch(x + i + ahead);
         return bn::normalize(load_vec(x + i, count), k[0], k[1], k[2]);
       },
-      static_cast<T*>(y),
-      bypass_cache);
+      static_cast<T*>(y), bypass_cache);
   fence();
 }
 
@@ -119,8 +118,7 @@ void input_gradient(const Tile& tile,
   const auto* scales = static_cast<const Acc<T>*>(scale) + tile.c0;
   const Rows<T> rows{tile};
   if (const auto* x = static_cast<const T*>(x_)) {
-    const Acc<T>* const coefficients[] = {static_cast<const Acc<T>*>(shift) + tile.c0,
-                                          scales,
+    const Acc<T>* const coefficients[] = {static_cast<const Acc<T>*>(shift) + tile.c0, scales,
                                           static_cast<const Acc<T>*>(slope) + tile.c0,
                                           static_cast<const Acc<T>*>(offset) + tile.c0};
     rows.map(
@@ -130,15 +128,12 @@ void input_gradient(const Tile& tile,
           prefetch(x + i + ahead);
           return bn::input_gradient(load_vec(dy + i, count), load_vec(x + i, count), k[0], k[1], k[2], k[3]);
         },
-        static_cast<T*>(dx),
-        bypass_cache);
+        static_cast<T*>(dx), bypass_cache);
   } else {
     const Acc<T>* const coefficients[] = {scales};
     rows.map(
-        coefficients,
-        [dy](int64_t i, int64_t count, const Vec<T>(&k)[1]) { return load_vec(dy + i, count) * k[0]; },
-        static_cast<T*>(dx),
-        bypass_cache);
+        coefficients, [dy](int64_t i, int64_t count, const Vec<T>(&k)[1]) { return load_vec(dy + i, count) * k[0]; },
+        static_cast<T*>(dx), bypass_cache);
   }
   fence();
 }
@@ -147,8 +142,8 @@ template <template <class> class Rows, class T>
 constexpr Kernels kKernels = {moments<Rows, T>, normalize<Rows, T>, gradient_sums<Rows, T>, input_gradient<Rows, T>};
 
 template <template <class> class Rows>
-constexpr Kernels kOfDType[kDTypes] = {
-    kKernels<Rows, double>, kKernels<Rows, float>, kKernels<Rows, c10::Half>, kKernels<Rows, c10::BFloat16>};
+constexpr Kernels kOfDType[kDTypes] = {kKernels<Rows, double>, kKernels<Rows, float>, kKernels<Rows, c10::Half>,
+                                       kKernels<Rows, c10::BFloat16>};
 
 }  // namespace
 

@@ -18,7 +18,7 @@ struct Tile {
   int64_t b0, b1;
   int64_t ahead;
 
-  constexpr int64_t channels() const { return c1 - c0; }
+  BN_HD constexpr int64_t channels() const { return c1 - c0; }
 };
 
 // The serial kernels of one instruction set for one layout and dtype. Tensors are whole, contiguous in

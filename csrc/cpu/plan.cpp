@@ -35,7 +35,9 @@ constexpr int64_t kBypassBytes = 4 << 20;
 constexpr int64_t kLine = 64;
 constexpr int64_t kAheadBytes = 8 << 10;
 
-constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
 
 Blocks cut(const Problem& p) {
   Blocks b{};

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/host_device.h"
 #include "core/problem.h"
 
 #include <algorithm>
@@ -12,7 +13,7 @@ namespace bn::cpu {
 struct Extent {
   int64_t n0, n1, s0, s1;
 
-  constexpr int64_t count() const { return (n1 - n0) * (s1 - s0); }
+  BN_HD constexpr int64_t count() const { return (n1 - n0) * (s1 - s0); }
 };
 
 // Blocks are what is summed in the accumulation type before double precision takes over; chunks are runs
@@ -27,14 +28,14 @@ struct Blocks {
   int64_t per_chunk;  // blocks of a chunk
   int64_t chunks;
 
-  constexpr Extent extent(int64_t block) const {
+  BN_HD constexpr Extent extent(int64_t block) const {
     const int64_t n0 = block / segments * rows;
     const int64_t s0 = block % segments * segment;
     return {n0, std::min(n0 + rows, n), s0, std::min(s0 + segment, s)};
   }
 
   // Values per channel in a chunk.
-  constexpr int64_t values(int64_t chunk) const {
+  BN_HD constexpr int64_t values(int64_t chunk) const {
     int64_t sum = 0;
     for (int64_t b = chunk * per_chunk; b < std::min((chunk + 1) * per_chunk, count); ++b) {
       sum += extent(b).count();
@@ -42,10 +43,12 @@ struct Blocks {
     return sum;
   }
 
-  constexpr int64_t offset(int64_t n_, int64_t c_, int64_t s_) const { return (n_ * c + c_) * s + s_; }
+  BN_HD constexpr int64_t offset(int64_t n_, int64_t c_, int64_t s_) const { return (n_ * c + c_) * s + s_; }
 };
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+BN_HD constexpr int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
 
 struct Plan {
   Blocks blocks;
@@ -55,7 +58,7 @@ struct Plan {
   bool bypass_cache;  // of the output, which is not read again soon
   int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile
 
-  constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
+  BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
 };
 
 // Planar: a thread takes whole tiles, so that the second pass finds in its cache what the first one read;

@@ -75,9 +75,7 @@ struct GradientTerm {
     sum = sum + g;
     sum_product = at::vec::fmadd(g, at.read(x) - shift, sum_product);
   }
-  Pair exact(int64_t i, double shift) const {
-    return {static_cast<double>(dy[i]), static_cast<double>(x[i]) - shift};
-  }
+  Pair exact(int64_t i, double shift) const { return {static_cast<double>(dy[i]), static_cast<double>(x[i]) - shift}; }
 };
 
 // u = value - shift, and no w.
@@ -108,12 +106,8 @@ Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& te
 
 // Replaces the sums that overflowed a float or met NaN or Inf.
 template <class T, class Term>
-void repair_sums(const Tile& tile,
-                 const Extent& e,
-                 const Term& term,
-                 const Acc<T>* shift,
-                 double* sum,
-                 double* sum_product) {
+void repair_sums(
+    const Tile& tile, const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) {
   if constexpr (std::is_same_v<Acc<T>, float>) {
     const auto is_finite = [&](int64_t c) { return sum[c] - sum[c] == 0 && sum_product[c] - sum_product[c] == 0; };
     int all_finite = 1;

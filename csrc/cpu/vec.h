@@ -36,9 +36,9 @@ inline Vec<T> load_vec(const T* p, int64_t count = kWidth<T>) {
 #if defined(CPU_CAPABILITY_AVX512)
     const auto mask = static_cast<__mmask16>((1u << count) - 1);
     __m512 wide;
-    at::vec::cvt_to_fp32<T>(count == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
-                                        : _mm256_maskz_loadu_epi16(mask, p),
-                            wide);
+    at::vec::cvt_to_fp32<T>(
+        count == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)) : _mm256_maskz_loadu_epi16(mask, p),
+        wide);
     return wide;
 #elif defined(CPU_CAPABILITY_AVX2)
     __m128i narrow = _mm_setzero_si128();

@@ -2,8 +2,8 @@
 
 #include "ops/batch_norm.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -14,39 +14,21 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 ThreeTensors batch_norm_forward(const Arguments& a) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
-                             .typed<ThreeTensors(const Tensor&,
-                                                 const OptionalTensor&,
-                                                 const OptionalTensor&,
-                                                 const OptionalTensor&,
-                                                 const OptionalTensor&,
-                                                 const OptionalTensor&,
-                                                 bool,
-                                                 std::optional<double>,
-                                                 double)>();
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
+          .typed<ThreeTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                              const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double)>();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(a.input,
-                 a.weight,
-                 a.bias,
-                 a.running_mean,
-                 a.running_var,
-                 a.num_batches_tracked,
-                 a.training,
-                 a.momentum,
-                 a.eps);
+  return op.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked, a.training,
+                 a.momentum, a.eps);
 }
 
 ThreeTensors batch_norm_backward(const BackwardArguments& a) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("bn_ext::batch_norm_backward", "")
-                             .typed<ThreeTensors(const Tensor&,
-                                                 const Tensor&,
-                                                 const OptionalTensor&,
-                                                 const Tensor&,
-                                                 const Tensor&,
-                                                 bool,
-                                                 std::array<bool, 3>)>();
+                             .typed<ThreeTensors(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
+                                                 const Tensor&, bool, std::array<bool, 3>)>();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(a.dy, a.input, a.weight, a.mean, a.invstd, a.training, a.output_mask);
 }
@@ -75,10 +57,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     }
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-    const std::array<bool, 3> wanted = {
-        ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
-    const BackwardArguments a{
-        dy, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool(), wanted};
+    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    const BackwardArguments a{dy, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool(), wanted};
     const bool differentiable = at::GradMode::is_enabled();
     const auto [dx, dweight, dbias] =
         differentiable ? decomposed_backward(a, ctx->saved_data["eps"].toDouble()) : batch_norm_backward(a);
@@ -91,11 +71,17 @@ bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
          (a.bias.has_value() && property(*a.bias));
 }
 
-bool has_tangent(const Tensor& t) { return t.defined() && t._fw_grad(/*level=*/0).defined(); }
+bool has_tangent(const Tensor& t) {
+  return t.defined() && t._fw_grad(/*level=*/0).defined();
+}
 
-bool requires_grad(const Tensor& t) { return t.defined() && t.requires_grad(); }
+bool requires_grad(const Tensor& t) {
+  return t.defined() && t.requires_grad();
+}
 
-bool has_kernels(const Tensor& t) { return t.layout() == at::kStrided && (t.is_cpu() || t.is_meta()); }
+bool has_kernels(const Tensor& t) {
+  return t.layout() == at::kStrided && (t.is_cpu() || t.is_meta());
+}
 
 Tensor batch_norm(const Tensor& input,
                   const OptionalTensor& weight,
@@ -131,8 +117,12 @@ Tensor batch_norm_transformed(const Tensor& input,
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) { m.impl("batch_norm", batch_norm); }
+TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
+  m.impl("batch_norm", batch_norm);
+}
 
-TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) { m.impl("batch_norm", batch_norm_transformed); }
+TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) {
+  m.impl("batch_norm", batch_norm_transformed);
+}
 
 }  // namespace bn::ops

@@ -27,7 +27,9 @@ void bump_version(const OptionalTensor& t) {
   }
 }
 
-Tensor output_like(const Tensor& t, bool wanted) { return wanted ? at::empty_like(t) : at::empty({0}, t.options()); }
+Tensor output_like(const Tensor& t, bool wanted) {
+  return wanted ? at::empty_like(t) : at::empty({0}, t.options());
+}
 
 ThreeTensors batch_norm_forward(const Tensor& input,
                                 const OptionalTensor& weight,
@@ -38,13 +40,13 @@ ThreeTensors batch_norm_forward(const Tensor& input,
                                 bool training,
                                 std::optional<double> momentum,
                                 double eps) {
-  check_inputs(Arguments{
-      input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps});
+  check_inputs(Arguments{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps});
   const View x = view_as_problem(input);
   Tensor output = at::empty_like(x.tensor);
   Tensor mean = empty_statistics(input);
   Tensor invstd = empty_statistics(input);
-  auto* batches = training && num_batches_tracked.has_value() ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
+  auto* batches =
+      training && num_batches_tracked.has_value() ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr;
   if (input.numel() == 0) {
     if (batches != nullptr) {
       ++*batches;
@@ -52,18 +54,9 @@ ThreeTensors batch_norm_forward(const Tensor& input,
     mean.zero_();
     invstd.zero_();
   } else {
-    cpu::batch_norm_forward({x.problem,
-                             x.tensor.const_data_ptr(),
-                             per_channel(weight),
-                             per_channel(bias),
-                             per_channel(running_mean),
-                             per_channel(running_var),
-                             batches,
-                             training,
-                             momentum,
-                             eps,
-                             output.mutable_data_ptr(),
-                             mean.mutable_data_ptr<double>(),
+    cpu::batch_norm_forward({x.problem, x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
+                             per_channel(running_mean), per_channel(running_var), batches, training, momentum, eps,
+                             output.mutable_data_ptr(), mean.mutable_data_ptr<double>(),
                              invstd.mutable_data_ptr<double>()});
   }
   if (training) {
@@ -84,7 +77,8 @@ ThreeTensors batch_norm_backward(const Tensor& dy,
   check_inputs(BackwardArguments{dy, input, weight, mean, invstd, training, output_mask});
   const View x = view_as_problem(input);
   const Tensor g = with_strides_of(dy, x.tensor);
-  const auto parameter = at::empty({0}, mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type())));
+  const auto parameter = at::empty(
+      {0}, mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type())));
   Tensor dx = output_like(x.tensor, output_mask[0]);
   Tensor dweight = at::empty({output_mask[1] ? input.size(1) : 0}, parameter.options());
   Tensor dbias = at::empty({output_mask[2] ? input.size(1) : 0}, parameter.options());
@@ -92,13 +86,8 @@ ThreeTensors batch_norm_backward(const Tensor& dy,
     dweight.zero_();
     dbias.zero_();
   } else {
-    cpu::batch_norm_backward({x.problem,
-                              g.const_data_ptr(),
-                              x.tensor.const_data_ptr(),
-                              per_channel(weight),
-                              mean.const_data_ptr<double>(),
-                              invstd.const_data_ptr<double>(),
-                              training,
+    cpu::batch_norm_backward({x.problem, g.const_data_ptr(), x.tensor.const_data_ptr(), per_channel(weight),
+                              mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
                               output_mask[0] ? dx.mutable_data_ptr() : nullptr,
                               output_mask[1] ? per_channel(dweight) : cpu::PerChannel{},
                               output_mask[2] ? per_channel(dbias) : cpu::PerChannel{}});

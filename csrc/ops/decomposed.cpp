@@ -34,8 +34,8 @@ Tensor call_torch(const Tensor& input,
                   const OptionalTensor& var,
                   const Arguments& a,
                   double momentum) {
-  return at::batch_norm(
-      input, weight, bias, mean, var, a.training, momentum, a.eps, at::globalContext().userEnabledCuDNN());
+  return at::batch_norm(input, weight, bias, mean, var, a.training, momentum, a.eps,
+                        at::globalContext().userEnabledCuDNN());
 }
 
 void update(const OptionalTensor& running, const Tensor& observed, const Tensor& momentum) {
@@ -93,7 +93,8 @@ ThreeTensors decomposed_backward(const BackwardArguments& a, double eps) {
     }
   }
   const Tensor xmu = x - (a.training ? x.mean(others, true) : a.mean.to(type).view(per_channel));
-  const Tensor invstd = a.training ? xmu.square().mean(others, true).add(eps).rsqrt() : a.invstd.to(type).view(per_channel);
+  const Tensor invstd =
+      a.training ? xmu.square().mean(others, true).add(eps).rsqrt() : a.invstd.to(type).view(per_channel);
   const Tensor x_hat = xmu * invstd;
   const Tensor dbias = dy.sum(others, true);
   const Tensor dweight = (dy * x_hat).sum(others, true);

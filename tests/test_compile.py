@@ -1,0 +1,146 @@
+"""torch.compile without graph breaks, training and inference: the same bits as eager."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from modules import SHAPES, assert_same_state
+from problems import same_format
+from torch import Tensor, nn
+
+import bn_ext
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Everything around the batch norms is exact, so that compiled and eager may be compared bit by bit.
+def network(device: str, **options) -> nn.Module:
+    model = nn.Sequential(
+        bn_ext.BatchNorm2d(4, **options),
+        nn.ReLU(),
+        bn_ext.BatchNorm2d(4, **options),
+        nn.Flatten(2),
+        bn_ext.BatchNorm1d(4),
+    )
+    for p in model.parameters():
+        nn.init.uniform_(p, 0.5, 2)
+    return model.to(device)
+
+
+def step(model: nn.Module, input: Tensor, dy: Tensor) -> list[Tensor]:
+    x = input.detach().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.backward(dy)
+    return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_steps_equal(eager: nn.Module, compiled: nn.Module, inputs: list[Tensor]) -> None:
+    for input in inputs:
+        dy = torch.randn_like(eager(input))
+        compiled(input)
+        for one, other in zip(step(compiled, input, dy), step(eager, input, dy), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_training(backend: str, momentum: float | None, layout: torch.memory_format, device: str) -> None:
+    if backend == "inductor" and momentum is None and layout is torch.contiguous_format:
+        momentum = 0.5
+    eager = network(device, momentum=momentum)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    inputs = [torch.randn(5, 4, 6, 6, device=device).to(memory_format=layout) for _ in range(2)]
+    assert_steps_equal(eager, compiled, inputs)
+    assert_same_state(model, eager)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_inference(backend: str, device: str) -> None:
+    eager = network(device).eval()
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        for layout in (torch.contiguous_format, torch.channels_last):
+            input = torch.randn(5, 4, 6, 6, device=device).to(memory_format=layout)
+            assert torch.equal(compiled(input), eager(input))
+    assert_same_state(model, eager)
+
+
+def test_frozen_in_training(device: str) -> None:
+    """Evaluation mode with gradients, as in fine-tuning."""
+    eager = network(device).eval()
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_steps_equal(eager, compiled, [torch.randn(5, 4, 6, 6, device=device)])
+
+
+def test_dynamic_batch(device: str) -> None:
+    eager = network(device)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    assert_steps_equal(eager, compiled, [torch.randn(n, 4, 6, 6, device=device) for n in (5, 3, 8)])
+    assert_same_state(model, eager)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
+def test_constructions(name: str, options: dict, device: str) -> None:
+    eager = getattr(bn_ext, name)(6, device=device, **options)
+    model = copy.deepcopy(eager)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_steps_equal(eager, compiled, [torch.randn(shape, device=device) for shape in SHAPES[name]])
+    assert_same_state(model, eager)
+
+
+def test_functional(device: str) -> None:
+    def call(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return bn_ext.functional.batch_norm(2 * x, mean, var, training=True) - 1
+
+    x = torch.randn(5, 4, 6, 6, device=device)
+    results = []
+    for f in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        statistics = torch.zeros(4, device=device), torch.ones(4, device=device)
+        results.append((f(x, *statistics), *statistics))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_strides_of_the_output(layout: torch.memory_format, device: str) -> None:
+    module = bn_ext.BatchNorm2d(4, device=device)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    input = torch.randn(5, 4, 6, 6, device=device).to(memory_format=layout)
+    assert same_format(compiled(input), input)
+
+
+def test_whole_step_with_optimizer(device: str) -> None:
+    """A convolutional network, loss, backward and update: compiled and eager train alike."""
+    states = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 8, 3), bn_ext.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)
+        ).to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+        def loss_of(x: Tensor, y: Tensor, model=model) -> Tensor:
+            return nn.functional.cross_entropy(model(x), y)
+
+        loss_of = torch.compile(loss_of, backend="inductor", fullgraph=True) if compile else loss_of
+        for _ in range(3):
+            x, y = torch.randn(6, 3, 8, 8, device=device), torch.randint(4, (6,), device=device)
+            optimizer.zero_grad()
+            loss_of(x, y).backward()
+            optimizer.step()
+        states.append(model.state_dict())
+    torch.testing.assert_close(*states)

@@ -1,0 +1,138 @@
+"""Mistakes: the exception that torch raises, named argument and sizes, and nothing changed by a rejected call."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from compare import ulps_off
+from modules import CHANNELS
+from problems import MODES, Problem, Result, Types, run_reference
+from torch import Tensor
+
+import bn_ext
+
+C = CHANNELS
+
+
+def good(device: str) -> dict:
+    """Arguments of a call that is right."""
+    return {
+        "input": torch.randn(4, C, 5, 2, device=device),
+        "running_mean": torch.zeros(C, device=device),
+        "running_var": torch.ones(C, device=device),
+        "weight": torch.ones(C, device=device),
+        "bias": torch.zeros(C, device=device),
+        "training": True,
+    }
+
+
+def long(t: Tensor) -> Tensor:
+    return torch.zeros(C + 1, dtype=t.dtype, device=t.device)
+
+
+# What is wrong, how the right argument is made so, and what the message names.
+MISTAKES = {
+    "running_mean too long": ({"running_mean": long}, "running_mean.*6.*7"),
+    "running_var too long": ({"running_var": long}, "running_var.*6.*7"),
+    "weight too long": ({"weight": long}, "weight.*6.*7"),
+    "bias too long": ({"bias": long}, "bias.*6.*7"),
+    "weight empty": ({"weight": lambda t: t[:0]}, "weight.*6.*0"),
+    "only a mean": ({"running_var": None}, "running_mean and running_var"),
+    "only a variance": ({"running_mean": None}, "running_mean and running_var"),
+    "evaluation without statistics": ({"running_mean": None, "running_var": None, "training": False}, "running_mean"),
+    "evaluation without variance": ({"running_var": None, "training": False}, "running_var"),
+    "one value per channel": ({"input": lambda t: t[:1, :, :1, :1]}, r"more than 1 value per channel.*\[1, 6, 1, 1\]"),
+    "integers": ({"input": lambda t: t.long()}, "not implemented for 'Long'"),
+    "complex": ({"input": lambda t: t + 0j}, "not implemented for 'ComplexFloat'"),
+    "boolean weight": ({"weight": lambda t: t.bool()}, "(?i)weight|mixed dtype"),
+    "double weight": ({"weight": lambda t: t.double()}, "(?i)weight|mixed dtype"),
+    "double bias": ({"bias": lambda t: t.double()}, "(?i)bias|Double"),
+    "double statistics": ({"running_mean": lambda t: t.double()}, "(?i)running_mean|mixed dtype"),
+    "half weight": ({"weight": lambda t: t.half()}, "(?i)weight|mixed dtype"),
+    "weight elsewhere": ({"weight": lambda t: t.to("meta")}, "(?i)device|meta"),
+    "eps zero": ({"eps": 0.0}, "eps must be positive.*0"),
+    "eps negative": ({"eps": -1.0}, "eps must be positive.*-1"),
+    "eps negative in evaluation": ({"eps": -1.0, "training": False}, "eps must be non-negative.*-1"),
+    "differentiable running_mean": ({"running_mean": lambda t: t.clone().requires_grad_()}, "running_mean"),
+    "differentiable running_var": ({"running_var": lambda t: t.clone().requires_grad_()}, "running_var|running_mean"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_rejected_as_by_torch(mistake: str, device: str) -> None:
+    changes, message = MISTAKES[mistake]
+    arguments = good(device)
+    for name, change in changes.items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    with pytest.raises(Exception) as torchs:
+        torch.nn.functional.batch_norm(**arguments)
+    before = {k: (v.detach().clone(), v._version) for k, v in arguments.items() if isinstance(v, Tensor)}
+    with pytest.raises(torchs.type, match=message) as ours:
+        bn_ext.functional.batch_norm(**arguments)
+    assert ours.type is torchs.type, f"{ours.type} where torch raises {torchs.type}"
+    for name, (value, version) in before.items():
+        assert value.is_meta or torch.equal(arguments[name], value), f"a rejected call changed {name}"
+        assert arguments[name]._version == version, f"a rejected call wrote to {name}"
+
+
+@pytest.mark.parametrize("momentum", [None, "a"])
+def test_momentum_is_a_number(momentum, device: str) -> None:
+    """None is the cumulative average, for which the function, unlike the module, has no counter."""
+    arguments = good(device)
+    with pytest.raises((TypeError, ValueError, RuntimeError)):
+        bn_ext.functional.batch_norm(**arguments, momentum=momentum)
+    assert not arguments["running_mean"].any()
+
+
+MODULE_MISTAKES = [
+    ("BatchNorm1d", (C,), ValueError, r"expected 2D or 3D input \(got 1D input\)"),
+    ("BatchNorm1d", (2, C, 3, 3), ValueError, r"expected 2D or 3D input \(got 4D input\)"),
+    ("BatchNorm2d", (2, C, 3), ValueError, r"expected 4D input \(got 3D input\)"),
+    ("BatchNorm3d", (2, C, 3, 3), ValueError, r"expected 5D input \(got 4D input\)"),
+    ("BatchNorm1d", (1, C), ValueError, r"more than 1 value per channel.*\[1, 6\]"),
+    ("BatchNorm2d", (1, C, 1, 1), ValueError, r"more than 1 value per channel.*\[1, 6, 1, 1\]"),
+    ("BatchNorm2d", (2, C + 1, 3, 3), RuntimeError, "running_mean should contain 7 elements not 6"),
+    ("BatchNorm2d", (2, 1, 3, 3), RuntimeError, "running_mean should contain 1 elements not 6"),
+]
+
+
+@pytest.mark.parametrize("mistake", MODULE_MISTAKES, ids=str)
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_rejected_by_the_module(mistake: tuple, momentum: float | None, device: str) -> None:
+    """Unlike torch's, ours does not count the rejected batch."""
+    name, shape, error, message = mistake
+    module = getattr(bn_ext, name)(C, momentum=momentum, device=device)
+    theirs = getattr(torch.nn, name)(C, momentum=momentum, device=device)
+    with pytest.raises(error, match=message):
+        theirs(torch.randn(shape, device=device))
+    with pytest.raises(error, match=message):
+        module(torch.randn(shape, device=device))
+    assert module.num_batches_tracked.item() == 0
+    assert torch.equal(module.running_mean, torch.zeros(C, device=device))
+    assert torch.equal(module.running_var, torch.ones(C, device=device))
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("types", [Types(*t) for t in itertools.product(FLOATS, repeat=3)], ids=str)
+def test_every_mixture_of_number_types(types: Types, training: bool, device: str) -> None:
+    """What torch accepts is accepted; what it refuses is refused with nothing changed, or computed right."""
+    a = Problem((4, C, 5, 2), types=types, mode=MODES[0 if training else 2]).arguments(device)
+    arguments = a.input, a.running_mean, a.running_var, a.weight, a.bias, training
+    expected = run_reference(a)
+    before = a.running_mean.clone(), a.running_var.clone()
+    try:
+        output = bn_ext.functional.batch_norm(*arguments)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            torch.nn.functional.batch_norm(*arguments)
+        assert a.running_mean.equal(before[0]), "a rejected call changed running_mean"
+        assert a.running_var.equal(before[1]), "a rejected call changed running_var"
+        return
+    ours = Result(output, a.running_mean, a.running_var)
+    for part, mine, exact, scale in zip(Result._fields[:3], ours, *expected, strict=False):
+        assert ulps_off(mine, exact, scale) <= 2, f"{part} is wrong"

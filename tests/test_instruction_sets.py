@@ -1,0 +1,28 @@
+"""The core of the suite at every instruction set this CPU has: the level is a process's, so each is a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+CORE = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py"]
+AVAILABLE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_level(level: str) -> None:
+    if not AVAILABLE[level]:
+        pytest.skip(f"this CPU has no {level}")
+    if level == torch.backends.cpu.get_cpu_capability().lower():
+        pytest.skip(f"{level} is what this process runs")
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *CORE]
+    run = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert f"CPU capability {level.upper()}" in run.stdout, run.stdout + run.stderr
+    assert run.returncode == 0, "\n".join(run.stdout.splitlines()[-40:])

@@ -1,0 +1,195 @@
+"""The registered operators themselves: schemas, opcheck, what each returns, meta and fake tensors."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from problems import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    MODES,
+    Mode,
+    Problem,
+    channels_last,
+    contiguous,
+    same_format,
+    strided,
+    transposed,
+    unaligned,
+)
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from bn_ext import reference
+
+OPS = torch.ops.bn_ext
+MUTABLE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
+FORWARD = f"(Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}, bool training, float? momentum, float eps)"
+SCHEMAS = {
+    "batch_norm": f"{FORWARD} -> Tensor",
+    "batch_norm_forward": f"{FORWARD} -> (Tensor output, Tensor mean, Tensor invstd)",
+    "batch_norm_backward": "(Tensor dy, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
+    "bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema(name: str) -> None:
+    op = getattr(OPS, name).default
+    assert str(op._schema) == f"bn_ext::{name}{SCHEMAS[name]}"
+    assert torch.Tag.pt2_compliant_tag in op.tags
+
+
+def forward_arguments(problem: Problem, device: str, gradients: bool = False, momentum: float | None = 0.1) -> tuple:
+    a = problem.arguments(device)
+    counter = torch.tensor(3, device=device) if problem.mode.running else None
+    input, weight, bias = (None if t is None else t.requires_grad_(gradients) for t in (a.input, a.weight, a.bias))
+    return input, weight, bias, a.running_mean, a.running_var, counter, a.training, momentum, a.eps
+
+
+def backward_arguments(problem: Problem, device: str, mask: tuple[bool, bool, bool] = (True, True, True)) -> tuple:
+    a = problem.arguments(device)
+    statistics = OPS.batch_norm_forward(*forward_arguments(problem, device))[1:]
+    return a.dy, a.input, a.weight, *statistics, a.training, list(mask)
+
+
+TRAINING, BATCH, EVALUATION = MODES
+PROBLEMS = [
+    Problem((5, 3)),
+    Problem((5, 3), strided, BFLOAT, EVALUATION),
+    Problem((3, 4, 5), channels_last, BFLOAT, TRAINING, bias=False),
+    Problem((3, 4, 5), mode=EVALUATION, weight=False),
+    Problem((3, 4, 2, 3), contiguous, BFLOAT, BATCH),
+    Problem((3, 4, 2, 3), channels_last, FLOAT, TRAINING),
+    Problem((3, 4, 2, 3), channels_last, FLOAT, BATCH, weight=False, bias=False),
+    Problem((3, 4, 2, 3), strided, FLOAT, TRAINING, weight=False),
+    Problem((3, 4, 2, 3), transposed, FLOAT, EVALUATION),
+    Problem((2, 4, 2, 3, 2), channels_last, BFLOAT, EVALUATION, weight=False, bias=False),
+    Problem((2, 4, 2, 3, 2), unaligned, FLOAT, TRAINING),
+]
+
+
+def named(p: Problem) -> str:
+    return f"{p}-{p.mode}" + "-weight" * p.weight + "-bias" * p.bias
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_opcheck_batch_norm(problem: Problem, gradients: bool, device: str) -> None:
+    torch.library.opcheck(OPS.batch_norm.default, forward_arguments(problem, device, gradients))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+def test_opcheck_lower_operators(problem: Problem, device: str) -> None:
+    torch.library.opcheck(OPS.batch_norm_forward.default, forward_arguments(problem, device))
+    mask = (True, problem.weight, problem.bias)
+    torch.library.opcheck(OPS.batch_norm_backward.default, backward_arguments(problem, device, mask))
+
+
+def test_opcheck_cumulative_average(device: str) -> None:
+    torch.library.opcheck(OPS.batch_norm.default, forward_arguments(PROBLEMS[0], device, True, momentum=None))
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("offset", [2.0, 1e6])
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
+    """In float64: those of the batch to better than float32 of the deviation, the running ones exactly."""
+    problem = Problem((5, 19, 33, 7), layout, mode=mode, offset=offset)
+    input, *_, running_mean, running_var, _, _, _, eps = arguments = forward_arguments(problem, device)
+    _, mean, invstd = OPS.batch_norm_forward(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
+    assert mean.dtype == invstd.dtype == torch.float64
+    assert mean.shape == invstd.shape == (19,)
+    if not mode.training:
+        assert torch.equal(mean, running_mean.double())
+        torch.testing.assert_close(invstd, (running_var.double() + eps).rsqrt(), rtol=1e-15, atol=0)
+        return
+    exact_mean, exact_var = reference.statistics(input)
+    deviation = exact_var.sqrt()
+    assert ((mean - exact_mean).abs() / deviation).max() < 2**-24
+    torch.testing.assert_close(invstd, (exact_var + eps).rsqrt(), rtol=2**-24, atol=0)
+
+
+@pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.weight and p.bias], ids=named)
+def test_output_mask(problem: Problem, mask: tuple[bool, bool, bool], device: str) -> None:
+    """What is asked for is bitwise the same whatever else is; what is not has no elements."""
+    arguments = backward_arguments(problem, device)
+    every = OPS.batch_norm_backward(*arguments)
+    for name, wanted, one, other in zip(
+        ("dx", "dweight", "dbias"), mask, OPS.batch_norm_backward(*arguments[:-1], list(mask)), every, strict=True
+    ):
+        assert torch.equal(one, other) if wanted else one.numel() == 0, name
+
+
+def test_counter(device: str) -> None:
+    arguments = list(forward_arguments(Problem((5, 3)), device))
+    counter = arguments[5]
+    OPS.batch_norm(*arguments)
+    assert counter.item() == 4
+    arguments[6] = False
+    OPS.batch_norm(*arguments)
+    assert counter.item() == 4
+
+
+# ---------------------------------------------------------------------------------------------- without data
+
+
+def assert_alike(one: Tensor, other: Tensor) -> None:
+    assert (one.shape, one.dtype) == (other.shape, other.dtype)
+    assert same_format(one, other)
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+def test_fake_tensors(problem: Problem, device: str) -> None:
+    """Shapes, dtypes and strides as of real ones, also of the gradients; the counter is not read."""
+    arguments = forward_arguments(problem, device, gradients=True, momentum=None if problem.mode.running else 0.1)
+    real = OPS.batch_norm(*arguments)
+    leaves = [t for t in arguments[:3] if t is not None]
+    real_grads = torch.autograd.grad(real.sum(), leaves)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments]
+        fake = OPS.batch_norm(*fakes)
+        fake_grads = torch.autograd.grad(fake.sum(), [t for t in fakes[:3] if t is not None])
+    assert_alike(fake, real)
+    for one, other in zip(fake_grads, real_grads, strict=True):
+        assert_alike(one, other)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_meta_device(training: bool) -> None:
+    import bn_ext  # noqa: PLC0415
+
+    module = bn_ext.BatchNorm2d(3, device="meta").train(training)
+    input = torch.randn(2, 3, 4, 5, device="meta").to(memory_format=torch.channels_last).requires_grad_()
+    output = module(input)
+    assert output.is_meta
+    assert same_format(output, input)
+    output.sum().backward()
+    assert input.grad.shape == input.shape
+    assert module.weight.grad.shape == (3,)
+
+
+# ---------------------------------------------------------------------------------------------- strided vectors
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_strided_parameters_and_statistics(types, layout, training: bool, device: str) -> None:
+    """Every second element of a longer vector; the others are neither read nor written."""
+    problem = Problem((3, 7, 4, 5), layout, types, Mode(training, True))
+    arguments = list(forward_arguments(problem, device))
+    expected = [t.clone() if isinstance(t, Tensor) else t for t in arguments]
+    reference_output = OPS.batch_norm(*expected)
+    wide = {}
+    for i in (1, 2, 3, 4):
+        wide[i] = torch.full((14,), torch.nan, dtype=arguments[i].dtype, device=device)
+        arguments[i] = wide[i][::2].copy_(arguments[i])
+    assert torch.equal(OPS.batch_norm(*arguments), reference_output)
+    for i in (3, 4):
+        assert torch.equal(arguments[i], expected[i])
+        assert wide[i][1::2].isnan().all(), "written between the elements"

@@ -1,0 +1,153 @@
+"""Around a training step: autocast, activation checkpointing, DistributedDataParallel."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from modules import assert_agree, pair
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import bn_ext
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        nn.BatchNorm2d(4),
+        nn.Flatten(2),
+        nn.BatchNorm1d(4),
+    )
+
+
+def converted(model: nn.Module) -> nn.Module:
+    return bn_ext.convert(copy.deepcopy(model))
+
+
+# ---------------------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_types(dtype: torch.dtype, training: bool, device: str) -> None:
+    """As torch's: a half input stays half beside float32 parameters, a float32 input stays float32."""
+    for given in (dtype, torch.float32):
+        mine, theirs = pair("BatchNorm2d", 3, device=device)
+        exactly = copy.deepcopy(theirs).double()
+        input = torch.randn(4, 3, 6, 6, device=device).to(given)
+        dy = torch.randn_like(input)
+        results = []
+        for module, enabled in (mine, True), (theirs, True), (exactly, False):
+            x = (input if enabled else input.double()).requires_grad_()
+            with torch.autocast(device, dtype, enabled=enabled):
+                output = module.train(training)(x)
+            grads = torch.autograd.grad(output, (x, *module.parameters()), dy.to(output.dtype))
+            results.append([output.detach(), *grads, module.running_mean])
+        for one, other, exact in zip(*results, strict=True):
+            assert_agree(one, other, exact, f"{given}")
+
+
+def test_autocast_network(device: str) -> None:
+    model = network().to(device)
+    input = torch.randn(8, 3, 9, 9, device=device)
+    outputs = []
+    for twin in (model, converted(model)):
+        with torch.autocast(device, torch.bfloat16):
+            output = twin(input)
+        output.float().square().sum().backward()
+        outputs.append(output)
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    torch.testing.assert_close(*outputs, rtol=2**-7, atol=2**-6)
+
+
+# ---------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_checkpoint(reentrant: bool, momentum: float | None, device: str) -> None:
+    """Same gradients as without, bit by bit; statistics and counter move as often as torch's do."""
+    model = bn_ext.convert(network()).to(device)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = momentum
+    theirs = bn_ext.revert(copy.deepcopy(model))
+    plain = copy.deepcopy(model)
+    input = torch.randn(4, 3, 7, 7, device=device, requires_grad=True)
+    dy = torch.randn(4, 4, 25, device=device)
+    (expected,) = torch.autograd.grad(plain(input), input, dy)
+    for twin in (model, theirs):
+        output = checkpoint(twin, input, use_reentrant=reentrant)
+        input.grad = None
+        output.backward(dy)
+        if twin is model:
+            assert torch.equal(input.grad, expected)
+    state, their_state = model.state_dict(), theirs.state_dict()
+    for name, value in state.items():
+        torch.testing.assert_close(value, their_state[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+# ---------------------------------------------------------------------------------------------- DDP
+
+RANKS = 2
+
+
+def _inputs(rank: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(3 + rank, 3, 7, 7, generator=generator) for _ in range(2)]
+
+
+def _gradients(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """Of one loss over two forwards."""
+    sum(model(x).square().mul(torch.arange(25)).mean() for x in inputs).backward()
+    return [p.grad for p in model.parameters()]
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    model = torch.load(f"{folder}/model.pt", weights_only=False)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for _ in range(2):
+        wrapped.zero_grad()
+        gradients = _gradients(wrapped, _inputs(rank))
+    torch.save((gradients, model.state_dict()), f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_forwards_under_ddp(tmp_path: Path) -> None:
+    """DDP writes rank 0's buffers over everyone's before each forward; the backward of both must not mind."""
+    model = bn_ext.convert(network())
+    torch.save(model, tmp_path / "model.pt")
+    workers = torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=RANKS, join=False)
+    deadline = time.monotonic() + 120
+    try:
+        while not workers.join(timeout=1):  # True once all have ended
+            assert time.monotonic() < deadline, "the workers hang"
+    finally:
+        for process in workers.processes:
+            process.kill()
+    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(RANKS)]
+    torch.set_num_threads(1)  # as the workers: the convolution's bits depend on it
+    alone = []
+    for rank in range(RANKS):
+        twin = copy.deepcopy(model)
+        for _ in range(2):
+            twin.zero_grad()
+            gradients = _gradients(twin, _inputs(rank))
+        alone.append((gradients, twin.state_dict()))
+    mean = [sum(gs) / RANKS for gs in zip(*(gradients for gradients, _ in alone), strict=True)]
+    for gradients, _ in ranks:
+        torch.testing.assert_close(gradients, mean)
+    assert all(map(torch.equal, ranks[0][1].values(), alone[0][1].values())), "rank 0's statistics are its own"
+    assert ranks[1][1]["1.num_batches_tracked"].item() == 4
