@@ -96,7 +96,9 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
             raise ValueError(f"{path}: damaged gzip file ({error})") from None
     magic = bytes([0, 0, UNSIGNED_BYTE, dims])
     if not content.startswith(magic):
-        raise ValueError(f"{path}: expected an IDX file starting with {magic.hex()}, got {content[:4].hex() or 'nothing'}")
+        raise ValueError(
+            f"{path}: expected an IDX file starting with {magic.hex()}, got {content[:4].hex() or 'nothing'}"
+        )
     start = 4 + 4 * dims
     if len(content) < start:
         raise ValueError(f"{path}: truncated in the header, {len(content)} of {start} bytes")

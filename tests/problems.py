@@ -279,10 +279,18 @@ def run_reference(a: Arguments, backward: bool = False) -> Expected:
     if not backward:
         return Expected(result, result)
     dx, dweight, dbias = reference.backward(a.dy, input, a.weight, mean, var, a.eps, a.training)
-    first_term, _, _ = reference.backward(a.dy, input, a.weight, mean, var, a.eps, training=False)
-    scale = Result(result.output, *running, dx=first_term, dweight=dweight, dbias=dbias)
+    # A sum may cancel to next to nothing: it counts as no smaller than terms of random sign would make it.
+    dy, x_hat = a.dy.double(), reference.forward(input, None, None, mean, var, a.eps)
+    dweight_size, dbias_size = ((dy * u).square().sum(others).sqrt() for u in (x_hat, 1))
+    scale = Result(
+        result.output,
+        *running,
+        dx=reference.backward(dy, input, a.weight, mean, var, a.eps, training=False)[0],
+        dweight=torch.maximum(dweight.abs(), dweight_size),
+        dbias=torch.maximum(dbias.abs(), dbias_size),
+    )
     if a.input.dtype == torch.float64:  # the mean is rounded to the same float64, and that error is times dbias
-        scale = scale._replace(dweight=dweight.abs() + ((bulk + mean) * dbias * (var + a.eps).rsqrt()).abs())
+        scale = scale._replace(dweight=scale.dweight + ((bulk + mean) * dbias * (var + a.eps).rsqrt()).abs())
     has_weight, has_bias = a.weight is not None, a.bias is not None
     result = result._replace(dx=dx, dweight=dweight if has_weight else None, dbias=dbias if has_bias else None)
     return Expected(result, scale)

@@ -70,7 +70,9 @@ BN_HD Backward<A> backward_coefficients(
   const SplitMean<A> split(mean);
   const double scale = weight * invstd;
   const double slope = -scale * invstd * invstd * (sums.dy_xmu / count);
-  const double offset = -scale * (sums.dy / count) - slope * split.rest;
+  const double rest =
+      slope - slope == 0 ? slope * split.rest : 0;  // an infinite gradient goes where the formula puts it
+  const double offset = -scale * (sums.dy / count) - rest;
   return {split.shift, static_cast<A>(scale), static_cast<A>(slope), static_cast<A>(offset)};
 }
 

@@ -7,6 +7,11 @@
 // What a batch norm computes of each channel: moments, merged in double precision.
 namespace bn {
 
+template <class A>
+BN_HD A finite_or_zero(A value) {
+  return value - value == 0 ? value : 0;
+}
+
 // Number, mean and sum of squared deviations from the mean of a set of values.
 struct Moments {
   double count = 0;

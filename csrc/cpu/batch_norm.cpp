@@ -142,6 +142,7 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   const auto reduce = [&](const Tile& tile, int64_t chunk) {
     kernels.moments(tile, args.x, partial_mean + chunk * c, partial_m2 + chunk * c);
   };
+  const PerChannel first{const_cast<void*>(args.x), args.problem.dtype, blocks.s};
   const auto merge_chunks = [&](int64_t begin, int64_t end) {
     double count = counts[0];
     for (int64_t chunk = 1; chunk < blocks.chunks; count += counts[chunk++]) {
@@ -160,7 +161,8 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
     for (int64_t i = begin; i < end; ++i) {
       double var;
       if (args.training) {
-        const Moments all{static_cast<double>(args.problem.count()), partial_mean[i], partial_m2[i]};
+        const double origin = finite_or_zero(first.get(i, 0));
+        const Moments all{static_cast<double>(args.problem.count()), origin + partial_mean[i], partial_m2[i]};
         args.mean[i] = all.mean;
         var = biased_variance(all);
         if (args.running_mean) {

@@ -23,10 +23,11 @@ struct Interleaved {
   template <class Term>
   void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
     alignas(64) Acc<T> shifts[kMaxLanes];
-    alignas(64) Acc<T> u[kMaxLanes];
-    alignas(64) Acc<T> uw[kMaxLanes];
-    std::memset(u, 0, copies * tile.channels() * sizeof(Acc<T>));
-    std::memset(uw, 0, copies * tile.channels() * sizeof(Acc<T>));
+    alignas(64) double u[kMaxLanes];
+    alignas(64) double uw[kMaxLanes];
+    const int64_t used = copies * tile.channels() + kWidth<T>;
+    std::fill_n(u, used, 0.0);
+    std::fill_n(uw, used, 0.0);
     repeat(shift, shifts);
     for_each_part(e, [&](int64_t start, int64_t rows, int64_t stride, int64_t lanes) {
       int64_t r = 0;
@@ -96,16 +97,15 @@ struct Interleaved {
 
   template <int kRows, class Term>
   static void add_rows(
-      Term term, int64_t start, int64_t stride, int64_t lanes, const Acc<T>* shifts, Acc<T>* sum, Acc<T>* sum_product) {
+      Term term, int64_t start, int64_t stride, int64_t lanes, const Acc<T>* shifts, double* sum, double* sum_product) {
     const auto add = [&](int64_t i, const auto& place) {
       const auto shift = Vec<T>::loadu(shifts + i);
-      auto u = Vec<T>::loadu(sum + i);
-      auto uw = Vec<T>::loadu(sum_product + i);
+      Vec<T> u(0), uw(0);
       for (int64_t r = 0; r < kRows; ++r) {
         term.add(place(start + r * stride + i), shift, u, uw);
       }
-      u.store(sum + i);
-      uw.store(sum_product + i);
+      add_to_lanes<T>(sum + i, u);
+      add_to_lanes<T>(sum_product + i, uw);
     };
     int64_t i = 0;
     for (; i + kWidth<T> <= lanes; i += kWidth<T>) {

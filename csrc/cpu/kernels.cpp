@@ -12,41 +12,46 @@
 namespace bn::cpu {
 namespace {
 
-// Around the mean of the values before a block, which nothing in the block can be far from unless the
-// variance is as large; the first block goes around its own mean, found in a pass of its own.
+// Each block is summed around the mean of the values before it, which nothing in the block can be far from
+// unless the variance is as large; the first block around its own mean, found in a pass of its own. Means
+// are kept as distances from the channel's first value: where that is like the others, no digit is lost to
+// their common offset, and the mean of equal values is exactly that value.
 template <template <class> class Rows, class T>
 void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   const auto* x = static_cast<const T*>(x_);
   const Rows<T> rows{tile};
-  const MomentTerm<T> term{x};
+  double origin[Rows<T>::kMaxChannels];
   Acc<T> shift[Rows<T>::kMaxChannels];
   double sum[Rows<T>::kMaxChannels];
   double sum_sq[Rows<T>::kMaxChannels];
   mean += tile.c0;
   m2 += tile.c0;
+  for (int64_t c = 0; c < tile.channels(); ++c) {
+    origin[c] = finite_or_zero(static_cast<double>(x[tile.blocks.offset(0, tile.c0 + c, 0)]));
+    mean[c] = 0;
+    m2[c] = 0;
+  }
+  const auto set_shift = [&] {
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      shift[c] = finite_or_zero(static_cast<Acc<T>>(origin[c] + mean[c]));
+    }
+  };
   double count = 0;
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     const Extent e = tile.blocks.extent(b);
     const auto block_count = static_cast<double>(e.count());
+    set_shift();
     if (b == tile.b0) {
-      // Sums are taken from the first value on, so that the mean of equal values is exactly that value.
-      for (int64_t c = 0; c < tile.channels(); ++c) {
-        const auto first = static_cast<Acc<T>>(x[tile.blocks.offset(e.n0, tile.c0 + c, e.s0)]);
-        shift[c] = first - first == 0 ? first : 0;
-      }
       rows.sums(e, SumTerm<T>{x}, shift, sum, sum_sq);
       for (int64_t c = 0; c < tile.channels(); ++c) {
-        mean[c] = shift[c] + sum[c] / block_count;
-        m2[c] = 0;
+        mean[c] = sum[c] / block_count;
       }
+      set_shift();
     }
+    rows.sums(e, MomentTerm<T>{x}, shift, sum, sum_sq);
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      const auto near = static_cast<Acc<T>>(mean[c]);
-      shift[c] = near - near == 0 ? near : 0;
-    }
-    rows.sums(e, term, shift, sum, sum_sq);
-    for (int64_t c = 0; c < tile.channels(); ++c) {
-      const Moments all = merge({count, mean[c], m2[c]}, shifted_moments(block_count, shift[c], sum[c], sum_sq[c]));
+      const Moments block = shifted_moments(block_count, shift[c] - origin[c], sum[c], sum_sq[c]);
+      const Moments all = merge({count, mean[c], m2[c]}, block);
       mean[c] = all.mean;
       m2[c] = all.m2;
     }

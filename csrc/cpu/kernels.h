@@ -25,6 +25,7 @@ struct Tile {
 // their layout and of the problem's dtype; everything per channel starts at channel 0. `shift`, `scale`,
 // `slope` and `offset` are of the accumulation type: float, or double for float64.
 struct Kernels {
+  // mean is the distance from the channel's first value, or, where that is not finite, from 0.
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
   void (*normalize)(
       const Tile&, const void* x, const void* shift, const void* scale, const void* offset, void* y, bool bypass_cache);

@@ -16,8 +16,8 @@ struct Planar {
   // Per channel of the tile, the sums over a block of u and of u * w; `shift` per channel of the tile.
   template <class Term>
   void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
-    alignas(64) Acc<T> u[kMaxChannels][kWidth<T>];
-    alignas(64) Acc<T> uw[kMaxChannels][kWidth<T>];
+    alignas(64) double u[kMaxChannels][kWidth<T>];
+    alignas(64) double uw[kMaxChannels][kWidth<T>];
     std::memset(u, 0, tile.channels() * sizeof(u[0]));
     std::memset(uw, 0, tile.channels() * sizeof(uw[0]));
     const int64_t length = e.s1 - e.s0;
@@ -53,37 +53,40 @@ struct Planar {
   }
 
  private:
+  // Chains of at most four additions, four of them side by side to hide their latency, end in double lanes.
   template <class Term>
   static void add_row(Term term,
                       int64_t start,
                       int64_t length,
                       const Vec<T>& mask,
                       const Vec<T>& shift,
-                      Acc<T>* lanes_of_sum,
-                      Acc<T>* lanes_of_product) {
-    auto sum = Vec<T>::loadu(lanes_of_sum);
-    auto product = Vec<T>::loadu(lanes_of_product);
+                      double* sum,
+                      double* sum_product) {
     constexpr int64_t w = kWidth<T>;
     int64_t i = 0;
-    if (length >= 4 * w) {  // four chains of additions hide their latency
-      Vec<T> sum1(0), sum2(0), sum3(0), product1(0), product2(0), product3(0);
-      for (; i + 4 * w <= length; i += 4 * w) {
-        term.add(Whole<T>{start + i}, shift, sum, product);
-        term.add(Whole<T>{start + i + w}, shift, sum1, product1);
-        term.add(Whole<T>{start + i + 2 * w}, shift, sum2, product2);
-        term.add(Whole<T>{start + i + 3 * w}, shift, sum3, product3);
+    while (i + 4 * w <= length) {
+      const int64_t end = std::min(i + 16 * w, length);
+      Vec<T> u0(0), u1(0), u2(0), u3(0), uw0(0), uw1(0), uw2(0), uw3(0);
+      for (; i + 4 * w <= end; i += 4 * w) {
+        term.add(Whole<T>{start + i}, shift, u0, uw0);
+        term.add(Whole<T>{start + i + w}, shift, u1, uw1);
+        term.add(Whole<T>{start + i + 2 * w}, shift, u2, uw2);
+        term.add(Whole<T>{start + i + 3 * w}, shift, u3, uw3);
       }
-      sum = (sum + sum1) + (sum2 + sum3);
-      product = (product + product1) + (product2 + product3);
-    }
-    for (; i + w <= length; i += w) {
-      term.add(Whole<T>{start + i}, shift, sum, product);
+      add_to_lanes<T>(sum, (u0 + u1) + (u2 + u3));
+      add_to_lanes<T>(sum_product, (uw0 + uw1) + (uw2 + uw3));
     }
     if (i < length) {
-      term.add(Part<T>{start + i, length - i, mask}, shift, sum, product);
+      Vec<T> u(0), uw(0);
+      for (; i + w <= length; i += w) {
+        term.add(Whole<T>{start + i}, shift, u, uw);
+      }
+      if (i < length) {
+        term.add(Part<T>{start + i, length - i, mask}, shift, u, uw);
+      }
+      add_to_lanes<T>(sum, u);
+      add_to_lanes<T>(sum_product, uw);
     }
-    sum.store(lanes_of_sum);
-    product.store(lanes_of_product);
   }
 
   template <int K, class F>

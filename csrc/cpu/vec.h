@@ -183,8 +183,35 @@ inline Vec<T> lane_mask(int64_t count) {
   return Vec<T>::loadu(lanes);
 }
 
+// lanes[i] += v[i]: where short chains of additions in the accumulation type end.
 template <class T>
-inline double sum_of_lanes(const Acc<T>* lanes) {
+inline void add_to_lanes(double* lanes, const Vec<T>& v) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if constexpr (!std::is_same_v<T, double>) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+    _mm512_storeu_pd(lanes, _mm512_add_pd(_mm512_loadu_pd(lanes), low));
+    _mm512_storeu_pd(lanes + 8, _mm512_add_pd(_mm512_loadu_pd(lanes + 8), high));
+    return;
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  if constexpr (!std::is_same_v<T, double>) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
+    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+    _mm256_storeu_pd(lanes, _mm256_add_pd(_mm256_loadu_pd(lanes), low));
+    _mm256_storeu_pd(lanes + 4, _mm256_add_pd(_mm256_loadu_pd(lanes + 4), high));
+    return;
+  }
+#endif
+  alignas(64) Acc<T> values[kWidth<T>];
+  v.store(values);
+  for (int64_t i = 0; i < kWidth<T>; ++i) {
+    lanes[i] += values[i];
+  }
+}
+
+template <class T>
+inline double sum_of_lanes(const double* lanes) {
   double sums[4] = {};
   for (int64_t i = 0; i < kWidth<T>; i += 4) {
     for (int64_t k = 0; k < 4; ++k) {

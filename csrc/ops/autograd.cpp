@@ -41,10 +41,11 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
   static Tensor forward(AutogradContext* ctx,
                         const Tensor& input,
                         const OptionalTensor& weight,
-                        const OptionalTensor& /*bias*/,
+                        const OptionalTensor& bias,
                         const Arguments& a) {
     const auto [output, mean, invstd] = batch_norm_forward(a);
     ctx->save_for_backward({input, weight.value_or(Tensor()), mean, invstd});
+    ctx->saved_data["biased"] = bias.has_value();
     ctx->saved_data["training"] = a.training;
     ctx->saved_data["eps"] = a.eps;
     return output;
@@ -57,7 +58,12 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     }
     const variable_list saved = ctx->get_saved_variables();
     const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
-    const std::array<bool, 3> wanted = {ctx->needs_input_grad(0), ctx->needs_input_grad(1), ctx->needs_input_grad(2)};
+    // Autograd numbers the tensors that are there.
+    size_t edge = 0;
+    std::array<bool, 3> wanted{};
+    wanted[0] = ctx->needs_input_grad(edge++);
+    wanted[1] = weight.has_value() && ctx->needs_input_grad(edge++);
+    wanted[2] = ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(edge++);
     const BackwardArguments a{dy, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool(), wanted};
     const bool differentiable = at::GradMode::is_enabled();
     const auto [dx, dweight, dbias] =
@@ -93,7 +99,7 @@ Tensor batch_norm(const Tensor& input,
                   std::optional<double> momentum,
                   double eps) {
   const Arguments a{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
-  if (!has_kernels(input) || any_of(a, has_tangent)) {
+  if (!has_kernels(input) || input.dim() < 2 || any_of(a, has_tangent)) {
     return decomposed(a);
   }
   if (at::GradMode::is_enabled() && any_of(a, requires_grad)) {

@@ -47,7 +47,7 @@ void update(const OptionalTensor& running, const Tensor& observed, const Tensor&
 }  // namespace
 
 Tensor decomposed(const Arguments& a) {
-  if (!a.input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+  if (a.input.dim() >= 2 && !a.input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
     check_inputs(a);
   }
   const bool counts = a.training && a.num_batches_tracked.has_value();
