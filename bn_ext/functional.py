@@ -38,12 +38,15 @@ def batch_norm(
         (N, C, *), the dtype and memory format of ``input``.
 
     Raises:
-        ValueError: in training, one value per channel, or ``eps`` not positive.
+        ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
+        TypeError: a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
     """
+    if momentum is None:  # to the operator it means a cumulative average
+        raise TypeError("batch_norm(): momentum must be a number, got None")
     if exporting():
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return torch.ops.bn_ext.batch_norm.default(

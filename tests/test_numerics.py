@@ -76,7 +76,8 @@ def test_almost_constant_channels(layout, value: float, device: str) -> None:
 def test_one_outlier(layout, device: str) -> None:
     a = Problem((3, 35, 15, 9), layout).arguments(device)
     a.input[1, :, 3, 4] = 1e8
-    check_arguments(a, True, "outlier")
+    # The outlier's own gradient is the difference of equals: a draw of four roundings, by us and by torch.
+    check_arguments(a, True, "outlier", slack=2.0)
 
 
 @both_layouts

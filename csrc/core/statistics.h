@@ -1,16 +1,12 @@
 #pragma once
 
 #include "core/host_device.h"
+#include "core/numbers.h"
 
 #include <cmath>
 
 // What a batch norm computes of each channel: moments, merged in double precision.
 namespace bn {
-
-template <class A>
-BN_HD A finite_or_zero(A value) {
-  return value - value == 0 ? value : 0;
-}
 
 // Number, mean and sum of squared deviations from the mean of a set of values.
 struct Moments {
@@ -33,7 +29,7 @@ BN_HD Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   const double part = b.count / count;
   const double delta = b.mean - a.mean;
-  const double mean = delta - delta == 0 ? a.mean + delta * part : a.mean + b.mean;
+  const double mean = is_finite(delta) ? a.mean + delta * part : a.mean + b.mean;
   return {count, mean, a.m2 + b.m2 + delta * delta * a.count * part};
 }
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/numbers.h"
 #include "cpu/plan.h"
 #include "cpu/vec.h"
 
@@ -109,16 +110,16 @@ template <class T, class Term>
 void repair_sums(
     const Tile& tile, const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) {
   if constexpr (std::is_same_v<Acc<T>, float>) {
-    const auto is_finite = [&](int64_t c) { return sum[c] - sum[c] == 0 && sum_product[c] - sum_product[c] == 0; };
+    const auto both_finite = [&](int64_t c) { return is_finite(sum[c]) && is_finite(sum_product[c]); };
     int all_finite = 1;
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      all_finite &= is_finite(c);
+      all_finite &= both_finite(c);
     }
     if (all_finite) {
       return;
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      if (!is_finite(c)) {
+      if (!both_finite(c)) {
         const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, shift[c]);
         sum[c] = u;
         sum_product[c] = w;

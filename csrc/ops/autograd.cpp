@@ -85,8 +85,20 @@ bool requires_grad(const Tensor& t) {
   return t.defined() && t.requires_grad();
 }
 
-bool has_kernels(const Tensor& t) {
-  return t.layout() == at::kStrided && (t.is_cpu() || t.is_meta());
+// Whether there are kernels for the input; torch answers for what is not like that, with results or errors.
+bool has_kernels(const Arguments& a) {
+  return a.input.layout() == at::kStrided && (a.input.is_cpu() || a.input.is_meta()) && a.input.dim() >= 2;
+}
+
+void check_devices_and_gradients(const Arguments& a) {
+  for (const OptionalTensor* t : {&a.weight, &a.bias, &a.running_mean, &a.running_var, &a.num_batches_tracked}) {
+    TORCH_CHECK(!t->has_value() || (*t)->device() == a.input.device(), "batch_norm: input is on ", a.input.device(),
+                " but a parameter or statistic is on ", (*t)->device());
+  }
+  for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
+    TORCH_CHECK(!t->has_value() || !(*t)->requires_grad(),
+                "batch_norm: running_mean and running_var cannot require gradients");
+  }
 }
 
 Tensor batch_norm(const Tensor& input,
@@ -99,9 +111,10 @@ Tensor batch_norm(const Tensor& input,
                   std::optional<double> momentum,
                   double eps) {
   const Arguments a{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
-  if (!has_kernels(input) || input.dim() < 2 || any_of(a, has_tangent)) {
+  if (!has_kernels(a) || any_of(a, has_tangent)) {
     return decomposed(a);
   }
+  check_devices_and_gradients(a);
   if (at::GradMode::is_enabled() && any_of(a, requires_grad)) {
     return BatchNorm::apply(input, weight, bias, a);
   }

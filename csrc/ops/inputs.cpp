@@ -48,20 +48,23 @@ void check_statistics(const char* name, const Tensor& t, const Tensor& input) {
 
 void check_inputs(const Arguments& a) {
   check_input(a.input);
-  const int64_t channels = a.input.size(1);
   if (a.training) {
-    if (a.input.numel() == channels) {
-      std::ostringstream sizes;
-      sizes << a.input.sizes();
-      TORCH_CHECK_VALUE(false, "Expected more than 1 value per channel when training, got input size torch.Size(",
-                        sizes.str(), ")");
+    int64_t count = a.input.size(0);
+    for (const int64_t size : a.input.sizes().slice(2)) {
+      count *= size;
     }
+    std::ostringstream sizes;
+    sizes << a.input.sizes();
+    TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got input size torch.Size(",
+                      sizes.str(), ")");
     TORCH_CHECK_VALUE(a.eps > 0, "batch_norm eps must be positive during training, but got ", a.eps);
   } else {
     TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm eps must be non-negative, but got ", a.eps);
     TORCH_CHECK(a.running_mean.has_value() && a.running_var.has_value(),
                 "running_mean and running_var must be defined in evaluation mode");
   }
+  TORCH_CHECK_VALUE(a.running_mean.has_value() == a.running_var.has_value(),
+                    "running_mean and running_var must either both be None or neither be None");
   check_per_channel("running_mean", a.running_mean, a.input);
   check_per_channel("running_var", a.running_var, a.input);
   check_per_channel("weight", a.weight, a.input);
