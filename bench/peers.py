@@ -101,9 +101,9 @@ def onednn(problem: Problem) -> Peer:
 
 def inductor(problem: Problem) -> Peer:
     """``torch.compile`` of the function alone, for this shape and this number of threads."""
-    import torch._dynamo  # noqa: PLC0415 - slow to load, and only needed here
-    import torch._functorch.config  # noqa: PLC0415
-    import torch._inductor.config  # noqa: PLC0415
+    import torch._dynamo
+    import torch._functorch.config
+    import torch._inductor.config
 
     torch._dynamo.reset()
     settings = (

@@ -221,10 +221,10 @@ def _panel(axis: Any, results: Results, shapes: list[str], **where: Any) -> None
 
 def picture(results: Results, path: Path) -> None:
     """Grouped bars: speed-up over the baseline of every peer, one panel a pass and layout."""
-    import matplotlib  # noqa: PLC0415 - for the picture alone
+    import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt  # noqa: PLC0415
+    from matplotlib import pyplot as plt
 
     shown = headline(results)
     passes = [name for name in TRAINING if name in results.values("pass")]
