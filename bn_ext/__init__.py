@@ -1,6 +1,6 @@
 """Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``."""
 
-from bn_ext import _load, functional  # noqa: F401, the first loads the operators
+from bn_ext import functional
 from bn_ext.convert import convert, revert
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 

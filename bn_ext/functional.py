@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bn_ext import _load  # noqa: F401, for the operator
+
+operator = torch.ops.bn_ext.batch_norm.default
+
 
 def exporting() -> bool:
     """Whether a graph is being made for others to run: it should hold standard operators."""
@@ -49,6 +53,4 @@ def batch_norm(
         raise TypeError("batch_norm(): momentum must be a number, got None")
     if exporting():
         return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return torch.ops.bn_ext.batch_norm.default(
-        input, weight, bias, running_mean, running_var, None, training, momentum, eps
-    )
+    return operator(input, weight, bias, running_mean, running_var, None, training, momentum, eps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bn_ext.functional import exporting
+from bn_ext.functional import exporting, operator
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
@@ -27,7 +27,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
                 running_mean = running_var = None
         if num_batches_tracked is None and momentum is None:
             momentum = 0.0
-        return torch.ops.bn_ext.batch_norm.default(
+        return operator(
             input,
             self.weight,
             self.bias,

@@ -120,13 +120,13 @@ std::unique_ptr<T[]> workspace(int64_t size) {
 template <class A>
 void forward(const ForwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
-  const Plan plan = cpu::plan(args.problem, at::get_num_threads());
+  const Plan plan = cpu::plan(args.problem, args.training, at::get_num_threads());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(args.training ? 2 * blocks.chunks * c : 0);
   double* const partial_mean = partial.get();
   double* const partial_m2 = partial_mean + blocks.chunks * c;
-  const auto counts = workspace<double>(blocks.chunks);
-  for (int64_t chunk = 0; chunk < blocks.chunks; ++chunk) {
+  const auto counts = workspace<double>(args.training ? blocks.chunks : 0);
+  for (int64_t chunk = 0; args.training && chunk < blocks.chunks; ++chunk) {
     counts[chunk] = static_cast<double>(blocks.values(chunk));
   }
   const auto coefficients = workspace<A>(3 * c);
@@ -195,7 +195,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const bool reduces = through_statistics || args.dweight || args.dbias;
   const void* const x_to_reduce = through_statistics || args.dweight ? args.x : nullptr;
   const void* const x_to_apply = through_statistics ? args.x : nullptr;
-  const Plan plan = cpu::plan(args.problem, at::get_num_threads());
+  const Plan plan = cpu::plan(args.problem, reduces, at::get_num_threads());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
   double* const partial_dy = partial.get();

@@ -11,6 +11,9 @@ constexpr int64_t kPlanarBlock = 1024;
 constexpr int64_t kInterleavedBlock = 4096;
 constexpr int64_t kInterleavedRows = 32;
 
+// Values of a plane that one pass without sums takes at a time.
+constexpr int64_t kMappedBlock = 16384;
+
 // Chunks are what threads share: enough of them to balance, not so many that merging them is felt.
 constexpr int64_t kPlanarChunk = 16;
 constexpr int64_t kInterleavedChunk = 32768;
@@ -33,40 +36,42 @@ constexpr int64_t kSerial = 32768;
 // hardly find them there, and not reading lines before writing them saves a third of the traffic.
 constexpr int64_t kBypassBytes = 4 << 20;
 constexpr int64_t kLine = 64;
-constexpr int64_t kAheadBytes = 8 << 10;
+constexpr int64_t kAheadBytes = 1 << 10;
 
 constexpr int64_t round_up(int64_t a, int64_t b) {
   return divide_up(a, b) * b;
 }
 
-Blocks cut(const Problem& p) {
+Blocks cut(const Problem& p, bool reduces) {
   Blocks b{};
   b.n = p.n;
   b.c = p.c;
   b.s = p.s;
-  int64_t chunk = kPlanarChunk;
   if (p.layout == Layout::Planar) {
-    b.segments = divide_up(p.s, kPlanarBlock);
-    b.segment = std::min(round_up(divide_up(p.s, b.segments), 16), p.s);
+    const int64_t block = reduces ? kPlanarBlock : kMappedBlock;
+    b.segment = std::min(round_up(divide_up(p.s, divide_up(p.s, block)), 16), p.s);
     b.segments = divide_up(p.s, b.segment);
-    b.rows = b.segments > 1 ? 1 : std::max<int64_t>(kPlanarBlock / p.s, 1);
+    b.rows = reduces && b.segments == 1 ? std::max<int64_t>(kPlanarBlock / p.s, 1) : 1;
+    b.per_chunk = reduces ? kPlanarChunk : 1;
   } else {
-    b.segments = 1;
     b.segment = 1;
+    b.segments = 1;
     b.rows = round_up(std::max(kInterleavedBlock / p.c, kInterleavedRows), kInterleavedRows);
-    chunk = divide_up(std::max(kInterleavedChunk / p.c, kInterleavedChunkRows), b.rows);
+    b.per_chunk = divide_up(std::max(kInterleavedChunk / p.c, kInterleavedChunkRows), b.rows);
   }
   b.count = divide_up(p.n, b.rows) * b.segments;
-  b.per_chunk = std::max(chunk, divide_up(b.count, kMaxChunks));
+  if (reduces) {
+    b.per_chunk = std::max(b.per_chunk, divide_up(b.count, kMaxChunks));
+  }
   b.chunks = divide_up(b.count, b.per_chunk);
   return b;
 }
 
 }  // namespace
 
-Plan plan(const Problem& p, int threads) {
+Plan plan(const Problem& p, bool reduces, int threads) {
   Plan plan{};
-  plan.blocks = cut(p);
+  plan.blocks = cut(p, reduces);
   const int64_t elements = p.n * p.c * p.s;
   plan.threads = elements < kSerial ? 1 : threads;
   // Lines that two rows share would be written in part, which is slower past the cache than through it.
@@ -76,7 +81,10 @@ Plan plan(const Problem& p, int threads) {
   const int64_t enough = kTasksPerThread * plan.threads;
   const int64_t max_tile = std::min(kMaxTile[static_cast<int>(p.layout)], p.c);
   const int64_t balanced = divide_up(p.c, enough);
-  if (p.layout == Layout::Planar) {
+  if (p.layout == Layout::Planar && !reduces) {
+    plan.tile = std::clamp<int64_t>(kMappedBlock / plan.blocks.segment, 1, max_tile);
+    plan.split = true;
+  } else if (p.layout == Layout::Planar) {
     plan.tile = std::clamp<int64_t>(std::min(kPlanarRun / p.s, balanced), 1, max_tile);
     plan.split = plan.threads > 1 && plan.tiles() < enough;
   } else {

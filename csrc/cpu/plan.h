@@ -61,10 +61,10 @@ struct Plan {
   BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
 };
 
-// Planar: a thread takes whole tiles, so that the second pass finds in its cache what the first one read;
-// few large channels are split. Interleaved: always split by position, because walking a channel down
-// memory costs more than reading it twice in order (measured, 1568 x 2048 float: 42 against 33 cycles a
-// vector).
-Plan plan(const Problem& problem, int threads);
+// With `reduces`, planar: a thread takes whole tiles, so that the second pass finds in its cache what the first one
+// read; few large channels are split. Interleaved: always split by position, because walking a channel down memory
+// costs more than reading it twice in order (measured, 1568 x 2048 float: 42 against 33 cycles a vector). Without,
+// there is one pass, through memory in order.
+Plan plan(const Problem& problem, bool reduces, int threads);
 
 }  // namespace bn::cpu

@@ -5,8 +5,6 @@
 #include <ATen/ops/movedim.h>
 #include <c10/util/Exception.h>
 
-#include <sstream>
-
 namespace bn::ops {
 namespace {
 
@@ -53,10 +51,8 @@ void check_inputs(const Arguments& a) {
     for (const int64_t size : a.input.sizes().slice(2)) {
       count *= size;
     }
-    std::ostringstream sizes;
-    sizes << a.input.sizes();
     TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got input size torch.Size(",
-                      sizes.str(), ")");
+                      a.input.sizes(), ")");
     TORCH_CHECK_VALUE(a.eps > 0, "batch_norm eps must be positive during training, but got ", a.eps);
   } else {
     TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm eps must be non-negative, but got ", a.eps);
