@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 
-def _dense(input: Tensor) -> Tensor:
-    """The tensor that the kernels would read: dense, with its channels second or last."""
-    if input.is_contiguous() or input.movedim(1, -1).is_contiguous():
-        return input
-    return input.contiguous(memory_format=torch._prims_common.suggest_memory_format(input))
+def _empty_like(input: Tensor) -> Tensor:
+    """An output for ``input``: in its layout if it is dense with its channels second or last, else in torch's choice."""
+    suggested = torch._prims_common.suggest_memory_format(input)
+    if input.is_contiguous():
+        output = torch.empty_like(input, memory_format=suggested)
+        return output if output.is_contiguous() else torch.empty_like(input, memory_format=torch.contiguous_format)
+    if not input.movedim(1, -1).is_contiguous():
+        return torch.empty_like(input, memory_format=suggested)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return torch.empty_like(input, memory_format=formats.get(input.dim(), torch.preserve_format))
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward")
@@ -26,7 +31,7 @@ def _batch_norm_forward(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     mean = input.new_empty(input.size(1), dtype=torch.float64)
-    return torch.empty_like(_dense(input)), mean, torch.empty_like(mean)
+    return _empty_like(input), mean, torch.empty_like(mean)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_backward")
@@ -41,6 +46,6 @@ def _batch_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
-    dx = torch.empty_like(_dense(input)) if output_mask[0] else input.new_empty(0)
+    dx = _empty_like(input) if output_mask[0] else input.new_empty(0)
     dweight, dbias = (input.new_empty(input.size(1) if wanted else 0, dtype=dtype) for wanted in output_mask[1:])
     return dx, dweight, dbias

@@ -81,6 +81,7 @@ struct Interleaved {
     for (int64_t k = 0; k < copies; ++k) {
       std::memcpy(lanes + k * tile.channels(), values, tile.channels() * sizeof(Acc<T>));
     }
+    std::fill_n(lanes + copies * tile.channels(), kWidth<T>, Acc<T>(0));
   }
 
   // visit(start, rows, stride, lanes): a block's folded rows, then those left over.

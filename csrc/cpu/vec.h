@@ -216,9 +216,10 @@ inline void add_to_lanes(double* lanes, const Vec<T>& v) {
 
 template <class T>
 inline double sum_of_lanes(const double* lanes) {
+  constexpr int64_t chains = std::min<int64_t>(kWidth<T>, 4);
   double sums[4] = {};
-  for (int64_t i = 0; i < kWidth<T>; i += 4) {
-    for (int64_t k = 0; k < 4; ++k) {
+  for (int64_t i = 0; i < kWidth<T>; i += chains) {
+    for (int64_t k = 0; k < chains; ++k) {
       sums[k] += lanes[i + k];
     }
   }

@@ -33,6 +33,10 @@ ThreeTensors batch_norm_backward(const BackwardArguments& a) {
   return op.call(a.dy, a.input, a.weight, a.mean, a.invstd, a.training, a.output_mask);
 }
 
+bool has_tangent(const Tensor& t) {
+  return t._fw_grad(/*level=*/0).defined();
+}
+
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static constexpr bool is_traceable = true;
@@ -65,7 +69,11 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     wanted[1] = weight.has_value() && ctx->needs_input_grad(edge++);
     wanted[2] = ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(edge++);
     const BackwardArguments a{dy, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool(), wanted};
-    const bool differentiable = at::GradMode::is_enabled();
+    // Whatever has to see through the gradient gets it by standard operators.
+    const bool transformed =
+        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) || has_tangent(dy) ||
+        has_tangent(a.input) || (weight.has_value() && has_tangent(*weight));
+    const bool differentiable = at::GradMode::is_enabled() || transformed;
     const auto [dx, dweight, dbias] =
         differentiable ? decomposed_backward(a, ctx->saved_data["eps"].toDouble()) : batch_norm_backward(a);
     return {wanted[0] ? dx : Tensor(), wanted[1] ? dweight : Tensor(), wanted[2] ? dbias : Tensor(), Tensor()};
@@ -77,12 +85,8 @@ bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
          (a.bias.has_value() && property(*a.bias));
 }
 
-bool has_tangent(const Tensor& t) {
-  return t.defined() && t._fw_grad(/*level=*/0).defined();
-}
-
 bool requires_grad(const Tensor& t) {
-  return t.defined() && t.requires_grad();
+  return t.requires_grad();
 }
 
 // Whether there are kernels for the input; torch answers for what is not like that, with results or errors.
@@ -96,7 +100,7 @@ void check_devices_and_gradients(const Arguments& a) {
                 " but a parameter or statistic is on ", (*t)->device());
   }
   for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
-    TORCH_CHECK(!t->has_value() || !(*t)->requires_grad(),
+    TORCH_CHECK(!at::GradMode::is_enabled() || !t->has_value() || !(*t)->requires_grad(),
                 "batch_norm: running_mean and running_var cannot require gradients");
   }
 }

@@ -11,13 +11,20 @@
 namespace bn::ops {
 namespace {
 
-// A tensor of any shape with one value per channel; `t` has to outlive the result.
+// One value per channel to be read; `t` has to outlive the result.
 cpu::PerChannel per_channel(const OptionalTensor& t) {
-  if (!t.has_value() || !t->defined()) {
+  if (!t.has_value()) {
     return {};
   }
   const Tensor flat = t->dim() == 1 ? *t : t->view(-1);
-  return {flat.data_ptr(), dtype_of(flat), flat.stride(0)};
+  return {const_cast<void*>(flat.const_data_ptr()), dtype_of(flat), flat.stride(0)};
+}
+
+cpu::PerChannel per_channel_to_write(const OptionalTensor& t) {
+  if (t.has_value()) {
+    t->mutable_data_ptr();  // the data become the tensor's own
+  }
+  return per_channel(t);
 }
 
 // Tells autograd that a tensor was written to.
@@ -25,10 +32,6 @@ void bump_version(const OptionalTensor& t) {
   if (t.has_value() && !t->is_inference()) {
     t->unsafeGetTensorImpl()->bump_version();
   }
-}
-
-Tensor output_like(const Tensor& t, bool wanted) {
-  return wanted ? at::empty_like(t) : at::empty({0}, t.options());
 }
 
 ThreeTensors batch_norm_forward(const Tensor& input,
@@ -42,7 +45,7 @@ ThreeTensors batch_norm_forward(const Tensor& input,
                                 double eps) {
   check_inputs(Arguments{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps});
   const View x = view_as_problem(input);
-  Tensor output = at::empty_like(x.tensor);
+  Tensor output = empty_like(x);
   Tensor mean = empty_statistics(input);
   Tensor invstd = empty_statistics(input);
   auto* batches =
@@ -55,8 +58,9 @@ ThreeTensors batch_norm_forward(const Tensor& input,
     invstd.zero_();
   } else {
     cpu::batch_norm_forward({x.problem, x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
-                             per_channel(running_mean), per_channel(running_var), batches, training, momentum, eps,
-                             output.mutable_data_ptr(), mean.mutable_data_ptr<double>(),
+                             training ? per_channel_to_write(running_mean) : per_channel(running_mean),
+                             training ? per_channel_to_write(running_var) : per_channel(running_var), batches, training,
+                             momentum, eps, output.mutable_data_ptr(), mean.mutable_data_ptr<double>(),
                              invstd.mutable_data_ptr<double>()});
   }
   if (training) {
@@ -76,10 +80,10 @@ ThreeTensors batch_norm_backward(const Tensor& dy,
                                  std::array<bool, 3> output_mask) {
   check_inputs(BackwardArguments{dy, input, weight, mean, invstd, training, output_mask});
   const View x = view_as_problem(input);
-  const Tensor g = with_strides_of(dy, x.tensor);
+  const Tensor g = laid_out_like(dy, x);
   const auto parameter = at::empty(
       {0}, mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type())));
-  Tensor dx = output_like(x.tensor, output_mask[0]);
+  Tensor dx = output_mask[0] ? empty_like(x) : at::empty({0}, input.options());
   Tensor dweight = at::empty({output_mask[1] ? input.size(1) : 0}, parameter.options());
   Tensor dbias = at::empty({output_mask[2] ? input.size(1) : 0}, parameter.options());
   if (input.numel() == 0) {
@@ -89,8 +93,8 @@ ThreeTensors batch_norm_backward(const Tensor& dy,
     cpu::batch_norm_backward({x.problem, g.const_data_ptr(), x.tensor.const_data_ptr(), per_channel(weight),
                               mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
                               output_mask[0] ? dx.mutable_data_ptr() : nullptr,
-                              output_mask[1] ? per_channel(dweight) : cpu::PerChannel{},
-                              output_mask[2] ? per_channel(dbias) : cpu::PerChannel{}});
+                              output_mask[1] ? per_channel_to_write(dweight) : cpu::PerChannel{},
+                              output_mask[2] ? per_channel_to_write(dbias) : cpu::PerChannel{}});
   }
   return {dx, dweight, dbias};
 }

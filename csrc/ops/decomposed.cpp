@@ -38,27 +38,8 @@ Tensor call_torch(const Tensor& input,
                         at::globalContext().userEnabledCuDNN());
 }
 
-void update(const OptionalTensor& running, const Tensor& observed, const Tensor& momentum) {
-  if (running.has_value()) {
-    running->copy_(running->to(observed.scalar_type()).lerp(observed, momentum));
-  }
-}
-
-}  // namespace
-
-Tensor decomposed(const Arguments& a) {
-  if (a.input.dim() >= 2 && !a.input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
-    check_inputs(a);
-  }
-  const bool counts = a.training && a.num_batches_tracked.has_value();
-  if (counts) {
-    a.num_batches_tracked->add_(1);
-  }
-  const bool cumulative = counts && !a.momentum.has_value();
-  const double momentum = a.momentum.value_or(0);
-  if (types_suit_torch(a) && !cumulative) {
-    return call_torch(a.input, a.weight, a.bias, a.running_mean, a.running_var, a, momentum);
-  }
+// Everything in the accumulation type, the running statistics moved by `momentum` towards the batch's own.
+Tensor converted(const Arguments& a, const Tensor& momentum) {
   const auto type = at::toOpMathType(a.input.scalar_type());
   const Tensor input = a.input.to(type);
   const auto weight = to(a.weight, type);
@@ -73,41 +54,68 @@ Tensor decomposed(const Arguments& a) {
   const Tensor mean = at::zeros_symint({a.input.sym_size(1)}, options);
   const Tensor var = at::zeros_symint({a.input.sym_size(1)}, options);
   const Tensor output = call_torch(input, weight, bias, mean, var, a, 1);
-  const Tensor factor =
-      cumulative ? a.num_batches_tracked->to(type).reciprocal() : at::zeros({}, options).add(momentum);
-  update(a.running_mean, mean, factor);
-  update(a.running_var, var, factor);
+  const auto update = [&](const OptionalTensor& running, const Tensor& observed) {
+    if (running.has_value()) {
+      running->copy_(running->to(type).lerp(observed, momentum.to(type)));
+    }
+  };
+  update(a.running_mean, mean);
+  update(a.running_var, var);
   return output.to(a.input.scalar_type());
+}
+
+Tensor cumulative(const Arguments& a) {
+  return converted(a, a.num_batches_tracked->add(1).to(at::kDouble).reciprocal());
+}
+
+Tensor by_torch(const Arguments& a, double momentum) {
+  return types_suit_torch(a) ? call_torch(a.input, a.weight, a.bias, a.running_mean, a.running_var, a, momentum)
+                             : converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
+}
+
+}  // namespace
+
+Tensor decomposed(const Arguments& a) {
+  if (a.input.numel() > 0 && !a.input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+    check_inputs(a);
+  }
+  const bool counts = a.training && a.num_batches_tracked.has_value();
+  const Tensor output = counts && !a.momentum.has_value() ? cumulative(a) : by_torch(a, a.momentum.value_or(0));
+  if (counts) {
+    a.num_batches_tracked->add_(1);
+  }
+  return output;
 }
 
 ThreeTensors decomposed_backward(const BackwardArguments& a, double eps) {
   const auto type = at::toOpMathType(a.input.scalar_type());
-  const Tensor x = a.input.to(type);
-  const Tensor dy = a.dy.to(type);
   std::vector<int64_t> others;
-  std::vector<int64_t> per_channel(x.dim(), 1);
+  std::vector<int64_t> per_channel(a.input.dim(), 1);
   per_channel[1] = -1;
-  for (int64_t d = 0; d < x.dim(); ++d) {
+  for (int64_t d = 0; d < a.input.dim(); ++d) {
     if (d != 1) {
       others.push_back(d);
     }
   }
-  const Tensor xmu = x - (a.training ? x.mean(others, true) : a.mean.to(type).view(per_channel));
-  const Tensor invstd =
-      a.training ? xmu.square().mean(others, true).add(eps).rsqrt() : a.invstd.to(type).view(per_channel);
+  const Tensor dy = a.dy.to(type);
+  // The mean is taken off in double precision, as a constant: no derivative knows of it.
+  Tensor xmu = (a.input.to(at::kDouble) - a.mean.view(per_channel)).to(type);
+  Tensor invstd = a.invstd.to(type).view(per_channel);
+  if (a.training) {
+    xmu = xmu - xmu.mean(others, true);
+    invstd = xmu.square().mean(others, true).add(eps).rsqrt();
+  }
   const Tensor x_hat = xmu * invstd;
-  const Tensor dbias = dy.sum(others, true);
-  const Tensor dweight = (dy * x_hat).sum(others, true);
+  const Tensor dy_x_hat = dy * x_hat;
   Tensor dx = dy;
   if (a.training) {
-    const auto count = x.sym_numel() / x.sym_size(1);
-    dx = dy - dbias.div(at::Scalar(count)) - x_hat * dweight.div(at::Scalar(count));
+    dx = dy - dy.mean(others, true) - x_hat * dy_x_hat.mean(others, true);
   }
   dx = dx * invstd;
   if (a.weight.has_value()) {
     dx = dx * a.weight->to(type).view(per_channel);
   }
-  return {dx.to(a.input.scalar_type()), dweight.flatten(), dbias.flatten()};
+  return {dx.to(a.input.scalar_type()), dy_x_hat.sum(others), dy.sum(others)};
 }
 
 }  // namespace bn::ops

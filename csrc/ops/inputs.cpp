@@ -23,7 +23,7 @@ void check_input(const Tensor& input) {
 }
 
 void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& input) {
-  if (!t.has_value() || !t->defined()) {
+  if (!t.has_value()) {
     return;
   }
   TORCH_CHECK(t->device() == input.device(), "batch_norm: ", name, " is on ", t->device(), " but input is on ",
@@ -104,11 +104,28 @@ View view_as_problem(const Tensor& input) {
     p.n *= p.s;
     p.s = 1;
   }
-  return {t, p};
+  return {t, planar, p};
 }
 
-Tensor with_strides_of(const Tensor& tensor, const Tensor& like) {
-  return tensor.strides() == like.strides() ? tensor : at::empty_like(like).copy_(tensor);
+Tensor empty_like(const View& view) {
+  const Tensor& t = view.tensor;
+  if (view.planar) {
+    Tensor suggested = at::empty_like(t, t.suggest_memory_format());
+    return suggested.is_contiguous() ? suggested : at::empty_like(t, at::MemoryFormat::Contiguous);
+  }
+  switch (t.dim()) {
+    case 4:
+      return at::empty_like(t, at::MemoryFormat::ChannelsLast);
+    case 5:
+      return at::empty_like(t, at::MemoryFormat::ChannelsLast3d);
+    default:  // torch has no such format
+      return at::empty_like(t);
+  }
+}
+
+Tensor laid_out_like(const Tensor& tensor, const View& view) {
+  const bool same = view.planar ? tensor.is_contiguous() : channels_last(tensor);
+  return same ? tensor : empty_like(view).copy_(tensor);
 }
 
 DType dtype_of(const Tensor& tensor) {

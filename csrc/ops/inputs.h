@@ -13,6 +13,7 @@ void check_inputs(const BackwardArguments& a);
 // A tensor that is dense in one of the two layouts, and its sizes as a problem.
 struct View {
   Tensor tensor;
+  bool planar;  // in the tensor; a problem of one channel, or of planes of one value, is either
   Problem problem;
 };
 
@@ -20,8 +21,11 @@ struct View {
 // would give it.
 View view_as_problem(const Tensor& input);
 
-// `tensor` with the strides of `like`.
-Tensor with_strides_of(const Tensor& tensor, const Tensor& like);
+// An uninitialized tensor of the same layout, its strides as torch would have them.
+Tensor empty_like(const View& view);
+
+// `tensor`, of the same sizes, in the same layout: itself or a copy.
+Tensor laid_out_like(const Tensor& tensor, const View& view);
 
 DType dtype_of(const Tensor& tensor);
 
