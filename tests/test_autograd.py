@@ -212,3 +212,31 @@ def test_saved_tensors_hooks(hooks, device: str) -> None:
             y = module(x)
         grads.append(torch.autograd.grad(y.square().sum(), (x, *module.parameters())))
     torch.testing.assert_close(*grads)
+
+
+def test_tangent_of_the_gradient() -> None:
+    """Forward over reverse: the tangent is on dy alone, which only the backward sees."""
+    x = torch.randn(5, 3, 4, dtype=torch.float64, requires_grad=True)
+    dy, tangent = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    results = []
+    for batch_norm in (bn_ext.functional.batch_norm, torch.nn.functional.batch_norm):
+        y = batch_norm(x, None, None, training=True)
+        gradient = lambda d, y=y: torch.autograd.grad(y, x, d, retain_graph=True)[0]  # noqa: E731
+        with forward_ad.dual_level():
+            dual = forward_ad.unpack_dual(gradient(forward_ad.make_dual(dy, tangent))).tangent
+        results.append((dual, torch.func.jvp(gradient, (dy,), (tangent,))[1]))
+    torch.testing.assert_close(*results)
+
+
+def test_gradient_to_be_differentiated_keeps_its_digits() -> None:
+    x = (torch.randn(16, 8, 14, 14) + 1e5).requires_grad_()
+    dy = torch.randn_like(x)
+    y = bn_ext.functional.batch_norm(x, None, None, training=True)
+    plain, differentiable = (torch.autograd.grad(y, x, dy, retain_graph=True, create_graph=c)[0] for c in (False, True))
+    torch.testing.assert_close(differentiable.detach(), plain, rtol=0, atol=4e-6)
+
+
+def test_second_derivative_of_no_channels() -> None:
+    x = torch.randn(2, 0, 3, requires_grad=True)
+    (dx,) = torch.autograd.grad(bn_ext.functional.batch_norm(x, None, None, training=True).sum(), x, create_graph=True)
+    assert dx.shape == x.shape

@@ -167,6 +167,13 @@ def test_no_channels(shape: tuple[int, ...], training: bool, device: str) -> Non
     assert_same_step(mine.train(training), theirs.train(training), torch.empty(shape, device=device))
 
 
+def test_single_image_of_rows_columns_channels() -> None:
+    """Strides of sizes 1 say nothing about memory, but torch's next layer reads the format from them."""
+    image = torch.randn(8, 9, 3).permute(2, 0, 1)[None]
+    mine, theirs = pair("BatchNorm2d", 3)
+    assert mine(image).stride() == theirs(image).stride()
+
+
 # ---------------------------------------------------------------------------------------------- state and copies
 
 
