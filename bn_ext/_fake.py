@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _empty_like(input: Tensor) -> Tensor:
-    """An output for ``input``: in its layout if it is dense with its channels second or last, else in torch's choice."""
+    """An output for ``input``: in its layout if that is dense, channels second or last, else in the one torch picks."""
     suggested = torch._prims_common.suggest_memory_format(input)
     if input.is_contiguous():
         output = torch.empty_like(input, memory_format=suggested)

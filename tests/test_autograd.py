@@ -240,3 +240,20 @@ def test_second_derivative_of_no_channels() -> None:
     x = torch.randn(2, 0, 3, requires_grad=True)
     (dx,) = torch.autograd.grad(bn_ext.functional.batch_norm(x, None, None, training=True).sum(), x, create_graph=True)
     assert dx.shape == x.shape
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_gradients_that_are_differentiable_are_the_same(mode, affine, layout, device: str) -> None:
+    """With create_graph they come from other formulas than without; gradgradcheck only differentiates those."""
+    a = Problem((3, 4, 5, 2), layout, DOUBLE, mode, *affine, eps=0.1).arguments(device)
+    leaves = [t.detach().requires_grad_() for t in (a.input, a.weight, a.bias) if t is not None]
+    rest = iter(leaves[1:])
+    weight, bias = (None if t is None else next(rest) for t in (a.weight, a.bias))
+    output = bn_ext.functional.batch_norm(
+        leaves[0], a.running_mean, a.running_var, weight, bias, a.training, 0.1, a.eps
+    )
+    plain = torch.autograd.grad(output, leaves, a.dy, retain_graph=True)
+    differentiable = torch.autograd.grad(output, leaves, a.dy, create_graph=True)
+    torch.testing.assert_close(differentiable, plain)

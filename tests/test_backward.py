@@ -10,6 +10,7 @@ import torch
 from compare import check, check_arguments
 from problems import (
     BFLOAT,
+    DOUBLE,
     FLOAT,
     LARGE_GRID,
     LAYOUTS,
@@ -105,3 +106,10 @@ def test_backward_twice_gives_the_same(device: str) -> None:
 
 def test_expanded_input(device: str) -> None:
     check(Problem((6, 5, 4, 4), expanded, dy_layout=channels_last), device, backward=True)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
+def test_results_past_the_cache(types, layout, device: str) -> None:
+    """4 MiB and more, with rows of whole lines."""
+    check(Problem((32, 64, 32, 32), layout, types), device, backward=True)

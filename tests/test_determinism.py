@@ -61,3 +61,14 @@ def test_gradients_change_nothing_in_the_forward(mode, device: str) -> None:
     a = Problem((3, 65, 9, 7), mode=mode).arguments(device)
     with_gradients, without = run_ours(a, backward=True), run_ours(a)
     assert torch.equal(with_gradients.output, without.output)
+
+
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
+@pytest.mark.parametrize("shape", [(2, 2, 300001), (150001, 7)], ids=str)
+def test_number_of_threads_with_many_blocks(shape, types, device: str) -> None:
+    a = Problem(shape, types=types).arguments(device)
+    torch.set_num_threads(1)
+    alone = run_ours(a, backward=True)
+    for threads in (2, 3, 8):
+        torch.set_num_threads(threads)
+        assert_same_bits(run_ours(a, backward=True), alone, f"{threads} threads")
