@@ -7,8 +7,6 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
-#include <c10/util/BFloat16.h>
-#include <c10/util/Half.h>
 
 #include <memory>
 #include <string>
@@ -37,21 +35,6 @@ InstructionSet choose_instruction_set() {
 const InstructionSet& chosen() {
   static const InstructionSet set = choose_instruction_set();
   return set;
-}
-
-// Calls f with a value of the C++ type behind a dtype.
-template <class F>
-auto with_type(DType dtype, F f) {
-  switch (dtype) {
-    case DType::Float64:
-      return f(double{});
-    case DType::Half:
-      return f(c10::Half{});
-    case DType::BFloat16:
-      return f(c10::BFloat16{});
-    default:
-      return f(float{});
-  }
 }
 
 template <class F>
@@ -133,10 +116,10 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   A* const shift = coefficients.get();
   A* const scale = shift + c;
   A* const offset = scale + c;
-  double momentum = args.momentum.value_or(0);
+  double momentum = args.momentum;
   if (args.training && args.num_batches_tracked != nullptr) {
     const int64_t batches = ++*args.num_batches_tracked;
-    momentum = args.momentum.value_or(1 / static_cast<double>(batches));
+    momentum = args.cumulative ? 1 / static_cast<double>(batches) : momentum;
   }
 
   const auto reduce = [&](const Tile& tile, int64_t chunk) {
@@ -246,25 +229,6 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
 }
 
 }  // namespace
-
-double PerChannel::get(int64_t c, double otherwise) const {
-  if (data == nullptr) {
-    return otherwise;
-  }
-  return with_type(dtype,
-                   [&](auto type) { return static_cast<double>(static_cast<decltype(type)*>(data)[c * stride]); });
-}
-
-void PerChannel::set(int64_t c, double value) const {
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    if constexpr (sizeof(T) == 2) {
-      static_cast<T*>(data)[c * stride] = static_cast<T>(static_cast<float>(value));
-    } else {
-      static_cast<T*>(data)[c * stride] = static_cast<T>(value);
-    }
-  });
-}
 
 void batch_norm_forward(const ForwardArgs& args) {
   const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype);

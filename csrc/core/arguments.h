@@ -1,0 +1,67 @@
+#pragma once
+
+#include "core/dtype.h"
+#include "core/problem.h"
+
+// What a backend is asked to do: raw pointers, all of one device.
+namespace bn {
+
+// A value per channel of any floating type, or none at all.
+struct PerChannel {
+  void* data = nullptr;
+  DType dtype = DType::Float32;
+  int64_t stride = 1;
+
+  BN_HD explicit operator bool() const { return data != nullptr; }
+
+  BN_HD double get(int64_t c, double otherwise) const {
+    if (data == nullptr) {
+      return otherwise;
+    }
+    return with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      return static_cast<double>(static_cast<Acc<T>>(static_cast<const T*>(data)[c * stride]));
+    });
+  }
+
+  BN_HD void set(int64_t c, double value) const {
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      static_cast<T*>(data)[c * stride] = static_cast<T>(static_cast<Acc<T>>(value));
+    });
+  }
+};
+
+// Normalize by the batch's own statistics and update the running ones (training), or by the running ones.
+struct ForwardArgs {
+  Problem problem;
+  const void* x;
+  PerChannel weight;
+  PerChannel bias;
+  PerChannel running_mean;
+  PerChannel running_var;
+  int64_t* num_batches_tracked;  // or null
+  bool training;
+  bool cumulative;  // the running statistics are averages over num_batches_tracked batches, else
+  double momentum;
+  double eps;
+  void* y;
+  double* mean;
+  double* invstd;
+};
+
+// Gradients of the forward; those whose pointer is null cost nothing.
+struct BackwardArgs {
+  Problem problem;
+  const void* dy;
+  const void* x;
+  PerChannel weight;
+  const double* mean;
+  const double* invstd;
+  bool training;
+  void* dx;
+  PerChannel dweight;
+  PerChannel dbias;
+};
+
+}  // namespace bn
