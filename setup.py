@@ -1,19 +1,27 @@
-"""What is compiled: the CPU kernels, once per instruction set, and the operators over them."""
+"""What is compiled: the CPU kernels, once per instruction set, the GPU kernels where torch can use them, the operators.
+
+``BN_EXT_CUDA=0`` leaves the GPU kernels out, ``BN_EXT_CUDA=1`` insists on them.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
 
 ROOT = Path(__file__).parent
 KERNELS = "csrc/cpu/kernels.cpp"
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
-SOURCES = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if str(p.relative_to(ROOT)) != KERNELS)
+ON_GPU = "csrc/ops/batch_norm_cuda.cpp"
+SOURCES = sorted(
+    str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if str(p.relative_to(ROOT)) not in (KERNELS, ON_GPU)
+)
+GPU_SOURCES = [ON_GPU, *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
 
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 # For kernels: x * y + z may become one instruction. GCC warns inside its own AVX-512 header.
@@ -59,16 +67,21 @@ class Build(BuildExtension):
         return compiled
 
 
-setup(
-    ext_modules=[
-        CppExtension(
-            "bn_ext._C",
-            SOURCES,
-            include_dirs=[str(ROOT / "csrc")],
-            depends=HEADERS,
-            # OpenMP's runtime is the one inside torch: linking another would give it threads of its own.
-            extra_compile_args=[*FLAGS, "-fopenmp"],
+def extension() -> CppExtension:
+    has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
+    wants_cuda = os.environ.get("BN_EXT_CUDA", str(int(has_cuda)))
+    if wants_cuda not in ("0", "1"):
+        raise SystemExit(f"bn_ext: BN_EXT_CUDA should be 0 or 1, got {wants_cuda}")
+    if wants_cuda == "1" and not has_cuda:
+        raise SystemExit(
+            f"bn_ext: BN_EXT_CUDA=1 needs nvcc and a CUDA build of torch; this is torch {torch.__version__}"
         )
-    ],
-    cmdclass={"build_ext": Build},
-)
+    # OpenMP's runtime is the one inside torch: linking another would give it threads of its own.
+    flags = {"cxx": [*FLAGS, "-fopenmp"], "nvcc": ["-std=c++20", "-O3"]}
+    common = {"include_dirs": [str(ROOT / "csrc")], "depends": HEADERS}
+    if wants_cuda == "1":
+        return CUDAExtension("bn_ext._C", [*SOURCES, *GPU_SOURCES], extra_compile_args=flags, **common)
+    return CppExtension("bn_ext._C", SOURCES, extra_compile_args=flags["cxx"], **common)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -1,2 +1,62 @@
+from typing import Literal
+
 def instruction_set() -> str:
-    """The instruction set whose kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""
+    """The instruction set whose CPU kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""
+
+class LaunchPlan:
+    """How one pass is laid out on a GPU; ``csrc/cuda/plan.h`` says what each number means."""
+
+    @property
+    def strategy(self) -> Literal["elementwise", "small", "resident", "streaming"]: ...
+    @property
+    def team(self) -> Literal["block", "cluster", "grid"]: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def per_lane(self) -> bool: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def active(self) -> int: ...
+    @property
+    def slabs(self) -> int: ...
+    @property
+    def teams(self) -> int: ...
+    @property
+    def team_blocks(self) -> int: ...
+    @property
+    def share(self) -> int: ...
+    @property
+    def held(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def bytes_moved(self) -> int: ...
+    @property
+    def bytes_on_chip(self) -> int: ...
+
+def launch_plan(
+    n: int,
+    c: int,
+    s: int,
+    *,
+    gpu: str = "h100",
+    dtype: str = "float32",
+    layout: str = "planar",
+    direction: str = "forward",
+) -> LaunchPlan:
+    """The plan for n images of c channels of s values each.
+
+    Args:
+        gpu: the device whose limits hold: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``, ``"rtx5090"``.
+        dtype: of the tensor: ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
+        layout: ``"planar"`` (channels second) or ``"interleaved"`` (channels last).
+        direction: ``"forward"`` (training), ``"inference"`` or ``"backward"``.
+
+    Raises:
+        ValueError: for a name that is not one of these, or sizes that are not positive.
+    """

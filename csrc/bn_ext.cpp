@@ -1,9 +1,12 @@
 // Every operator's schema, and the Python module that loads them.
 
 #include "cpu/batch_norm.h"
+#include "cuda/plan.h"
 
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
+
+#include <map>
 
 TORCH_LIBRARY(bn_ext, m) {
   m.set_python_module("bn_ext._fake");
@@ -30,6 +33,71 @@ TORCH_LIBRARY(bn_ext, m) {
       tags);
 }
 
+namespace {
+
+namespace py = pybind11;
+using bn::cuda::LaunchPlan;
+
+template <class T>
+T one_of(const char* what, const std::map<std::string, T>& values, const std::string& name) {
+  std::string names;
+  for (const auto& [known, value] : values) {
+    if (known == name) {
+      return value;
+    }
+    names += (names.empty() ? "" : ", ") + known;
+  }
+  throw py::value_error(std::string(what) + " should be one of " + names + ", got " + name);
+}
+
+LaunchPlan launch_plan(int64_t n,
+                       int64_t c,
+                       int64_t s,
+                       const std::string& gpu,
+                       const std::string& dtype,
+                       const std::string& layout,
+                       const std::string& direction) {
+  using bn::DType, bn::Layout, bn::cuda::Work;
+  const auto type = one_of<DType>("dtype",
+                                  {{"float64", DType::Float64},
+                                   {"float32", DType::Float32},
+                                   {"float16", DType::Half},
+                                   {"bfloat16", DType::BFloat16}},
+                                  dtype);
+  const auto order =
+      one_of<Layout>("layout", {{"planar", Layout::Planar}, {"interleaved", Layout::Interleaved}}, layout);
+  const auto work =
+      one_of<Work>("direction", {{"forward", {1, 1}}, {"inference", {0, 1}}, {"backward", {2, 2}}}, direction);
+  if (n < 1 || c < 1 || s < 1) {
+    throw py::value_error("n, c and s should be positive");
+  }
+  return bn::cuda::plan(bn::problem_of(order, type, n, c, s), work, bn::cuda::named_limits(gpu));
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &bn::cpu::instruction_set);
+
+  py::class_<LaunchPlan>(m, "LaunchPlan")
+      .def_property_readonly("strategy", [](const LaunchPlan& p) { return name_of(p.strategy); })
+      .def_property_readonly("team", [](const LaunchPlan& p) { return name_of(p.team); })
+      .def_readonly("channels", &LaunchPlan::channels)
+      .def_readonly("width", &LaunchPlan::width)
+      .def_readonly("per_lane", &LaunchPlan::per_lane)
+      .def_readonly("threads", &LaunchPlan::threads)
+      .def_readonly("active", &LaunchPlan::active)
+      .def_readonly("slabs", &LaunchPlan::slabs)
+      .def_readonly("teams", &LaunchPlan::teams)
+      .def_readonly("team_blocks", &LaunchPlan::team_blocks)
+      .def_readonly("share", &LaunchPlan::share)
+      .def_readonly("held", &LaunchPlan::held)
+      .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
+      .def_readonly("workspace_bytes", &LaunchPlan::workspace_bytes)
+      .def_readonly("bytes_moved", &LaunchPlan::bytes_moved)
+      .def_readonly("bytes_on_chip", &LaunchPlan::bytes_on_chip)
+      .def("__eq__", [](const LaunchPlan& a, const LaunchPlan& b) { return a == b; })
+      .def("__repr__", [](const LaunchPlan& p) { return "LaunchPlan(" + to_string(p) + ")"; });
+  m.def("launch_plan", &launch_plan, py::arg("n"), py::arg("c"), py::arg("s"), py::kw_only(), py::arg("gpu") = "h100",
+        py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward");
 }

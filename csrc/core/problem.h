@@ -33,4 +33,16 @@ struct Problem {
   BN_HD constexpr int64_t count() const { return n * s; }
 };
 
+// n images of c channels of s values each, in the one form of a problem: a single channel is one run of values, and
+// planes of one value are rows of channels.
+BN_HD constexpr Problem problem_of(Layout layout, DType dtype, int64_t n, int64_t c, int64_t s) {
+  if (c == 1) {
+    return {Layout::Planar, dtype, 1, 1, n * s};
+  }
+  if (layout == Layout::Interleaved || s == 1) {
+    return {Layout::Interleaved, dtype, n * s, c, 1};
+  }
+  return {layout, dtype, n, c, s};
+}
+
 }  // namespace bn

@@ -24,6 +24,16 @@ BN_HD Moments shifted_moments(double count, double shift, double sum, double sum
   return {count, shift + offset, m2 < 0 ? 0 : m2};
 }
 
+// Sums of (x - shift) and (x - shift)^2, in double precision, about another shift that is less by `delta`.
+struct ShiftedSums {
+  double sum;
+  double sum_sq;
+};
+
+BN_HD ShiftedSums move_shift(const ShiftedSums& s, double count, double delta) {
+  return {s.sum + count * delta, s.sum_sq + delta * (2 * s.sum + count * delta)};
+}
+
 // Moments of two disjoint sets together (Chan, Golub & LeVeque 1979). An infinite mean stays infinite.
 BN_HD Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;

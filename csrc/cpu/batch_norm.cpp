@@ -1,7 +1,6 @@
 #include "cpu/batch_norm.h"
 
-#include "core/normalize.h"
-#include "core/statistics.h"
+#include "core/finish.h"
 #include "cpu/kernels.h"
 #include "cpu/plan.h"
 
@@ -142,24 +141,10 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
       merge_chunks(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
-      double var;
-      if (args.training) {
-        const double origin = finite_or_zero(first.get(i, 0));
-        const Moments all{static_cast<double>(args.problem.count()), origin + partial_mean[i], partial_m2[i]};
-        args.mean[i] = all.mean;
-        var = biased_variance(all);
-        if (args.running_mean) {
-          args.running_mean.set(i, running_average(args.running_mean.get(i, 0), all.mean, momentum));
-        }
-        if (args.running_var) {
-          args.running_var.set(i, running_average(args.running_var.get(i, 0), unbiased_variance(all), momentum));
-        }
-      } else {
-        args.mean[i] = args.running_mean.get(i, 0);
-        var = args.running_var.get(i, 1);
-      }
-      args.invstd[i] = inverse_std(var, args.eps);
-      const auto k = forward_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(i, 1), args.bias.get(i, 0));
+      const Moments batch = args.training ? Moments{static_cast<double>(args.problem.count()),
+                                                    finite_or_zero(first.get(i, 0)) + partial_mean[i], partial_m2[i]}
+                                          : Moments{};
+      const auto k = finish_forward<A>(args, i, batch, momentum, /*writes=*/true);
       shift[i] = k.shift;
       scale[i] = k.scale;
       offset[i] = k.offset;
@@ -206,16 +191,8 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
       add_chunks(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const GradientSums total =
-          reduces ? centred<A>(args.mean[i], partial_dy[i], partial_dy_shifted[i]) : GradientSums{};
-      if (args.dweight) {
-        args.dweight.set(i, total.dy_xmu * args.invstd[i]);
-      }
-      if (args.dbias) {
-        args.dbias.set(i, total.dy);
-      }
-      const auto count = static_cast<double>(args.problem.count());
-      const auto k = backward_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(i, 1), count, total);
+      const auto k = finish_backward<A>(args, i, reduces ? partial_dy[i] : 0, reduces ? partial_dy_shifted[i] : 0,
+                                        /*writes=*/true);
       shift[i] = k.shift;
       scale[i] = k.scale;
       slope[i] = k.slope;

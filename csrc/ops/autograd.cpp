@@ -89,9 +89,17 @@ bool requires_grad(const Tensor& t) {
   return t.requires_grad();
 }
 
+bool compiled_for_gpus() {
+  static const bool compiled = c10::Dispatcher::singleton()
+                                   .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
+                                   .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return compiled;
+}
+
 // Whether there are kernels for the input; torch answers for what is not like that, with results or errors.
 bool has_kernels(const Arguments& a) {
-  return a.input.layout() == at::kStrided && (a.input.is_cpu() || a.input.is_meta()) && a.input.dim() >= 2;
+  const bool on_device = a.input.is_cpu() || a.input.is_meta() || (a.input.is_cuda() && compiled_for_gpus());
+  return a.input.layout() == at::kStrided && on_device && a.input.dim() >= 2;
 }
 
 void check_devices_and_gradients(const Arguments& a) {

@@ -91,20 +91,12 @@ View view_as_problem(const Tensor& input) {
     t = t.contiguous(t.suggest_memory_format());
     planar = t.is_contiguous();
   }
-  Problem p{planar ? Layout::Planar : Layout::Interleaved, dtype_of(t), t.size(0), t.size(1), 1};
-  for (int64_t d = 2; d < t.dim(); ++d) {
-    p.s *= t.size(d);
+  int64_t s = 1;
+  for (const int64_t size : t.sizes().slice(2)) {
+    s *= size;
   }
-  if (p.c == 1) {  // either way one run of values
-    p.layout = Layout::Planar;
-    p.s *= p.n;
-    p.n = 1;
-  } else if (p.layout == Layout::Interleaved || p.s == 1) {
-    p.layout = Layout::Interleaved;
-    p.n *= p.s;
-    p.s = 1;
-  }
-  return {t, planar, p};
+  const Layout layout = planar ? Layout::Planar : Layout::Interleaved;
+  return {t, planar, problem_of(layout, dtype_of(t), t.size(0), t.size(1), s)};
 }
 
 Tensor empty_like(const View& view) {

@@ -1,0 +1,150 @@
+#pragma once
+
+// The execution model: all that kernels and launch code know of a GPU. This is CUDA's implementation; the tests
+// put another header of this name before it on the include path, which runs a grid on the CPU (tests/simt).
+
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#define BN_DEVICE __device__ __forceinline__
+#define BN_KERNEL(threads) __global__ void __launch_bounds__(threads, 1)
+
+namespace bn::gpu {
+
+// Where a thread is, in a grid and a block of one dimension each.
+BN_DEVICE int thread() {
+  return static_cast<int>(threadIdx.x);
+}
+BN_DEVICE int threads() {
+  return static_cast<int>(blockDim.x);
+}
+BN_DEVICE int block() {
+  return static_cast<int>(blockIdx.x);
+}
+
+// Barriers, which order every access before them to shared and global memory with every one behind, for all
+// threads of a block, of a cluster of blocks, of a cooperative grid.
+BN_DEVICE void sync_block() {
+  __syncthreads();
+}
+BN_DEVICE void sync_cluster() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive();
+  __cluster_barrier_wait();
+#endif
+}
+BN_DEVICE void sync_grid() {
+  cooperative_groups::this_grid().sync();
+}
+
+// A barrier among the blocks of a cooperative grid that share `counter`: the last of `arrivals`, counted from when it
+// was zero, lets all of them go on.
+BN_DEVICE void sync_blocks(unsigned* counter, unsigned arrivals) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    atomicAdd(counter, 1);
+    while (*static_cast<volatile unsigned*>(counter) < arrivals) {
+    }
+    __threadfence();
+  }
+  __syncthreads();
+}
+
+// What another block of this grid wrote before a barrier: not from this multiprocessor's cache.
+template <class T>
+BN_DEVICE T load_written(const T* p) {
+  return __ldcg(p);
+}
+
+BN_DEVICE unsigned long long atomic_add(unsigned long long* p, unsigned long long value) {
+  return atomicAdd(p, value);
+}
+
+// Between the threads of a warp that are named in `lanes`; all of them take part.
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+
+template <class T>
+BN_DEVICE T shuffle_xor(unsigned lanes, T value, int lane_mask) {
+  return __shfl_xor_sync(lanes, value, lane_mask);
+}
+
+// An array in the dynamic shared memory of a block.
+template <class T>
+class Shared {
+ public:
+  BN_DEVICE explicit Shared(T* data) : data_(data) {}
+
+  BN_DEVICE T read(int i) const { return data_[i]; }
+  BN_DEVICE void write(int i, const T& value) const { data_[i] = value; }
+
+  // The same array in another block of the cluster.
+  BN_DEVICE Shared of_block(int rank) const {
+#if __CUDA_ARCH__ >= 900
+    return Shared(static_cast<T*>(__cluster_map_shared_rank(data_, rank)));
+#else
+    return *this;
+#endif
+  }
+
+ private:
+  T* data_;
+};
+
+// That of this block which begins `offset` bytes into its shared memory, a multiple of 16.
+template <class T>
+BN_DEVICE Shared<T> shared_array(int64_t offset) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  return Shared<T>(reinterpret_cast<T*>(memory + offset));
+}
+
+using Stream = CUstream_st*;
+
+struct LaunchShape {
+  int64_t blocks;
+  int threads;
+  int64_t shared_bytes;
+  int cluster;       // blocks of a cluster, or 1
+  bool cooperative;  // all blocks are there at the same time
+};
+
+inline void check(cudaError_t error, const char* what) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("bn_ext: ") + what + ": " + cudaGetErrorString(error));
+  }
+}
+
+// kernel<<<...>>>(args).
+template <class Args>
+void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, const Args& args) {
+  constexpr int64_t kUnasked = 48 << 10;  // more shared memory than this has to be asked for
+  constexpr int kPortableCluster = 8;     // so has a larger cluster
+  if (shape.shared_bytes > kUnasked) {
+    check(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
+        name);
+  }
+  if (shape.cluster > kPortableCluster) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+  }
+  cudaLaunchAttribute attributes[2] = {};
+  attributes[0].id = cudaLaunchAttributeCooperative;
+  attributes[0].val.cooperative = shape.cooperative;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+  config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shape.shared_bytes);
+  config.stream = stream;
+  config.attrs = attributes;
+  config.numAttrs = shape.cluster > 1 ? 2 : 1;
+  check(cudaLaunchKernelEx(&config, kernel, args), name);
+}
+
+}  // namespace bn::gpu

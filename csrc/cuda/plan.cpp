@@ -1,0 +1,265 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+namespace bn::cuda {
+namespace {
+
+constexpr int64_t kPack = 16;
+
+// A block by itself on a multiprocessor, and one of two: each thread may then have 128 registers.
+constexpr int kThreadsAlone = 512;
+constexpr int kThreadsOfTwo = 256;
+constexpr int kWarp = 32;
+
+// Runs of a row that memory serves without waste.
+constexpr int64_t kLine = 64;
+
+// A slab's sums and coefficients take 80 bytes a channel of every block's shared memory.
+constexpr int64_t kMaxChannels = 256;
+
+// Packs a thread should have: enough loads under way to cover the latency of memory, and enough work to pay for the
+// start of a block.
+constexpr int64_t kPacksPerThread = 8;
+
+// The system's own share of a block's shared memory.
+constexpr int64_t kReserved = 1024;
+
+// More than any memory holds, and packs are still counted in 31 bits.
+constexpr int64_t kMaxPacks = int64_t{1} << 30;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return divide_up(a, b) * b;
+}
+
+// One problem's plan in the making.
+class Planner {
+ public:
+  Planner(const Problem& problem, const Work& work, const Limits& limits)
+      : problem_(problem), work_(work), limits_(limits), lanes_(static_cast<int>(kPack / size_of(problem.dtype))) {
+    plan_.tensors_held = work.summed > 0 ? work.applied : 0;
+  }
+
+  LaunchPlan make() {
+    if (work_.summed == 0) {
+      make_elementwise();
+    } else {
+      make_reducing();
+    }
+    count_bytes();
+    return plan_;
+  }
+
+ private:
+  // The fewest adjacent channels whose rows are lines, and whole packs where that is possible; or 1, where rows are
+  // so long that a thread would not stay in one column.
+  int64_t fewest_channels() const {
+    const int64_t s = problem_.s;
+    const bool rows_align = problem_.c * s % lanes_ == 0;
+    const int64_t step = rows_align ? lanes_ / std::gcd(s, int64_t{lanes_}) : 1;
+    const int64_t lines = divide_up(kLine, s * size_of(problem_.dtype));
+    const int64_t channels = std::min(round_up(lines, step), problem_.c);
+    return width_of(channels) <= kThreadsOfTwo ? channels : 1;
+  }
+
+  int64_t width_of(int64_t channels) const { return divide_up(channels * problem_.s, lanes_); }
+  int64_t slabs_of(int64_t channels) const { return divide_up(problem_.c, channels); }
+
+  void set_channels(int64_t channels) {
+    const int64_t width = width_of(channels);
+    if (width > kMaxPacks) {
+      throw std::length_error("bn_ext: no plan for planes of " + std::to_string(problem_.s) + " values");
+    }
+    plan_.channels = static_cast<int>(channels);
+    plan_.per_lane = channels > 1;
+    plan_.width = static_cast<int>(width);
+    plan_.slabs = slabs_of(channels);
+  }
+
+  // Threads for one block of a team of so many; a thread that has no pack is none.
+  void set_team(Team team, int64_t blocks, int threads) {
+    plan_.team = team;
+    plan_.team_blocks = static_cast<int>(blocks);
+    const int64_t unit = plan_.per_lane ? plan_.width : 1;  // a block begins with a row
+    plan_.share = round_up(divide_up(packs(), blocks), unit);
+    plan_.threads = static_cast<int>(std::min<int64_t>(threads, round_up(std::max(plan_.share, unit), kWarp)));
+    plan_.active = plan_.per_lane ? plan_.threads / plan_.width * plan_.width : plan_.threads;
+    plan_.teams = plan_.slabs;
+    if (plan_.share + plan_.width > 2 * kMaxPacks) {
+      throw std::length_error("bn_ext: no plan for " + std::to_string(problem_.count()) + " values per channel");
+    }
+  }
+
+  int64_t packs() const { return problem_.n * plan_.width; }
+
+  // Rows as long as a block is wide, in pieces: nothing ties them together.
+  void make_elementwise() {
+    const int64_t fewest = fewest_channels();
+    int64_t channels = fewest;
+    while (channels > 1 && channels + fewest <= std::min(kMaxChannels, problem_.c) &&
+           width_of(channels + fewest) <= kThreadsOfTwo) {
+      channels += fewest;
+    }
+    set_channels(channels);
+    plan_.strategy = Strategy::Elementwise;
+    set_team(Team::Block, divide_up(packs(), kPacksPerThread * kThreadsOfTwo), kThreadsOfTwo);
+  }
+
+  void make_reducing() {
+    choose_channels();
+    const int64_t enough = 2 * limits_.multiprocessors;
+    const int64_t useful = std::max<int64_t>(packs() / (kPacksPerThread * kThreadsOfTwo), 1);
+    const int64_t to_fill = std::min(divide_up(enough, plan_.slabs), useful);
+    const int64_t blocks = std::max(blocks_to_hold(kThreadsOfTwo), std::min<int64_t>(to_fill, limits_.max_cluster));
+    const int64_t alone = blocks_to_hold(kThreadsAlone);
+    if (blocks == 1) {
+      set_team(Team::Block, 1, kThreadsOfTwo);
+    } else if (blocks <= limits_.max_cluster) {
+      set_team(Team::Cluster, std::bit_ceil(static_cast<uint64_t>(blocks)), kThreadsOfTwo);
+    } else if (alone <= limits_.max_cluster && limits_.max_cluster > 1) {
+      set_team(Team::Cluster, std::bit_ceil(static_cast<uint64_t>(alone)), kThreadsAlone);
+    } else if (std::max(blocks, to_fill) <= enough) {
+      share_grid(std::max(blocks, to_fill), kThreadsOfTwo, enough);
+    } else {
+      share_grid(alone, kThreadsAlone, limits_.multiprocessors);
+    }
+    hold();
+  }
+
+  // Wider rows while a tile still fits into a block and there are blocks for every multiprocessor.
+  void choose_channels() {
+    const int64_t fewest = fewest_channels();
+    int64_t channels = fewest;
+    const auto suits = [&](int64_t c) {
+      return c <= std::min(kMaxChannels, problem_.c) && width_of(c) <= kThreadsOfTwo &&
+             slabs_of(c) >= 2 * limits_.multiprocessors && tile_bytes(c) <= room(c, kThreadsOfTwo);
+    };
+    while (channels > 1 && suits(2 * channels)) {
+      channels *= 2;
+    }
+    set_channels(channels);
+  }
+
+  // Teams of a cooperative launch: as many as fit side by side, each of as many blocks as there are then.
+  void share_grid(int64_t blocks, int threads, int64_t resident) {
+    const int64_t teams = std::clamp<int64_t>(resident / blocks, 1, plan_.slabs);
+    set_team(Team::Grid, resident / teams, threads);
+    plan_.teams = teams;
+  }
+
+  int64_t tile_bytes(int64_t channels) const { return problem_.n * width_of(channels) * kPack * plan_.tensors_held; }
+
+  // Shared memory that is left for a tile in a block that is alone, or one of two.
+  int64_t room(int64_t channels, int threads) const {
+    const int64_t block = threads == kThreadsAlone
+                              ? limits_.shared_per_block
+                              : std::min(limits_.shared_per_multiprocessor / 2 - kReserved, limits_.shared_per_block);
+    return block - shared_layout(static_cast<int>(channels), threads, channels > 1 ? lanes_ : 1).tile;
+  }
+
+  // Each thread holds whole packs, so a block holds what its threads can share evenly.
+  int64_t packs_held(int threads) const {
+    const int64_t active = plan_.per_lane ? threads / plan_.width * plan_.width : threads;
+    const int64_t bytes = kPack * threads * std::max(plan_.tensors_held, 1);
+    return room(plan_.channels, threads) / bytes * active;
+  }
+  int64_t blocks_to_hold(int threads) const {
+    return plan_.tensors_held == 0 ? 1 : divide_up(packs(), std::max<int64_t>(packs_held(threads), 1));
+  }
+  int64_t unit() const { return plan_.per_lane ? plan_.width : 1; }
+
+  void hold() {
+    const int64_t most = divide_up(plan_.share, plan_.active);
+    const int64_t bytes = kPack * plan_.threads * std::max(plan_.tensors_held, 1);
+    const int64_t held = plan_.tensors_held == 0 ? 0 : std::min(most, room(plan_.channels, plan_.threads) / bytes);
+    plan_.held = static_cast<int>(held);
+    if (work_.applied == 0) {
+      plan_.strategy = Strategy::Elementwise;
+    } else if (held < most) {
+      plan_.strategy = Strategy::Streaming;
+    } else {
+      const bool small = plan_.team == Team::Block && plan_.slabs <= limits_.multiprocessors;
+      plan_.strategy = small ? Strategy::Small : Strategy::Resident;
+    }
+  }
+
+  void count_bytes() {
+    plan_.shared_bytes = plan_.layout(lanes_).tile + kPack * plan_.threads * plan_.held * plan_.tensors_held;
+    if (plan_.team == Team::Grid) {
+      plan_.workspace_bytes = plan_.arrivals_bytes() + int64_t{8} * 4 * plan_.blocks() * plan_.channels;
+    }
+    const int64_t tensor = problem_.n * problem_.c * problem_.s * size_of(problem_.dtype);
+    const double held = static_cast<double>(plan_.held * plan_.active) / static_cast<double>(plan_.share);
+    const auto kept = static_cast<int64_t>(static_cast<double>(tensor) * std::min(held, 1.0)) * plan_.tensors_held;
+    plan_.bytes_moved = tensor * (work_.summed + work_.applied + (work_.applied > 0 ? 1 : 0)) - kept;
+    plan_.bytes_on_chip = std::min(kept, plan_.blocks() * plan_.held * plan_.active * kPack * plan_.tensors_held);
+  }
+
+  const Problem& problem_;
+  const Work& work_;
+  const Limits& limits_;
+  int lanes_;
+  LaunchPlan plan_;
+};
+
+constexpr int64_t operator""_KiB(unsigned long long n) {
+  return static_cast<int64_t>(n) << 10;
+}
+
+}  // namespace
+
+const Limits& named_limits(const std::string& name) {
+  // CUDA C++ Programming Guide, technical specifications per compute capability.
+  static const std::array<Limits, 6> known = {{
+      {"t4", 40, 64_KiB, 64_KiB, 1},
+      {"a100", 108, 163_KiB, 164_KiB, 1},
+      {"rtx4090", 128, 99_KiB, 100_KiB, 1},
+      {"h100", 132, 227_KiB, 228_KiB, 16},
+      {"b200", 148, 227_KiB, 228_KiB, 16},
+      {"rtx5090", 170, 99_KiB, 100_KiB, 8},
+  }};
+  for (const Limits& limits : known) {
+    if (limits.name == name) {
+      return limits;
+    }
+  }
+  std::string names;
+  for (const Limits& limits : known) {
+    names += (names.empty() ? "" : ", ") + limits.name;
+  }
+  throw std::invalid_argument("bn_ext: no limits of a GPU named " + name + ", there are " + names);
+}
+
+LaunchPlan plan(const Problem& problem, const Work& work, const Limits& limits) {
+  return Planner(problem, work, limits).make();
+}
+
+const char* name_of(Strategy strategy) {
+  constexpr const char* kNames[] = {"elementwise", "small", "resident", "streaming"};
+  return kNames[static_cast<int>(strategy)];
+}
+
+const char* name_of(Team team) {
+  constexpr const char* kNames[] = {"block", "cluster", "grid"};
+  return kNames[static_cast<int>(team)];
+}
+
+std::string to_string(const LaunchPlan& p) {
+  std::ostringstream out;
+  out << name_of(p.strategy) << ": " << p.slabs << " slabs of " << p.channels << " channels, " << p.teams
+      << " teams of " << p.team_blocks << " blocks (" << name_of(p.team) << ") of " << p.threads << " threads, "
+      << p.held << " of " << divide_up(p.share, p.active) << " packs held, " << p.shared_bytes << " bytes shared, "
+      << p.bytes_moved << " bytes moved, " << p.bytes_on_chip << " on chip";
+  return out.str();
+}
+
+}  // namespace bn::cuda

@@ -1,0 +1,106 @@
+#pragma once
+
+#include "core/problem.h"
+
+#include <cstdint>
+#include <string>
+
+// How a problem is laid out on a GPU: a value from a pure function.
+namespace bn::cuda {
+
+// What a device has, as far as plans depend on it.
+struct Limits {
+  std::string name;
+  int multiprocessors = 0;
+  int64_t shared_per_block = 0;  // bytes, the most a block may ask for
+  int64_t shared_per_multiprocessor = 0;
+  int max_cluster = 1;  // blocks that can share their memory; 1: no clusters
+
+  bool operator==(const Limits&) const = default;
+};
+
+// Those of the GPUs that tests and tables name; throws std::invalid_argument for a name it does not know.
+const Limits& named_limits(const std::string& name);
+
+// One direction of a batch norm, as traffic: how many tensors are read to add up each channel, and how many to write
+// the output; 0 where that is not asked for.
+struct Work {
+  int summed = 1;
+  int applied = 1;
+
+  bool operator==(const Work&) const = default;
+};
+
+// Who shares the sums of a channel.
+enum class Team {
+  Block,    // nobody: a block has whole channels
+  Cluster,  // the blocks of a cluster, through their shared memory
+  Grid      // some of the blocks of a cooperative launch, through global memory
+};
+
+enum class Strategy {
+  Elementwise,  // one pass: nothing is reduced, or nothing applied
+  Small,        // one wave of blocks, each with whole channels
+  Resident,     // two passes, the second one on chip
+  Streaming     // two passes, the second one partly or wholly from memory, in reverse for the sake of the cache
+};
+
+// Where a block keeps what in its shared memory, in bytes; every part begins at a multiple of 16.
+struct SharedLayout {
+  int64_t partial;       // a double for each thread and lane
+  int64_t totals;        // two for each channel: the block's sums, twice, for slabs by turns
+  int64_t sums;          // two for each channel: the team's
+  int64_t coefficients;  // up to four for each channel
+  int64_t tile;          // packs that are held
+};
+
+BN_HD constexpr int64_t round_up_16(int64_t bytes) {
+  return (bytes + 15) / 16 * 16;
+}
+
+BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_summed) {
+  SharedLayout at{};
+  at.totals = at.partial + round_up_16(int64_t{8} * threads * lanes_summed);
+  at.sums = at.totals + int64_t{8} * 4 * channels;
+  at.coefficients = at.sums + int64_t{8} * 2 * channels;
+  at.tile = at.coefficients + int64_t{8} * 4 * channels;
+  return at;
+}
+
+// A slab is a run of adjacent channels: in memory, n rows of up to channels * s contiguous values. Rows are cut into
+// packs of 16 bytes, numbered row by row; each block of the slab's team has a run of `share` packs, and of those each
+// of `active` threads every active-th.
+struct LaunchPlan {
+  Strategy strategy{};
+  Team team{};
+  int channels = 1;       // of a slab
+  int width = 1;          // packs of a row
+  bool per_lane = false;  // a thread stays in one column of packs, each lane of which sums a channel of its own
+  int threads = 0;
+  int active = 0;
+  int64_t slabs = 0;
+  int64_t teams = 0;
+  int team_blocks = 1;
+  int64_t share = 0;
+  int held = 0;          // packs that each thread keeps on chip ...
+  int tensors_held = 0;  // ... of each of the first tensors
+  int64_t shared_bytes = 0;
+  int64_t workspace_bytes = 0;
+  int64_t bytes_moved = 0;    // to and from memory, were there no cache
+  int64_t bytes_on_chip = 0;  // kept by all blocks together between the passes
+
+  bool operator==(const LaunchPlan&) const = default;
+  int64_t blocks() const { return teams * team_blocks; }
+  // The workspace begins with a count for each team.
+  int64_t arrivals_bytes() const { return round_up_16(int64_t{4} * teams); }
+  SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane ? lanes : 1); }
+};
+
+// Throws std::length_error for a problem that is beyond all memories.
+LaunchPlan plan(const Problem& problem, const Work& work, const Limits& limits);
+
+const char* name_of(Strategy strategy);
+const char* name_of(Team team);
+std::string to_string(const LaunchPlan& plan);
+
+}  // namespace bn::cuda

@@ -1,0 +1,118 @@
+#pragma once
+
+#include "cuda/divider.h"
+#include "cuda/gpu.h"
+#include "cuda/pack.h"
+#include "cuda/plan.h"
+
+#include <initializer_list>
+
+namespace bn::cuda {
+
+// Whether every pack of these tensors begins at a multiple of its size.
+inline bool packs_align(const Problem& problem, const LaunchPlan& plan, std::initializer_list<const void*> tensors) {
+  const int64_t size = size_of(problem.dtype);
+  bool aligned = problem.c * problem.s * size % kPackBytes == 0 &&
+                 (plan.slabs == 1 || plan.channels * problem.s * size % kPackBytes == 0);
+  for (const void* tensor : tensors) {
+    aligned &= reinterpret_cast<uintptr_t>(tensor) % kPackBytes == 0;
+  }
+  return aligned;
+}
+
+// A problem and its plan in the form that kernels use.
+struct Geometry {
+  int64_t c;
+  int64_t s;
+  int64_t rows;
+  int64_t row_stride;  // elements from one row to the next
+  int64_t slabs;
+  int64_t teams;
+  int64_t share;
+  int channels;
+  int width;
+  int active;
+  int held;
+  int tensors_held;
+  int team_blocks;
+  bool in_clusters;
+  bool aligned;
+  Divider by_width;
+  Divider by_s;  // of positions in rows of several channels
+
+  Geometry(const Problem& problem, const LaunchPlan& plan, bool aligned)
+      : c(problem.c),
+        s(problem.s),
+        rows(problem.n),
+        row_stride(problem.c * problem.s),
+        slabs(plan.slabs),
+        teams(plan.teams),
+        share(plan.share),
+        channels(plan.channels),
+        width(plan.width),
+        active(plan.active),
+        held(plan.held),
+        tensors_held(plan.tensors_held),
+        team_blocks(plan.team_blocks),
+        in_clusters(plan.team == Team::Cluster),
+        aligned(aligned),
+        by_width(plan.width),
+        by_s(plan.per_lane ? static_cast<uint32_t>(problem.s) : 1) {}
+};
+
+// The part of a slab that is one thread's.
+template <class T>
+class Slab {
+ public:
+  static constexpr int kLanes = Pack<T>::kLanes;
+
+  // Where a pack lies: its offset in the tensors, its first element's position in the row, the number of elements.
+  struct Place {
+    int64_t offset;
+    int64_t position;
+    int lanes;
+  };
+
+  BN_DEVICE Slab(const Geometry& g, int64_t slab, int rank) : g_(g), first_channel_(slab * g.channels) {
+    const int64_t begin = rank * g.share;
+    const int64_t rest = g.rows * g.width - begin;
+    const int mine = static_cast<int>(rest < 0 ? 0 : rest < g.share ? rest : g.share);
+    const int t = gpu::thread();
+    packs_ = t < g.active && t < mine ? (mine - t + g.active - 1) / g.active : 0;
+    first_row_ = begin / g.width;
+    first_pack_ = static_cast<int>(begin - first_row_ * g.width) + t;
+    const int64_t left = g.c - first_channel_;
+    channels_ = left < g.channels ? static_cast<int>(left) : g.channels;
+  }
+
+  BN_DEVICE int64_t first_channel() const { return first_channel_; }
+  BN_DEVICE int channels() const { return channels_; }
+  BN_DEVICE int packs() const { return packs_; }
+
+  // Of the thread's i-th pack; beyond its last one there are no elements.
+  BN_DEVICE Place place(int i) const {
+    const int pack = first_pack_ + i * g_.active;
+    const int row = g_.by_width.quotient(pack);
+    const int64_t position = int64_t{kLanes} * (pack - row * g_.width);
+    const int64_t length = channels_ * g_.s;
+    const int64_t rest = i < packs_ ? length - position : 0;
+    const int lanes = static_cast<int>(rest < 0 ? 0 : rest < kLanes ? rest : kLanes);
+    return {(first_row_ + row) * g_.row_stride + first_channel_ * g_.s + position, position, lanes};
+  }
+
+  // The channel, within the slab, of a position in a row.
+  BN_DEVICE int channel(int64_t position) const {
+    const int channel = g_.by_s.quotient(static_cast<int>(position));
+    return channel < channels_ ? channel : channels_ - 1;
+  }
+
+ private:
+  const Geometry& g_;
+  int64_t first_channel_;
+  int64_t first_row_;
+  int first_pack_;
+  int packs_;
+  int channels_;
+};
+
+}  // namespace bn::cuda

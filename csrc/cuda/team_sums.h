@@ -1,0 +1,152 @@
+#pragma once
+
+#include "cuda/gpu.h"
+#include "cuda/lane_sums.h"
+#include "cuda/plan.h"
+#include "cuda/slab.h"
+
+// The two sums of each channel of a slab: over the lanes and threads of a block, then over the blocks of a team. All in
+// double precision and in an order that the plan alone decides.
+namespace bn::cuda {
+
+// write(k, sum over i < entries of read(k, i)) for k < channels: some adjacent lanes of a warp for each channel.
+template <class Read, class Write>
+BN_DEVICE void sum_entries(int channels, int entries, const Read& read, const Write& write) {
+  int lanes = gpu::kWarp;
+  while (lanes > 1 && channels * lanes > gpu::threads()) {
+    lanes /= 2;
+  }
+  const int lane = gpu::thread() % lanes;
+  for (int first = 0; first < channels; first += gpu::threads() / lanes) {
+    const int k = first + gpu::thread() / lanes;
+    double sum = 0;
+    for (int i = lane; k < channels && i < entries; i += lanes) {
+      sum += read(k, i);
+    }
+    for (int mask = lanes / 2; mask > 0; mask /= 2) {
+      sum += gpu::shuffle_xor(gpu::kAllLanes, sum, mask);
+    }
+    if (k < channels && lane == 0) {
+      write(k, sum);
+    }
+  }
+}
+
+// The blocks that share the channels of a slab, as one of them sees it.
+class TeamSums {
+ public:
+  struct Workspace {
+    unsigned* arrivals;  // for each team
+    double* totals;      // for each team, twice, for each block and channel: two
+  };
+
+  BN_DEVICE TeamSums(const Geometry& g, const SharedLayout& at, const Workspace& workspace)
+      : g_(g),
+        at_(at),
+        rank_(gpu::block() % g.team_blocks),
+        team_(gpu::block() / g.team_blocks),
+        partial_(gpu::shared_array<double>(at.partial)),
+        sums_(gpu::shared_array<double>(at.sums)),
+        arrivals_(workspace.arrivals + team_),
+        exchanged_(workspace.totals + team_ * exchange_size()) {
+    if (by_memory() && rank_ == 0 && gpu::thread() == 0) {
+      *arrivals_ = 0;  // seen by the others behind the first meeting, which is the whole grid's
+    }
+  }
+
+  BN_DEVICE int rank() const { return rank_; }
+  BN_DEVICE int64_t team() const { return team_; }
+  BN_DEVICE int64_t teams() const { return g_.teams; }
+
+  // A value that one thread finds, for all of the block.
+  template <class Find>
+  BN_DEVICE double broadcast(const Find& find) const {
+    if (gpu::thread() == 0) {
+      partial_.write(0, find());
+    }
+    gpu::sync_block();
+    const double value = partial_.read(0);
+    gpu::sync_block();
+    return value;
+  }
+
+  // The sums over all of the slab's values are then in shared memory.
+  template <int kLanes>
+  BN_DEVICE void add_up(const LaneSums<kLanes>& mine) {
+    const bool alone = g_.team_blocks == 1;
+    const int64_t turn = int64_t{8} * 2 * g_.channels * (meetings_ % 2);
+    const auto own = alone ? sums_ : gpu::shared_array<double>(at_.totals + turn);
+    add_up_block(mine.sum, 0, own);
+    add_up_block(mine.product, 1, own);
+    if (!alone) {
+      exchange(own);
+      gpu::sync_block();
+    }
+  }
+
+  BN_DEVICE double sum(int k) const { return sums_.read(2 * k); }
+  BN_DEVICE double product(int k) const { return sums_.read(2 * k + 1); }
+
+  // No block may end while another one still reads its memory.
+  BN_DEVICE void part() const {
+    if (g_.in_clusters) {
+      gpu::sync_cluster();
+    }
+  }
+
+ private:
+  // Channels that the last slab lacks get sums too, of no meaning.
+  template <int kLanes>
+  BN_DEVICE void add_up_block(const double (&mine)[kLanes], int which, const gpu::Shared<double>& out) const {
+#pragma unroll
+    for (int l = 0; l < kLanes; ++l) {
+      partial_.write(gpu::thread() * kLanes + l, mine[l]);
+    }
+    gpu::sync_block();
+    const auto write = [&](int k, double sum) { out.write(2 * k + which, sum); };
+    if constexpr (kLanes == 1) {
+      sum_entries(1, gpu::threads(), [&](int, int i) { return partial_.read(i); }, write);
+    } else {
+      const int s = static_cast<int>(g_.s);
+      const int row = g_.width * kLanes;
+      const auto read = [&](int k, int i) {
+        const int r = g_.by_s.quotient(i);
+        return partial_.read(r * row + k * s + i - r * s);
+      };
+      sum_entries(g_.channels, g_.active / g_.width * s, read, write);
+    }
+    gpu::sync_block();
+  }
+
+  BN_DEVICE void exchange(const gpu::Shared<double>& own) {
+    const int sums = 2 * g_.channels;
+    const auto write = [&](int k, double sum) { sums_.write(k, sum); };
+    if (g_.in_clusters) {
+      gpu::sync_cluster();
+      sum_entries(sums, g_.team_blocks, [&](int k, int i) { return own.of_block(i).read(k); }, write);
+    } else {
+      double* const all = exchanged_ + (meetings_ % 2) * g_.team_blocks * sums;
+      for (int k = gpu::thread(); k < sums; k += gpu::threads()) {
+        all[rank_ * sums + k] = own.read(k);
+      }
+      meetings_ == 0 ? gpu::sync_grid() : gpu::sync_blocks(arrivals_, meetings_ * g_.team_blocks);
+      sum_entries(sums, g_.team_blocks, [&](int k, int i) { return gpu::load_written(all + i * sums + k); }, write);
+    }
+    ++meetings_;
+  }
+
+  BN_DEVICE bool by_memory() const { return g_.team_blocks > 1 && !g_.in_clusters; }
+  BN_DEVICE int64_t exchange_size() const { return int64_t{4} * g_.team_blocks * g_.channels; }
+
+  const Geometry& g_;
+  const SharedLayout at_;
+  int rank_;
+  int64_t team_;
+  gpu::Shared<double> partial_;
+  gpu::Shared<double> sums_;
+  unsigned* arrivals_;
+  double* exchanged_;
+  int meetings_ = 0;
+};
+
+}  // namespace bn::cuda
