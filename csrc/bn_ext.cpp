@@ -67,7 +67,7 @@ LaunchPlan launch_plan(int64_t n,
   const auto order =
       one_of<Layout>("layout", {{"planar", Layout::Planar}, {"interleaved", Layout::Interleaved}}, layout);
   const auto work =
-      one_of<Work>("direction", {{"forward", {1, 1}}, {"inference", {0, 1}}, {"backward", {2, 2}}}, direction);
+      one_of<Work>("direction", {{"forward", {1, 1, 1}}, {"inference", {1, 0, 1}}, {"backward", {2, 2, 2}}}, direction);
   if (n < 1 || c < 1 || s < 1) {
     throw py::value_error("n, c and s should be positive");
   }

@@ -59,7 +59,7 @@ class BackwardPass {
 Work work_of(const BackwardArgs& args) {
   const bool through_statistics = args.training && args.dx != nullptr;
   const bool sums_x = through_statistics || args.dweight;
-  return {sums_x ? 2 : args.dbias ? 1 : 0, through_statistics ? 2 : args.dx != nullptr ? 1 : 0};
+  return {2, sums_x ? 2 : args.dbias ? 1 : 0, through_statistics ? 2 : args.dx != nullptr ? 1 : 0};
 }
 
 void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {

@@ -41,6 +41,10 @@ constexpr int64_t round_up(int64_t a, int64_t b) {
   return divide_up(a, b) * b;
 }
 
+constexpr int64_t power_of_two(int64_t at_least) {
+  return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
+}
+
 // One problem's plan in the making.
 class Planner {
  public:
@@ -116,21 +120,22 @@ class Planner {
 
   void make_reducing() {
     choose_channels();
-    const int64_t enough = 2 * limits_.multiprocessors;
-    const int64_t useful = std::max<int64_t>(packs() / (kPacksPerThread * kThreadsOfTwo), 1);
-    const int64_t to_fill = std::min(divide_up(enough, plan_.slabs), useful);
-    const int64_t blocks = std::max(blocks_to_hold(kThreadsOfTwo), std::min<int64_t>(to_fill, limits_.max_cluster));
-    const int64_t alone = blocks_to_hold(kThreadsAlone);
-    if (blocks == 1) {
+    const int64_t cluster = limits_.max_cluster;
+    const int64_t pairs = 2 * limits_.multiprocessors;
+    const int64_t needed = blocks_to_hold(kThreadsOfTwo);
+    const int64_t needed_alone = blocks_to_hold(kThreadsAlone);
+    const int64_t useful = std::max(packs() / (kPacksPerThread * kThreadsOfTwo), needed);
+    const int64_t wanted = std::max(needed, std::min(divide_up(pairs, plan_.slabs), useful));
+    if (wanted == 1) {
       set_team(Team::Block, 1, kThreadsOfTwo);
-    } else if (blocks <= limits_.max_cluster) {
-      set_team(Team::Cluster, std::bit_ceil(static_cast<uint64_t>(blocks)), kThreadsOfTwo);
-    } else if (alone <= limits_.max_cluster && limits_.max_cluster > 1) {
-      set_team(Team::Cluster, std::bit_ceil(static_cast<uint64_t>(alone)), kThreadsAlone);
-    } else if (std::max(blocks, to_fill) <= enough) {
-      share_grid(std::max(blocks, to_fill), kThreadsOfTwo, enough);
+    } else if (cluster > 1 && needed <= cluster) {
+      set_team(Team::Cluster, power_of_two(std::min(wanted, cluster)), kThreadsOfTwo);
+    } else if (cluster > 1 && needed_alone <= cluster) {
+      set_team(Team::Cluster, power_of_two(needed_alone), kThreadsAlone);
+    } else if (needed <= pairs) {
+      share_grid(needed, useful, pairs, kThreadsOfTwo);
     } else {
-      share_grid(alone, kThreadsAlone, limits_.multiprocessors);
+      share_grid(needed_alone, needed_alone, limits_.multiprocessors, kThreadsAlone);
     }
     hold();
   }
@@ -149,14 +154,16 @@ class Planner {
     set_channels(channels);
   }
 
-  // Teams of a cooperative launch: as many as fit side by side, each of as many blocks as there are then.
-  void share_grid(int64_t blocks, int threads, int64_t resident) {
-    const int64_t teams = std::clamp<int64_t>(resident / blocks, 1, plan_.slabs);
-    set_team(Team::Grid, resident / teams, threads);
+  // Teams of a cooperative launch, of at least `needed` blocks and not more than are `useful`: as many as are there at
+  // the same time, each with as many slabs as the others.
+  void share_grid(int64_t needed, int64_t useful, int64_t resident, int threads) {
+    const int64_t rounds = divide_up(plan_.slabs, std::max<int64_t>(resident / needed, 1));
+    const int64_t teams = divide_up(plan_.slabs, rounds);
+    set_team(Team::Grid, std::min(resident / teams, useful), threads);
     plan_.teams = teams;
   }
 
-  int64_t tile_bytes(int64_t channels) const { return problem_.n * width_of(channels) * kPack * plan_.tensors_held; }
+  int64_t tile_bytes(int64_t channels) const { return problem_.n * width_of(channels) * kPack * work_.tensors; }
 
   // Shared memory that is left for a tile in a block that is alone, or one of two.
   int64_t room(int64_t channels, int threads) const {
@@ -169,12 +176,9 @@ class Planner {
   // Each thread holds whole packs, so a block holds what its threads can share evenly.
   int64_t packs_held(int threads) const {
     const int64_t active = plan_.per_lane ? threads / plan_.width * plan_.width : threads;
-    const int64_t bytes = kPack * threads * std::max(plan_.tensors_held, 1);
-    return room(plan_.channels, threads) / bytes * active;
+    return room(plan_.channels, threads) / (kPack * threads * work_.tensors) * active;
   }
-  int64_t blocks_to_hold(int threads) const {
-    return plan_.tensors_held == 0 ? 1 : divide_up(packs(), std::max<int64_t>(packs_held(threads), 1));
-  }
+  int64_t blocks_to_hold(int threads) const { return divide_up(packs(), std::max<int64_t>(packs_held(threads), 1)); }
   int64_t unit() const { return plan_.per_lane ? plan_.width : 1; }
 
   void hold() {

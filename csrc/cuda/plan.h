@@ -22,11 +22,11 @@ struct Limits {
 // Those of the GPUs that tests and tables name; throws std::invalid_argument for a name it does not know.
 const Limits& named_limits(const std::string& name);
 
-// One direction of a batch norm, as traffic: how many tensors are read to add up each channel, and how many to write
-// the output; 0 where that is not asked for.
+// One direction of a batch norm, as traffic.
 struct Work {
-  int summed = 1;
-  int applied = 1;
+  int tensors = 1;  // that the direction may read: how channels are cut, and so the bits of their sums, follows from it
+  int summed = 1;   // that are read to add up each channel, and
+  int applied = 1;  // to write the output; 0 where that is not asked for
 
   bool operator==(const Work&) const = default;
 };

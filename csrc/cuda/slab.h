@@ -35,7 +35,7 @@ struct Geometry {
   int held;
   int tensors_held;
   int team_blocks;
-  bool in_clusters;
+  Team team;
   bool aligned;
   Divider by_width;
   Divider by_s;  // of positions in rows of several channels
@@ -54,7 +54,7 @@ struct Geometry {
         held(plan.held),
         tensors_held(plan.tensors_held),
         team_blocks(plan.team_blocks),
-        in_clusters(plan.team == Team::Cluster),
+        team(plan.team),
         aligned(aligned),
         by_width(plan.width),
         by_s(plan.per_lane ? static_cast<uint32_t>(problem.s) : 1) {}

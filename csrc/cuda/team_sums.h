@@ -49,7 +49,7 @@ class TeamSums {
         sums_(gpu::shared_array<double>(at.sums)),
         arrivals_(workspace.arrivals + team_),
         exchanged_(workspace.totals + team_ * exchange_size()) {
-    if (by_memory() && rank_ == 0 && gpu::thread() == 0) {
+    if (g_.team == Team::Grid && rank_ == 0 && gpu::thread() == 0) {
       *arrivals_ = 0;  // seen by the others behind the first meeting, which is the whole grid's
     }
   }
@@ -73,7 +73,7 @@ class TeamSums {
   // The sums over all of the slab's values are then in shared memory.
   template <int kLanes>
   BN_DEVICE void add_up(const LaneSums<kLanes>& mine) {
-    const bool alone = g_.team_blocks == 1;
+    const bool alone = g_.team == Team::Block;
     const int64_t turn = int64_t{8} * 2 * g_.channels * (meetings_ % 2);
     const auto own = alone ? sums_ : gpu::shared_array<double>(at_.totals + turn);
     add_up_block(mine.sum, 0, own);
@@ -89,7 +89,7 @@ class TeamSums {
 
   // No block may end while another one still reads its memory.
   BN_DEVICE void part() const {
-    if (g_.in_clusters) {
+    if (g_.team == Team::Cluster) {
       gpu::sync_cluster();
     }
   }
@@ -121,7 +121,7 @@ class TeamSums {
   BN_DEVICE void exchange(const gpu::Shared<double>& own) {
     const int sums = 2 * g_.channels;
     const auto write = [&](int k, double sum) { sums_.write(k, sum); };
-    if (g_.in_clusters) {
+    if (g_.team == Team::Cluster) {
       gpu::sync_cluster();
       sum_entries(sums, g_.team_blocks, [&](int k, int i) { return own.of_block(i).read(k); }, write);
     } else {
@@ -135,7 +135,6 @@ class TeamSums {
     ++meetings_;
   }
 
-  BN_DEVICE bool by_memory() const { return g_.team_blocks > 1 && !g_.in_clusters; }
   BN_DEVICE int64_t exchange_size() const { return int64_t{4} * g_.team_blocks * g_.channels; }
 
   const Geometry& g_;

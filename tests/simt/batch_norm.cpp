@@ -1,0 +1,57 @@
+// The CUDA backend on the model of a GPU, for ctypes: what csrc/ops/batch_norm_cuda.cpp does around its kernels.
+
+#include "cuda/batch_norm.h"
+#include "model.h"
+
+#include <vector>
+
+namespace {
+
+using bn::cuda::LaunchPlan, bn::cuda::Limits, bn::cuda::Team;
+
+struct Device {
+  int multiprocessors;
+  int64_t shared_per_block;
+  int64_t shared_per_multiprocessor;
+  int max_cluster;
+};
+
+Limits limits_of(const Device& device) {
+  return {"model", device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor,
+          device.max_cluster};
+}
+
+template <class Args, class Launch>
+const char* plan_and_launch(const Args& args, const Device& device, const Launch& launch) {
+  return bn::simt::error_of([&] {
+    const LaunchPlan plan = bn::cuda::plan(args.problem, bn::cuda::work_of(args), limits_of(device));
+    const int64_t in_memory = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
+    const int64_t resident = device.multiprocessors * std::min<int64_t>(in_memory, 512 / plan.threads);
+    if (plan.shared_bytes > device.shared_per_block || (plan.team == Team::Grid && plan.blocks() > resident)) {
+      throw std::runtime_error("the device is too small for " + to_string(plan));
+    }
+    std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);
+    launch(args, plan, workspace.data(), nullptr);
+  });
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* batch_norm_forward(const bn::ForwardArgs& args, const Device& device) {
+  return plan_and_launch(args, device, bn::cuda::batch_norm_forward);
+}
+
+const char* batch_norm_backward(const bn::BackwardArgs& args, const Device& device) {
+  return plan_and_launch(args, device, bn::cuda::batch_norm_backward);
+}
+
+// Writes the plan's strategy and team, as "resident cluster".
+const char* name_plan(const bn::Problem& problem, const bn::cuda::Work& work, const Device& device, char* name) {
+  return bn::simt::error_of([&] {
+    const LaunchPlan plan = bn::cuda::plan(problem, work, limits_of(device));
+    std::snprintf(name, 64, "%s %s", name_of(plan.strategy), name_of(plan.team));
+  });
+}
+}

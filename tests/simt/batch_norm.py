@@ -1,0 +1,189 @@
+"""The CUDA backend, run on the model of a GPU, as a function of CPU tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, byref, c_bool, c_double, c_int, c_int64, c_void_p
+from pathlib import Path
+from typing import Any
+
+import torch
+from simt.build import HERE, ROOT, Library, library
+from torch import Tensor
+
+SOURCES = [HERE / "batch_norm.cpp", *(ROOT / "csrc/cuda" / f for f in ("plan.cpp", "forward.cu", "backward.cu"))]
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
+
+# The structures of csrc/core/arguments.h and csrc/cuda/plan.h.
+
+
+class Device(ctypes.Structure):
+    """Limits of a GPU."""
+
+    _fields_ = [
+        ("multiprocessors", c_int),
+        ("shared_per_block", c_int64),
+        ("shared_per_multiprocessor", c_int64),
+        ("max_cluster", c_int),
+    ]
+
+
+class Work(ctypes.Structure):
+    _fields_ = [("tensors", c_int), ("summed", c_int), ("applied", c_int)]
+
+
+class Problem(ctypes.Structure):
+    _fields_ = [("layout", c_int), ("dtype", c_int), ("n", c_int64), ("c", c_int64), ("s", c_int64)]
+
+
+class PerChannel(ctypes.Structure):
+    _fields_ = [("data", c_void_p), ("dtype", c_int), ("stride", c_int64)]
+
+
+class ForwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("problem", Problem),
+        ("x", c_void_p),
+        ("weight", PerChannel),
+        ("bias", PerChannel),
+        ("running_mean", PerChannel),
+        ("running_var", PerChannel),
+        ("num_batches_tracked", c_void_p),
+        ("training", c_bool),
+        ("cumulative", c_bool),
+        ("momentum", c_double),
+        ("eps", c_double),
+        ("y", c_void_p),
+        ("mean", c_void_p),
+        ("invstd", c_void_p),
+    ]
+
+
+class BackwardArgs(ctypes.Structure):
+    _fields_ = [
+        ("problem", Problem),
+        ("dy", c_void_p),
+        ("x", c_void_p),
+        ("weight", PerChannel),
+        ("mean", c_void_p),
+        ("invstd", c_void_p),
+        ("training", c_bool),
+        ("dx", c_void_p),
+        ("dweight", PerChannel),
+        ("dbias", PerChannel),
+    ]
+
+
+def problem_of(x: Tensor) -> Problem:
+    """That of a tensor that is dense in one of the two layouts."""
+    n, c, s = x.size(0), x.size(1), x[0, 0].numel()
+    interleaved = not x.is_contiguous() or s == 1
+    assert x.is_contiguous() or x.movedim(1, -1).is_contiguous()
+    if c == 1:
+        n, s, interleaved = 1, n * s, False
+    elif interleaved:
+        n, s = n * s, 1
+    return Problem(interleaved, DTYPES.index(x.dtype), n, c, s)
+
+
+def per_channel(t: Tensor | None) -> PerChannel:
+    return PerChannel() if t is None else PerChannel(t.data_ptr(), DTYPES.index(t.dtype), t.stride(0))
+
+
+def address(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def like(t: Tensor) -> Tensor:
+    """Laid out as ``t`` and full of NaN, so that what is not written shows."""
+    return torch.empty_like(t).fill_(torch.nan)
+
+
+class Kernels:
+    """The backend as it is compiled for the model; headers found under ``include`` take the place of its own."""
+
+    def __init__(self, name: str = "batch_norm", *, sanitize: bool = False, include: Sequence[Path] = ()) -> None:
+        self.library = Library(str(library(name, SOURCES, sanitize=sanitize, include=include)))
+        self.library.batch_norm_forward.argtypes = [POINTER(ForwardArgs), POINTER(Device)]
+        self.library.batch_norm_backward.argtypes = [POINTER(BackwardArgs), POINTER(Device)]
+
+    def configure(self, seed: int = 0, preempt: int = 0) -> None:
+        """The order of threads from here on (model.h)."""
+        self.library.configure(seed, preempt=preempt, resident_blocks=1 << 20)
+
+    def launches(self) -> int:
+        """Since ``configure``."""
+        return len(self.library.launches())
+
+    def plan(self, problem: Problem, work: Work, device: Device) -> str:
+        """Strategy and team."""
+        name = ctypes.create_string_buffer(64)
+        self.library.name_plan(byref(problem), byref(work), byref(device), name)
+        return name.value.decode()
+
+    def forward(
+        self,
+        device: Device,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        training: bool = True,
+        momentum: float | None = 0.1,
+        eps: float = 1e-5,
+        batches: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, (mean, invstd) = like(x), torch.full((2, x.size(1)), torch.nan, dtype=torch.float64)
+        of_channels = map(per_channel, (weight, bias, running_mean, running_var))
+        cumulative = momentum is None and batches is not None
+        rest = address(batches), training, cumulative, momentum or 0, eps, *map(address, (y, mean, invstd))
+        self.library.batch_norm_forward(ForwardArgs(problem_of(x), address(x), *of_channels, *rest), device)
+        return y, mean, invstd
+
+    def backward(
+        self,
+        device: Device,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        training: bool = True,
+        wanted: Sequence[bool] = (True, True, True),
+    ) -> tuple[Tensor | None, ...]:
+        of_parameter = x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
+        parameter = of_parameter if weight is None else weight
+        dx, dweight, dbias = (like(t) if w else None for t, w in zip((x, parameter, parameter), wanted))
+        inputs = problem_of(x), address(dy), address(x), per_channel(weight), address(mean), address(invstd)
+        outputs = address(dx), per_channel(dweight), per_channel(dbias)
+        self.library.batch_norm_backward(BackwardArgs(*inputs, training, *outputs), device)
+        return dx, dweight, dbias
+
+
+class _BatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kernels: Kernels, device: Device, x: Any, weight: Any, bias: Any, *rest: Any) -> Tensor:
+        running_mean, running_var, training, momentum, eps = rest
+        y, *statistics = kernels.forward(device, x, running_mean, running_var, weight, bias, training, momentum, eps)
+        ctx.save_for_backward(x, weight, *statistics)
+        ctx.rest = kernels, device, training
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, invstd = ctx.saved_tensors
+        kernels, device, training = ctx.rest
+        dy = like(x).copy_(dy)
+        wanted = ctx.needs_input_grad[2:5]
+        return None, None, *kernels.backward(device, dy, x, weight, mean, invstd, training, wanted), *[None] * 5
+
+
+def batch_norm(kernels: Kernels, device: Device) -> Callable[..., Tensor]:
+    """torch.nn.functional.batch_norm by these kernels, for dense tensors."""
+
+    def call(x: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any, *rest: Any) -> Tensor:
+        return _BatchNorm.apply(kernels, device, x, weight, bias, running_mean, running_var, *rest)
+
+    return call

@@ -1,0 +1,130 @@
+"""Kernels compiled for the CPU's model of a GPU, and where they run: in this process, or under AddressSanitizer."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import importlib.util
+import multiprocessing
+import os
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build/simt"
+TORCH = Path(importlib.util.find_spec("torch").origin).parent
+MODEL = [HERE / f"{name}.cpp" for name in ("c_api", "fiber", "sanitizers", "scheduler", "shared_memory", "text")]
+FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS += [f"-I{folder}" for folder in (HERE, ROOT / "csrc", TORCH / "include")]
+CHECKS = ["-fsanitize=alignment,null"]  # of kernels; the model stands in for the runtime library
+ADDRESSES = ["-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"]
+JOBS = 2
+
+
+def library(
+    name: str,
+    sources: Iterable[Path],
+    *,
+    sanitize: bool = False,
+    defines: Iterable[str] = (),
+    include: Iterable[Path] = (),
+) -> Path:
+    """The shared object of ``sources`` and the model, compiled where what it is made of is newer. Headers in folders to
+    ``include`` come before those of csrc."""
+    folders = list(include)
+    flags = [*FLAGS, *(f"-D{define}" for define in defines), *(["-DBN_SIMT_SANITIZE"] if sanitize else [])]
+    of_kernels = [*(f"-I{folder}" for folder in folders), *flags, *CHECKS, *(ADDRESSES if sanitize else [])]
+    headers = [Path(__file__), *(h for folder in [HERE, ROOT / "csrc", *folders] for h in folder.glob("**/*.h"))]
+    newest_header = max(header.stat().st_mtime for header in headers)
+
+    def compiled(source: Path, flags: list[str]) -> Path:
+        target = folder_of(flags) / f"{source.stem}.o"
+        if not is_newer(target, max(newest_header, source.stat().st_mtime)):
+            run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
+        return target
+
+    target = folder_of(of_kernels) / f"{name}.so"
+    with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(JOBS) as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        units = [(source, of_kernels) for source in sources] + [(source, flags) for source in MODEL]
+        objects = list(pool.map(compiled, *zip(*units, strict=True)))
+        if not is_newer(target, max(built.stat().st_mtime for built in objects)):
+            run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), *ADDRESSES[:sanitize], "-o", str(target)])
+    return target
+
+
+def folder_of(flags: list[str]) -> Path:
+    """For what is compiled with these."""
+    folder = BUILD / sha256(" ".join(flags).encode()).hexdigest()[:8]
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def is_newer(target: Path, time: float) -> bool:
+    return target.exists() and target.stat().st_mtime >= time
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+
+
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+    cluster: int
+    cooperative: bool
+
+
+class Library(ctypes.CDLL):
+    """Of its functions each returns null, or an error's text, which is raised."""
+
+    def __getattr__(self, name: str) -> Any:
+        function = super().__getattr__(name)
+        function.restype = ctypes.c_char_p
+        function.errcheck = raise_error
+        return function
+
+    def configure(
+        self, seed: int = 0, *, preempt: int = 0, resident_blocks: int = 132, shared_bytes: int = 227 << 10
+    ) -> None:
+        """The model's settings (model.h); forgets the launches so far."""
+        configure = super().__getattr__("simt_configure")
+        configure.argtypes = [ctypes.c_uint64, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        configure.restype = None
+        configure(seed, preempt, resident_blocks, shared_bytes)
+
+    def launches(self) -> list[Launch]:
+        launches = super().__getattr__("simt_launches")
+        launches.restype = ctypes.c_char_p
+        lines = (line.split() for line in launches().decode().splitlines())
+        return [Launch(kernel, *map(int, shape[:4]), shape[4] == "1") for kernel, *shape in lines]
+
+
+def raise_error(result: bytes | None, *_: object) -> None:
+    if result is not None:
+        raise RuntimeError(result.decode())
+
+
+@functools.cache
+def sanitized() -> ProcessPoolExecutor:
+    """A process with AddressSanitizer, to which functions of modules are submitted. What it finds while a kernel runs
+    is that kernel's error; anywhere else it ends the process."""
+    files = [
+        subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    options = "detect_leaks=0:halt_on_error=0:suppress_equal_pcs=0:color=never"
+    with mock.patch.dict(os.environ, LD_PRELOAD=" ".join(files), ASAN_OPTIONS=options):
+        pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        pool.submit(int).result()  # starts it
+    return pool

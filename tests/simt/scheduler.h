@@ -1,0 +1,106 @@
+#pragma once
+
+#include "fiber.h"
+#include "shared_memory.h"
+
+#include <deque>
+#include <span>
+
+namespace bn::simt {
+
+constexpr int kWarp = 32;
+
+enum class Scope { Block, Cluster, Grid };
+
+using Values = const void* const*;  // of a warp
+
+struct Thread;
+
+// Threads that one barrier holds.
+struct Group {
+  std::span<Thread> threads;
+  size_t arrived = 0;
+  uint32_t last_barrier = 0;
+};
+
+struct Block {
+  int64_t index;
+  int threads;
+  std::span<Block> cluster;
+  Group* groups[3];  // by Scope
+  SharedMemory memory;
+  int running;               // threads that have not returned
+  Thread* waiter = nullptr;  // the first one at a barrier
+
+  Group& group(Scope scope) const { return *groups[static_cast<int>(scope)]; }
+};
+
+struct Thread {
+  int index;   // in its block
+  int number;  // among all residents
+  Block* block;
+  Fiber* fiber;
+  bool returned = false;
+
+  // What it waits at.
+  const char* call = nullptr;
+  Site site;
+  unsigned lanes = 0;  // of an exchange
+  const void* value = nullptr;
+  const std::function<void(Values)>* take = nullptr;
+  const unsigned* counter = nullptr;  // of sync_blocks
+  unsigned arrivals = 0;
+};
+
+// The blocks that are there at the same time, and whose turn it is.
+class Residents {
+ public:
+  Residents(const Launch& launch, int64_t first_block, int64_t count, const std::function<void()>& body);
+  void run();
+
+  // The rest is called by the running thread, on its own stack.
+  Thread& running() const { return *running_; }
+  uint32_t time() const { return time_; }
+  bool is_ordered(const Trace& earlier) const;  // before what the thread does now
+  std::string name(const Trace& trace) const;
+
+  void yield();
+  void maybe_yield();
+  void arrive(Scope scope, const char* call, Site site);
+  void wait_for(const unsigned* counter, unsigned arrivals, const char* call, Site site);
+  // Waits for all of `lanes`; then `take` gets the address of each lane's value, null for a lane that is not named.
+  void exchange(
+      unsigned lanes, const void* value, const std::function<void(Values)>& take, const char* call, Site site);
+
+  std::string where() const;
+  void report(const std::string& what);  // ends the launch when the thread stops
+  [[noreturn]] void fail(const std::string& what);
+  [[noreturn]] void fail(const std::string& what, Site site);
+
+ private:
+  static void thread_main();
+  void finish();
+  [[noreturn]] void fail_diverged(const Thread& from);
+  void wake(Thread& thread);
+  void wake_counting();
+  Thread* next();
+
+  const Launch& launch_;
+  const std::function<void()>& body_;
+  std::vector<Block> blocks_;
+  std::vector<Group> groups_;
+  std::vector<Thread> threads_;
+  std::deque<Thread*> ready_;
+  std::vector<Thread*> counting_;  // wait for a counter
+  Thread* running_ = nullptr;
+  size_t returned_ = 0;
+  uint32_t time_ = 0;  // barriers passed
+  int64_t patience_;   // switches left in which something else has to happen
+  std::string error_;
+};
+
+extern Residents* residents;  // null between launches
+
+void listen_to_sanitizer();
+
+}  // namespace bn::simt

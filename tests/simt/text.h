@@ -1,0 +1,15 @@
+#pragma once
+
+#include "model.h"
+
+// What errors say.
+namespace bn::simt {
+
+struct Block;
+struct Thread;
+
+std::string text_of(Site site);
+std::string text_of(const Thread& thread);
+std::string text_of(const std::vector<Block>& blocks);
+
+}  // namespace bn::simt

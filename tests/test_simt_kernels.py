@@ -1,0 +1,387 @@
+"""The CUDA kernels, run on the model of a GPU: against torch and the float64 formulas, for every strategy of a plan, in
+any order of threads, under AddressSanitizer; and what becomes of them when they are broken."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from compare import assert_no_worse
+from problems import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    LAYOUTS,
+    MODES,
+    TYPES,
+    Problem,
+    Types,
+    channels_last,
+    contiguous,
+    run,
+    run_reference,
+    run_torch,
+)
+from simt.batch_norm import Device, Kernels, Work, batch_norm, problem_of
+from simt.build import ROOT, sanitized
+from torch import Tensor
+
+KIB = 1024
+HALF = Types(torch.float16, torch.float32, torch.float32)
+
+# GPUs of two multiprocessors or so, with hardly more shared memory than sums need: small tensors have to be shared.
+ROOMY = Device(8, 48 * KIB, 100 * KIB, 16)
+CLUSTERS = Device(2, 36 * KIB, 74 * KIB, 16)
+NO_CLUSTERS = Device(2, 40 * KIB, 82 * KIB, 1)
+DEVICES = {"roomy": ROOMY, "clusters": CLUSTERS, "no clusters": NO_CLUSTERS}
+
+# S = 1, 3, 7, 35, 49, 1023; channels that are no multiple of a pack, of a slab; one channel; one image.
+SHAPES = [
+    (2, 1),
+    (33, 65),
+    (600, 35),
+    (2, 3, 3),
+    (5, 35, 7),
+    (4, 8, 7, 7),
+    (64, 5, 7, 7),
+    (3, 33, 5, 7),
+    (2, 3, 50, 60),
+    (6, 3, 33, 31),
+    (1, 2, 8193),
+    (2, 32, 8, 8),
+]
+GRID = [
+    Problem(shape, layout, types)
+    for shape, layout, types in itertools.product(SHAPES, LAYOUTS[:2], [FLOAT, DOUBLE, HALF, BFLOAT])
+    if layout is contiguous or len(shape) > 2
+]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Kernels:
+    return Kernels()
+
+
+def check(kernels: Kernels, problem: Problem, device: Device) -> None:
+    a = problem.arguments("cpu")
+    ours = run(batch_norm(kernels, device), a, backward=True)
+    assert_no_worse(ours, run_torch(a, True), run_reference(a, True), str(problem.mode))
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("problem", GRID, ids=str)
+def test_grid(problem: Problem, device: Device, kernels: Kernels) -> None:
+    for mode in MODES:
+        check(kernels, replace(problem, mode=mode), device)
+
+
+def test_every_strategy_is_on_the_grid(kernels: Kernels) -> None:
+    works = [Work(1, 1, 1), Work(2, 2, 2), Work(1, 0, 1)]
+    inputs = [p.layout(torch.empty(p.shape, dtype=p.types.input)) for p in GRID]
+    cases = itertools.product(map(problem_of, inputs), works, DEVICES.values())
+    assert {kernels.plan(*case) for case in cases} == {
+        "elementwise block",
+        "small block",
+        "resident block",
+        "resident cluster",
+        "resident grid",
+        "streaming grid",
+    }
+
+
+# One problem for each way through the kernels: rows of one channel or of several; a block, a cluster, a grid that
+# holds everything or streams.
+WAYS = [
+    ((2, 32, 8, 8), contiguous, ROOMY),
+    ((5, 35, 7), contiguous, ROOMY),
+    ((2, 3, 50, 60), contiguous, CLUSTERS),
+    ((64, 5, 7, 7), contiguous, CLUSTERS),
+    ((600, 35), contiguous, NO_CLUSTERS),
+    ((1, 2, 8193), contiguous, NO_CLUSTERS),
+    ((2, 40, 25, 30), channels_last, NO_CLUSTERS),
+]
+ways = pytest.mark.parametrize(
+    ("shape", "layout", "device"), WAYS, ids=lambda v: str(v) if isinstance(v, tuple) else ""
+)
+
+
+class Pass(NamedTuple):
+    """What one forward and one backward give."""
+
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def both_passes(
+    kernels: Kernels, problem: Problem, device: Device, momentum: float | None = None, **of_backward: Any
+) -> Pass:
+    a = problem.arguments("cpu")
+    running = a.running_mean.clone(), a.running_var.clone()
+    batches = torch.tensor(41)
+    out = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, momentum, batches=batches)
+    gradients = kernels.backward(device, a.dy, a.input, a.weight, *out[1:], a.training, **of_backward)
+    return Pass(*out, *running, batches, *gradients)
+
+
+def assert_same_bits(one: Pass, other: Pass) -> None:
+    for part, a, b in zip(Pass._fields, one, other):
+        assert torch.equal(a, b), part
+
+
+@ways
+@pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
+def test_any_order_of_threads_gives_the_same_bits(shape, layout, device, types: Types, kernels: Kernels) -> None:
+    kernels.configure()
+    in_order = both_passes(kernels, Problem(shape, layout, types), device)
+    for seed in range(1, 9):
+        kernels.configure(seed, preempt=seed % 3 * 20)
+        torch.manual_seed(0)
+        assert_same_bits(both_passes(kernels, Problem(shape, layout, types), device), in_order)
+    kernels.configure()
+
+
+@ways
+def test_one_launch_a_pass(shape, layout, device, kernels: Kernels) -> None:
+    kernels.configure()
+    both_passes(kernels, Problem(shape, layout), device)
+    assert kernels.launches() == 2
+
+
+@ways
+def test_cumulative_average(shape, layout, device, kernels: Kernels) -> None:
+    """Without a momentum, that of the 42nd batch is 1 / 42; and it is counted once."""
+    cumulative = both_passes(kernels, Problem(shape, layout), device, None)
+    torch.manual_seed(0)
+    assert_same_bits(cumulative, both_passes(kernels, Problem(shape, layout), device, 1 / 42))
+    assert cumulative.batches.item() == 42
+
+
+@ways
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
+def test_subsets_of_the_gradients(shape, layout, device, mode, kernels: Kernels) -> None:
+    """What is asked for is bitwise the same whatever else is."""
+    problem = Problem(shape, layout, mode=mode)
+    every = both_passes(kernels, problem, device)
+    for wanted in itertools.product((False, True), repeat=3):
+        if any(wanted):
+            torch.manual_seed(0)
+            some = both_passes(kernels, problem, device, wanted=wanted)
+            for part, want in zip(("dx", "dweight", "dbias"), wanted):
+                assert not want or torch.equal(getattr(some, part), getattr(every, part)), f"{part} of {wanted}"
+
+
+@ways
+@pytest.mark.parametrize("types", TYPES, ids=str)
+def test_number_types(shape, layout, device, types: Types, kernels: Kernels) -> None:
+    check(kernels, Problem(shape, layout, types), device)
+
+
+@ways
+@pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)], ids=str)
+def test_without_weight_or_bias(shape, layout, device, affine, kernels: Kernels) -> None:
+    for mode in MODES:
+        check(kernels, Problem(shape, layout, FLOAT, mode, *affine), device)
+
+
+@ways
+@pytest.mark.parametrize("offset", [1e3, 1e6])
+def test_mean_far_from_zero(shape, layout, device, offset: float, kernels: Kernels) -> None:
+    check(kernels, Problem(shape, layout, FLOAT, offset=offset), device)
+
+
+@ways
+def test_constant_channels(shape, layout, device, kernels: Kernels) -> None:
+    x = torch.zeros(shape) + torch.linspace(-1e6, 1e6, shape[1]).view(1, -1, *[1] * (len(shape) - 2))
+    y, mean, invstd = kernels.forward(device, layout(x), None, None, None, None, eps=1.0)
+    assert torch.equal(y, torch.zeros_like(y))
+    assert torch.equal(mean, x[0].reshape(shape[1], -1)[:, 0].double())
+    assert torch.equal(invstd, torch.ones_like(invstd))
+
+
+@ways
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 3e38])
+@pytest.mark.parametrize("where", [0, -1])
+def test_what_floats_cannot_sum(shape, layout, device, value: float, where: int, kernels: Kernels) -> None:
+    """NaN and Inf stay in their channel; what overflows a float does not overflow the sums."""
+    x = torch.randn(shape)
+    x[where, 1].view(-1)[where] = value
+    x[where, 1].view(-1)[0] -= value / 2
+    y, mean, _ = kernels.forward(device, layout(x), None, None, None, None)
+    exact = torch.nn.functional.batch_norm(x.double(), None, None, training=True)
+    torch.testing.assert_close(y.double(), exact, equal_nan=True, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mean, x.double().movedim(1, 0).flatten(1).mean(1), equal_nan=True)
+
+
+def unaligned(x: Tensor) -> Tensor:
+    """The same values one element past an aligned address, and laid out the same."""
+    storage = torch.full((x.numel() + 1,), torch.nan, dtype=x.dtype)
+    return storage[1:].as_strided(x.shape, x.stride(), 1).copy_(x)
+
+
+@ways
+@pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
+def test_tensors_that_are_not_aligned(shape, layout, device, types: Types, kernels: Kernels) -> None:
+    problem = Problem(shape, layout, types)
+    torch.manual_seed(0)
+    aligned = both_passes(kernels, problem, device)
+    torch.manual_seed(0)
+    shifted = replace(problem, layout=lambda x: unaligned(layout(x)))
+    assert_same_bits(both_passes(kernels, shifted, device), aligned)
+
+
+def limits_of(device: Device) -> tuple[int, ...]:
+    """A device as it can be sent to another process."""
+    return tuple(getattr(device, name) for name, _ in Device._fields_)
+
+
+def passes_of(problem: Problem, device: tuple[int, ...], seed: int) -> Pass:
+    """In a process with AddressSanitizer."""
+    kernels = Kernels(sanitize=True)
+    kernels.configure(seed)
+    torch.manual_seed(0)
+    return both_passes(kernels, problem, Device(*device))
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_is_read_or_written_out_of_bounds(shape, types: Types, device: Device, kernels: Kernels) -> None:
+    kernels.configure()
+    for layout in (contiguous, channels_last)[: 1 if len(shape) == 2 else 2]:
+        problem = Problem(shape, layout, types)
+        torch.manual_seed(0)
+        plain = both_passes(kernels, problem, device)
+        assert_same_bits(sanitized().submit(passes_of, problem, limits_of(device), 1).result(), plain)
+
+
+class Broken(NamedTuple):
+    """What is wrong, where, and what is said of it; one way through the kernels on which it matters."""
+
+    name: str
+    header: str
+    right: str
+    wrong: str
+    error: str
+    way: int
+
+
+BROKEN = [
+    Broken(
+        "missing barrier",
+        "team_sums.h",
+        "      partial_.write(gpu::thread() * kLanes + l, mine[l]);\n    }\n    gpu::sync_block();",
+        "      partial_.write(gpu::thread() * kLanes + l, mine[l]);\n    }",
+        r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
+        2,
+    ),
+    Broken(
+        "missing barrier before the coefficients are read",
+        "kernel.h",
+        "    gpu::sync_block();\n",
+        "",
+        r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
+        0,
+    ),
+    Broken(
+        "missing barrier of the cluster",
+        "team_sums.h",
+        "      gpu::sync_cluster();\n      sum_entries",
+        "      sum_entries",
+        "before a cluster barrier|which nothing wrote",
+        2,
+    ),
+    Broken(
+        "block that ends early",
+        "team_sums.h",
+        "      gpu::sync_cluster();\n    }\n  }\n\n private",
+        "    }\n  }\n\n private",
+        "returns its block's shared memory|has returned",
+        2,
+    ),
+    Broken("counter that is not set", "team_sums.h", "*arrivals_ = 0;", "", "deadlock: .*arrivals", 4),
+    Broken(
+        "one arrival too many",
+        "team_sums.h",
+        "meetings_ * g_.team_blocks)",
+        "meetings_ * g_.team_blocks + 1)",
+        "deadlock: .* with 2 of 3 arrivals",
+        4,
+    ),
+    Broken(
+        "lanes that do not come",
+        "team_sums.h",
+        "    double sum = 0;\n",
+        "    if (k >= channels) {\n      break;\n    }\n    double sum = 0;\n",
+        "deadlock: .*shuffle_xor",
+        1,
+    ),
+    Broken(
+        "wrong lane mask",
+        "team_sums.h",
+        "shuffle_xor(gpu::kAllLanes,",
+        "shuffle_xor(0x7fffffff,",
+        "which `lanes` does not name|do not name the caller",
+        0,
+    ),
+    Broken(
+        "off by one",
+        "slab.h",
+        "rest < kLanes ? rest : kLanes",
+        "rest < kLanes ? rest + 1 : kLanes",
+        "heap-buffer-overflow",
+        1,
+    ),
+    Broken(
+        "unguarded tail", "slab.h", "i < packs_ ? length - position : 0", "length - position", "heap-buffer-overflow", 5
+    ),
+    Broken(
+        "tile without room",
+        "kernel.h",
+        "i + u < g_.held && j",
+        "i + u <= g_.held && j",
+        "out of bounds|which nothing wrote",
+        5,
+    ),
+]
+
+
+def write_broken(broken: Broken, folder: Path) -> None:
+    """The header that is wrong, and for quick compilation one that knows no number type but float."""
+    for name, right, wrong in (
+        (f"cuda/{broken.header}", re.escape(broken.right), broken.wrong),
+        ("core/dtype.h", r"return f\(.*\);", "return f(float{});"),
+    ):
+        source = (ROOT / "csrc" / name).read_text()
+        changed = re.sub(right, lambda _, wrong=wrong: wrong, source)
+        assert changed != source
+        (folder / name).parent.mkdir()
+        (folder / name).write_text(changed)
+
+
+def broken_passes(folder: str, sanitize: bool, shape: tuple[int, ...], layout: Any, limits: tuple[int, ...]) -> None:
+    kernels = Kernels("broken", sanitize=sanitize, include=[Path(folder)])
+    for seed in range(4):
+        kernels.configure(seed)
+        both_passes(kernels, Problem(shape, layout), Device(*limits))
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=[b.name for b in BROKEN])
+def test_what_is_broken_is_found(broken: Broken, tmp_path: Path) -> None:
+    write_broken(broken, tmp_path)
+    shape, layout, device = WAYS[broken.way]
+    of_memory = "heap" in broken.error
+    case = str(tmp_path), of_memory, shape, layout, limits_of(device)
+    with pytest.raises(RuntimeError, match=f"(?s)kernel batch_norm_(forward|backward): .*({broken.error})"):
+        sanitized().submit(broken_passes, *case).result() if of_memory else broken_passes(*case)
