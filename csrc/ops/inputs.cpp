@@ -12,8 +12,23 @@ bool is_floating(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
 }
 
-bool channels_last(const Tensor& t) {
-  return t.movedim(1, -1).is_contiguous();
+// (N, L, C) seen as (N, C, L). torch has no such memory format and its output would be contiguous; kept as it is,
+// a training step was 2 to 4 times faster than with copies.
+bool rows_of_channels(const Tensor& t) {
+  return t.dim() == 3 && !t.is_contiguous() && t.stride(1) == 1 && t.stride(2) == t.size(1) &&
+         (t.size(0) == 1 || t.stride(0) == t.size(1) * t.size(2));
+}
+
+// That of torch's output for `t`.
+at::MemoryFormat memory_format(const Tensor& t) {
+  if (!t.is_contiguous()) {
+    for (const auto format : {at::MemoryFormat::ChannelsLast, at::MemoryFormat::ChannelsLast3d}) {
+      if (t.is_contiguous(format)) {
+        return format;
+      }
+    }
+  }
+  return t.suggest_memory_format();
 }
 
 void check_input(const Tensor& input) {
@@ -85,13 +100,9 @@ void check_inputs(const BackwardArguments& a) {
 }
 
 View view_as_problem(const Tensor& input) {
-  Tensor t = input;
-  bool planar = t.is_contiguous();
-  if (!planar && !channels_last(t)) {
-    t = t.contiguous(t.suggest_memory_format());
-    planar = t.is_contiguous();
-  }
-  Problem p{planar ? Layout::Planar : Layout::Interleaved, dtype_of(t), t.size(0), t.size(1), 1};
+  const Tensor t = rows_of_channels(input) ? input : input.contiguous(memory_format(input));
+  const Layout layout = t.is_contiguous() ? Layout::Planar : Layout::Interleaved;
+  Problem p{layout, dtype_of(t), t.size(0), t.size(1), 1};
   for (int64_t d = 2; d < t.dim(); ++d) {
     p.s *= t.size(d);
   }
@@ -104,27 +115,17 @@ View view_as_problem(const Tensor& input) {
     p.n *= p.s;
     p.s = 1;
   }
-  return {t, planar, p};
+  return {t, p};
 }
 
 Tensor empty_like(const View& view) {
   const Tensor& t = view.tensor;
-  if (view.planar) {
-    Tensor suggested = at::empty_like(t, t.suggest_memory_format());
-    return suggested.is_contiguous() ? suggested : at::empty_like(t, at::MemoryFormat::Contiguous);
-  }
-  switch (t.dim()) {
-    case 4:
-      return at::empty_like(t, at::MemoryFormat::ChannelsLast);
-    case 5:
-      return at::empty_like(t, at::MemoryFormat::ChannelsLast3d);
-    default:  // torch has no such format
-      return at::empty_like(t);
-  }
+  return at::empty_like(t, rows_of_channels(t) ? at::MemoryFormat::Preserve : memory_format(t));
 }
 
 Tensor laid_out_like(const Tensor& tensor, const View& view) {
-  const bool same = view.planar ? tensor.is_contiguous() : channels_last(tensor);
+  const Tensor& t = view.tensor;
+  const bool same = rows_of_channels(t) ? rows_of_channels(tensor) : tensor.is_contiguous(memory_format(t));
   return same ? tensor : empty_like(view).copy_(tensor);
 }
 
