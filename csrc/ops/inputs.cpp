@@ -2,7 +2,8 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/movedim.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
 namespace bn::ops {
@@ -34,7 +35,7 @@ at::MemoryFormat memory_format(const Tensor& t) {
 void check_input(const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_floating(input.scalar_type()), "\"batch_norm\" not implemented for '",
                               input.scalar_type(), "'");
-  TORCH_CHECK_INDEX(input.dim() >= 2, "batch_norm: input should have sizes (N, C, ...), got ", input.sizes());
+  TORCH_CHECK(input.dim() >= 2, "batch_norm: input should have sizes (N, C, ...), got ", input.sym_sizes());
 }
 
 void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& input) {
@@ -43,7 +44,8 @@ void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& 
   }
   TORCH_CHECK(t->device() == input.device(), "batch_norm: ", name, " is on ", t->device(), " but input is on ",
               input.device());
-  TORCH_CHECK(t->numel() == input.size(1), name, " should contain ", input.size(1), " elements not ", t->numel());
+  TORCH_SYM_CHECK(t->sym_numel().sym_eq(input.sym_size(1)), name, " should contain ", input.sym_size(1),
+                  " elements not ", t->sym_numel());
   const bool reduced = input.scalar_type() == at::kHalf || input.scalar_type() == at::kBFloat16;
   TORCH_CHECK(t->scalar_type() == input.scalar_type() || (reduced && t->scalar_type() == at::kFloat),
               "batch_norm: expected ", name, " of type ", input.scalar_type(), reduced ? " or Float" : "",
@@ -62,12 +64,13 @@ void check_statistics(const char* name, const Tensor& t, const Tensor& input) {
 void check_inputs(const Arguments& a) {
   check_input(a.input);
   if (a.training) {
-    int64_t count = a.input.size(0);
-    for (const int64_t size : a.input.sizes().slice(2)) {
+    c10::SymInt count = a.input.sym_size(0);
+    for (const c10::SymInt& size : a.input.sym_sizes().slice(2)) {
       count *= size;
     }
-    TORCH_CHECK_VALUE(count != 1, "Expected more than 1 value per channel when training, got input size torch.Size(",
-                      a.input.sizes(), ")");
+    TORCH_CHECK_VALUE(!TORCH_GUARD_OR_FALSE(count.sym_eq(1)),
+                      "Expected more than 1 value per channel when training, got input size torch.Size(",
+                      a.input.sym_sizes(), ")");
     TORCH_CHECK_VALUE(a.eps > 0, "batch_norm eps must be positive during training, but got ", a.eps);
   } else {
     TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm eps must be non-negative, but got ", a.eps);
@@ -82,9 +85,12 @@ void check_inputs(const Arguments& a) {
   check_per_channel("bias", a.bias, a.input);
   if (a.num_batches_tracked.has_value()) {
     const Tensor& count = *a.num_batches_tracked;
-    TORCH_CHECK(count.scalar_type() == at::kLong && count.numel() == 1 && count.device() == a.input.device(),
-                "batch_norm: num_batches_tracked should be one value of type Long on ", a.input.device(), ", got ",
-                count.sizes(), " of type ", count.scalar_type(), " on ", count.device());
+    TORCH_CHECK(
+        c10::canCast(at::kLong, count.scalar_type()) && count.sym_numel() == 1 && count.device() == a.input.device(),
+        "batch_norm: num_batches_tracked should be one number on ", a.input.device(), ", got ", count.sym_sizes(),
+        " of type ", count.scalar_type(), " on ", count.device());
+    TORCH_CHECK(!a.training || !count.is_inference() || c10::InferenceMode::is_enabled(),
+                "Inplace update to inference tensor outside InferenceMode is not allowed: clone num_batches_tracked");
   }
 }
 
