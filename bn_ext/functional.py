@@ -42,12 +42,13 @@ def batch_norm(
         eps: added to the variance.
 
     Returns:
-        (N, C, *), the dtype and memory format of ``input``.
+        (N, C, *), of the dtype of ``input``, its channels last in memory if those of ``input`` are (in three
+        dimensions too, unlike torch's).
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
-        TypeError: a momentum of None.
+        TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
