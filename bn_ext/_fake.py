@@ -7,15 +7,11 @@ from torch import Tensor
 
 
 def _empty_like(input: Tensor) -> Tensor:
-    """An output for ``input``: in its layout if that is dense, channels second or last, else in the one torch picks."""
-    suggested = torch._prims_common.suggest_memory_format(input)
-    if input.is_contiguous():
-        output = torch.empty_like(input, memory_format=suggested)
-        return output if output.is_contiguous() else torch.empty_like(input, memory_format=torch.contiguous_format)
-    if not input.movedim(1, -1).is_contiguous():
-        return torch.empty_like(input, memory_format=suggested)
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return torch.empty_like(input, memory_format=formats.get(input.dim(), torch.preserve_format))
+    """An output for ``input``: channels last if they are and the rest is dense, else in the format torch picks."""
+    formats = {3: torch.preserve_format, 4: torch.channels_last, 5: torch.channels_last_3d}
+    if input.dim() in formats and not input.is_contiguous() and input.movedim(1, -1).is_contiguous():
+        return torch.empty_like(input, memory_format=formats[input.dim()])
+    return torch.empty_like(input, memory_format=torch._prims_common.suggest_memory_format(input))
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward")

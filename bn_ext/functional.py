@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_exporting
+from torch.jit import is_scripting, is_tracing
 
 from bn_ext import _load  # noqa: F401, for the operator
 
-operator = torch.ops.bn_ext.batch_norm.default
+operator = torch.ops.bn_ext.batch_norm
 
 
 def exporting() -> bool:
     """Whether a graph is being made for others to run: it should hold standard operators."""
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    return is_exporting() or (is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 def batch_norm(
@@ -39,18 +42,20 @@ def batch_norm(
         eps: added to the variance.
 
     Returns:
-        (N, C, *), the dtype and memory format of ``input``.
+        (N, C, *), of the dtype of ``input``, its channels last in memory if those of ``input`` are (in three
+        dimensions too, unlike torch's).
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
-        TypeError: a momentum of None.
+        TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
     """
-    if momentum is None:  # to the operator it means a cumulative average
-        raise TypeError("batch_norm(): momentum must be a number, got None")
-    if exporting():
-        return torch.nn.functional.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    if not is_scripting():
+        if momentum is None:  # to the operator it means a cumulative average
+            raise TypeError("batch_norm(): momentum must be a number, got None")
+        if exporting():
+            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return operator(input, weight, bias, running_mean, running_var, None, training, momentum, eps)

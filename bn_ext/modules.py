@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
+from torch.jit import is_scripting
 
 from bn_ext.functional import exporting, operator
 
@@ -12,11 +14,15 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     """Statistics, normalization, running statistics and the batch counter in one operator call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if exporting():
-            return super().forward(input)
+        if not is_scripting():
+            if isinstance(input, Proxy):  # fx makes leaves of torch.nn's modules only
+                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+            if exporting():
+                return super().forward(input)
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
-        num_batches_tracked, momentum = None, self.momentum
+        num_batches_tracked: Tensor | None = None
+        momentum: float | None = self.momentum
         if not self.training:
             training = running_mean is None and running_var is None
         else:

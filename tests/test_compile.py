@@ -103,6 +103,14 @@ def test_constructions(name: str, options: dict, device: str) -> None:
     assert_same_state(model, eager)
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_wrong_size(dynamic: bool, device: str) -> None:
+    compiled = torch.compile(bn_ext.functional.batch_norm, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    weight = torch.ones(5, device=device)
+    with pytest.raises(RuntimeError, match=r"weight should contain (4|s\d+) elements not (5|s\d+)"):
+        compiled(torch.randn(5, 4, 6, 6, device=device), None, None, weight, training=True)
+
+
 def test_functional(device: str) -> None:
     def call(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         return bn_ext.functional.batch_norm(2 * x, mean, var, training=True) - 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import re
 
 import pytest
 import torch
@@ -44,6 +46,9 @@ MISTAKES = {
     "evaluation without statistics": ({"running_mean": None, "running_var": None, "training": False}, "running_mean"),
     "evaluation without variance": ({"running_var": None, "training": False}, "running_var"),
     "one value per channel": ({"input": lambda t: t[:1, :, :1, :1]}, r"more than 1 value per channel.*\[1, 6, 1, 1\]"),
+    "no input": ({"input": None, "training": False}, "input.*NoneType"),
+    "no dimension": ({"input": lambda t: t.sum(), "training": False}, r"\(N, C, ...\), got \[\]"),
+    "one dimension": ({"input": lambda t: t[0, :, 0, 0]}, r"\(N, C, ...\), got \[6\]"),
     "integers": ({"input": lambda t: t.long()}, "not implemented for 'Long'"),
     "complex": ({"input": lambda t: t + 0j}, "not implemented for 'ComplexFloat'"),
     "boolean weight": ({"weight": lambda t: t.bool()}, "(?i)weight|mixed dtype"),
@@ -112,6 +117,34 @@ def test_rejected_by_the_module(mistake: tuple, momentum: float | None, device: 
     assert module.num_batches_tracked.item() == 0
     assert torch.equal(module.running_mean, torch.zeros(C, device=device))
     assert torch.equal(module.running_var, torch.ones(C, device=device))
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "num_batches_tracked", "weight", "input"])
+def test_inference_tensors(name: str, device: str) -> None:
+    """Refused where torch's refuses them, and nothing is changed."""
+    for training, gradients in itertools.product((True, False), repeat=2):
+        errors = []
+        for kind in (torch.nn.BatchNorm2d, bn_ext.BatchNorm2d):
+            module, input = kind(C, device=device).train(training), torch.randn(4, C, 5, 2, device=device)
+            with torch.inference_mode():
+                if name == "input":
+                    input = input.clone()
+                else:
+                    old = getattr(module, name)
+                    setattr(module, name, torch.nn.Parameter(old.clone()) if name == "weight" else old.clone())
+            before = copy.deepcopy(module.state_dict())
+            try:
+                with torch.set_grad_enabled(gradients):
+                    module(input)
+                errors.append(None)
+            except RuntimeError as error:
+                errors.append(type(error))
+                if kind is bn_ext.BatchNorm2d:
+                    assert re.search("(?i)inference tensor.*clone.*" + name, str(error))
+                    assert all(map(torch.equal, module.state_dict().values(), before.values()))
+        if not training and name.startswith("running"):  # torch's backward wants them, ours does not
+            errors[0] = None
+        assert errors[0] == errors[1], f"training {training}, gradients {gradients}"
 
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

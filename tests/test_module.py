@@ -149,6 +149,27 @@ def test_running_average(momentum: float | None, device: str) -> None:
     assert module.num_batches_tracked.item() == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32, torch.bool], ids=str)
+@pytest.mark.parametrize("momentum", [0.25, None])
+def test_counter_of_another_type(dtype: torch.dtype, momentum: float | None, device: str) -> None:
+    """What torch's counts in, ours counts in; what it refuses, ours refuses with nothing changed."""
+    mine, theirs = pair("BatchNorm2d", CHANNELS, momentum=momentum, device=device)
+    for module in (mine, theirs):
+        module.num_batches_tracked = module.num_batches_tracked.to(dtype)
+    before = copy.deepcopy(mine.state_dict())
+    for _ in range(2):
+        input = torch.randn(4, CHANNELS, 5, 5, device=device)
+        try:
+            theirs(input)
+        except RuntimeError:
+            with pytest.raises(RuntimeError, match=r"num_batches_tracked.*Bool"):
+                mine(input)
+            assert all(map(torch.equal, mine.state_dict().values(), before.values()))
+        else:
+            mine(input)
+            torch.testing.assert_close(mine.state_dict(), theirs.state_dict())
+
+
 @pytest.mark.parametrize("shape", [(0, CHANNELS, 4, 5), (3, CHANNELS, 0, 5), (0, CHANNELS, 0, 0)], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)

@@ -22,6 +22,7 @@ from problems import (
 )
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import bn_ext
 from bn_ext import reference
@@ -170,6 +171,27 @@ def test_meta_device(training: bool) -> None:
     output.sum().backward()
     assert input.grad.shape == input.shape
     assert module.weight.grad.shape == (3,)
+
+
+WRONG = {
+    "weight": (1, lambda t: torch.cat([t, t]), "weight should contain (4|s.*) elements not (8|2.s)"),
+    "running_var": (4, lambda t: t[1:], "running_var should contain (4|s.*) elements not (3|s.* - 1)"),
+    "dtype": (2, lambda t: t.double(), "expected bias of type Float"),
+    "one value per channel": (0, lambda t: t[:1, :, :1, :1], "more than 1 value per channel"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("where", ["real", "meta", "fake", "symbolic"])
+def test_mistakes_are_seen_without_data(wrong: str, where: str, device: str) -> None:
+    i, change, message = WRONG[wrong]
+    arguments = list(forward_arguments(Problem((3, 4, 2, 3)), "meta" if where == "meta" else device))
+    if where in ("fake", "symbolic"):
+        mode = FakeTensorMode(shape_env=ShapeEnv() if where == "symbolic" else None, static_shapes=where == "fake")
+        arguments = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments]
+    arguments[i] = change(arguments[i])
+    with pytest.raises((RuntimeError, ValueError), match=message):
+        OPS.batch_norm(*arguments)
 
 
 # ---------------------------------------------------------------------------------------------- strided vectors

@@ -1,6 +1,6 @@
 // The operator batch_norm: which way a call goes, and its gradient.
 
-#include "ops/batch_norm.h"
+#include "ops/inputs.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -96,21 +96,28 @@ bool compiled_for_gpus() {
   return compiled;
 }
 
-// Whether there are kernels for the input; torch answers for what is not like that, with results or errors.
+// Whether there are kernels for this; torch answers for what is not like that, with results or errors.
 bool has_kernels(const Arguments& a) {
   const bool on_device = a.input.is_cpu() || a.input.is_meta() || (a.input.is_cuda() && compiled_for_gpus());
-  return a.input.layout() == at::kStrided && on_device && a.input.dim() >= 2;
+  return on_device && a.input.layout() == at::kStrided && a.input.dim() >= 2 &&
+         (!a.num_batches_tracked.has_value() || a.num_batches_tracked->scalar_type() == at::kLong);
 }
 
-void check_devices_and_gradients(const Arguments& a) {
-  for (const OptionalTensor* t : {&a.weight, &a.bias, &a.running_mean, &a.running_var, &a.num_batches_tracked}) {
-    TORCH_CHECK(!t->has_value() || (*t)->device() == a.input.device(), "batch_norm: input is on ", a.input.device(),
-                " but a parameter or statistic is on ", (*t)->device());
-  }
+bool is_inference(const OptionalTensor& t) {
+  return t.has_value() && t->is_inference();
+}
+
+// What autograd would object to too late, the statistics updated, or not at all.
+void check_gradients(const Arguments& a, bool recorded) {
   for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
     TORCH_CHECK(!at::GradMode::is_enabled() || !t->has_value() || !(*t)->requires_grad(),
                 "batch_norm: running_mean and running_var cannot require gradients");
+    TORCH_CHECK(!recorded || !a.training || !is_inference(*t),
+                "Inplace update to inference tensor outside InferenceMode is not allowed: clone running_mean and "
+                "running_var");
   }
+  TORCH_CHECK(!recorded || !(a.input.is_inference() || is_inference(a.weight)),
+              "Inference tensors cannot be saved for backward: clone input and weight");
 }
 
 Tensor batch_norm(const Tensor& input,
@@ -123,14 +130,14 @@ Tensor batch_norm(const Tensor& input,
                   std::optional<double> momentum,
                   double eps) {
   const Arguments a{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
+  TORCH_CHECK_TYPE(input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
   if (!has_kernels(a) || any_of(a, has_tangent)) {
     return decomposed(a);
   }
-  check_devices_and_gradients(a);
-  if (at::GradMode::is_enabled() && any_of(a, requires_grad)) {
-    return BatchNorm::apply(input, weight, bias, a);
-  }
-  return std::get<0>(batch_norm_forward(a));
+  check_inputs(a);  // here too: fake kernels do not
+  const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
+  check_gradients(a, recorded);
+  return recorded ? BatchNorm::apply(input, weight, bias, a) : std::get<0>(batch_norm_forward(a));
 }
 
 // Under functorch's transforms, which the C++ autograd function does not know.

@@ -64,10 +64,6 @@ Tensor converted(const Arguments& a, const Tensor& momentum) {
   return output.to(a.input.scalar_type());
 }
 
-Tensor cumulative(const Arguments& a) {
-  return converted(a, a.num_batches_tracked->add(1).to(at::kDouble).reciprocal());
-}
-
 Tensor by_torch(const Arguments& a, double momentum) {
   return types_suit_torch(a) ? call_torch(a.input, a.weight, a.bias, a.running_mean, a.running_var, a, momentum)
                              : converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
@@ -76,14 +72,16 @@ Tensor by_torch(const Arguments& a, double momentum) {
 }  // namespace
 
 Tensor decomposed(const Arguments& a) {
-  if (a.input.numel() > 0 && !a.input.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) {
+  if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
     check_inputs(a);
   }
-  const bool counts = a.training && a.num_batches_tracked.has_value();
-  const Tensor output = counts && !a.momentum.has_value() ? cumulative(a) : by_torch(a, a.momentum.value_or(0));
-  if (counts) {
-    a.num_batches_tracked->add_(1);
+  if (!a.training || !a.num_batches_tracked.has_value()) {
+    return by_torch(a, a.momentum.value_or(0));
   }
+  const Tensor batches = a.num_batches_tracked->add(1);
+  const Tensor output =
+      a.momentum.has_value() ? by_torch(a, *a.momentum) : converted(a, batches.to(at::kDouble).reciprocal());
+  a.num_batches_tracked->copy_(batches);
   return output;
 }
 

@@ -13,12 +13,11 @@ void check_inputs(const BackwardArguments& a);
 // A tensor that is dense in one of the two layouts, and its sizes as a problem.
 struct View {
   Tensor tensor;
-  bool planar;  // in the tensor; a problem of one channel, or of planes of one value, is either
   Problem problem;
 };
 
-// The input itself if it is dense with its channels second or last, else a copy in the layout that torch
-// would give it.
+// The input itself if it is dense with its channels second or last, else a copy in the memory format that torch
+// would give its output.
 View view_as_problem(const Tensor& input);
 
 // An uninitialized tensor of the same layout, its strides as torch would have them.

@@ -1,0 +1,52 @@
+"""Where the output lies in memory: as torch's, for every layout of the input."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from problems import channel_slice, channels_last, contiguous, expanded, same_format, strided, transposed
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import bn_ext
+
+
+def reversed_dims(x: Tensor) -> Tensor:
+    return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
+
+
+def one_from_images(x: Tensor) -> Tensor:
+    """As ``image.permute(2, 0, 1)[None]`` leaves it: the stride of the only sample is that of a channel."""
+    return channels_last(x)[0][None]
+
+
+LAYOUTS = [contiguous, channels_last, transposed, reversed_dims, strided, channel_slice, expanded, one_from_images]
+SHAPES = [shape for d in range(2, 6) for shape in itertools.product((2,), (1, 3), *[(1, 4)] * (d - 2))]
+
+
+def output_of(batch_norm: Callable, input: Tensor, training: bool) -> Tensor:
+    statistics = (None, None) if training else (torch.zeros(input.size(1)), torch.ones(input.size(1)))
+    return batch_norm(input, *statistics, training=training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_as_torchs(shape: tuple[int, ...], layout: Callable[[Tensor], Tensor], training: bool) -> None:
+    input = layout(torch.randn(shape))
+    if training and input.numel() == input.size(1):
+        pytest.skip("one value per channel")
+    mine, theirs = (
+        output_of(f, input, training) for f in (bn_ext.functional.batch_norm, torch.nn.functional.batch_norm)
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = output_of(bn_ext.functional.batch_norm, mode.from_tensor(input), training)
+    assert fake.stride() == mine.stride()
+    if input.dim() == 3 and layout is not contiguous and same_format(mine, channels_last(mine)):
+        # Rows of channels, (N, L, C), stay rows as in element-wise operators: copies would cost most of the gain.
+        assert same_format(mine, channels_last(input))
+    else:
+        assert mine.stride() == theirs.stride()
