@@ -1,4 +1,4 @@
-# demo, test, bench, lint: each sets up .venv and builds by itself.
+# demo, test, bench, cuda-check, lint: each sets up .venv and builds by itself.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +7,7 @@ JOBS   ?= 2
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench cuda-check lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -18,6 +18,9 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.report --readme README.md
+
+cuda-check: $(VENV)/tools
+	MAX_JOBS=$(JOBS) $(BIN)/python -m tests.cuda_check
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

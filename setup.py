@@ -26,6 +26,7 @@ GPU_SOURCES = [ON_GPU, *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc
 FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 # For kernels: x * y + z may become one instruction. GCC warns inside its own AVX-512 header.
 KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
+NVCC_FLAGS = ["-std=c++20", "-O3"]
 
 # By the names that ATen's vectors have for them.
 INSTRUCTION_SETS: dict[str, list[str]] = {"DEFAULT": []}
@@ -77,11 +78,12 @@ def extension() -> CppExtension:
             f"bn_ext: BN_EXT_CUDA=1 needs nvcc and a CUDA build of torch; this is torch {torch.__version__}"
         )
     # OpenMP's runtime is the one inside torch: linking another would give it threads of its own.
-    flags = {"cxx": [*FLAGS, "-fopenmp"], "nvcc": ["-std=c++20", "-O3"]}
+    flags = {"cxx": [*FLAGS, "-fopenmp"], "nvcc": NVCC_FLAGS}
     common = {"include_dirs": [str(ROOT / "csrc")], "depends": HEADERS}
     if wants_cuda == "1":
         return CUDAExtension("bn_ext._C", [*SOURCES, *GPU_SOURCES], extra_compile_args=flags, **common)
     return CppExtension("bn_ext._C", SOURCES, extra_compile_args=flags["cxx"], **common)
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+if __name__ == "__main__":
+    setup(ext_modules=[extension()], cmdclass={"build_ext": Build})

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
+#include <limits>
 #include <map>
 
 TORCH_LIBRARY(bn_ext, m) {
@@ -70,6 +71,10 @@ LaunchPlan launch_plan(int64_t n,
       one_of<Work>("direction", {{"forward", {1, 1, 1}}, {"inference", {1, 0, 1}}, {"backward", {2, 2, 2}}}, direction);
   if (n < 1 || c < 1 || s < 1) {
     throw py::value_error("n, c and s should be positive");
+  }
+  constexpr int64_t kMostValues = std::numeric_limits<int64_t>::max() / 64;  // so that all their bytes can be counted
+  if (n > kMostValues / c / s) {
+    throw py::value_error("no tensor has as many values as n * c * s");
   }
   return bn::cuda::plan(bn::problem_of(order, type, n, c, s), work, bn::cuda::named_limits(gpu));
 }

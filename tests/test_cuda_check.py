@@ -1,0 +1,42 @@
+"""The CUDA files compile, their kernels keep to what plans count on, and the check would say so if not."""
+
+from __future__ import annotations
+
+import cuda_check
+import pytest
+
+FORWARD = "bn::cuda::(anonymous namespace)::ForwardPass"
+PTXAS = f"""\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function 'void bn::cuda::batch_norm_kernel<{FORWARD}<float>, 4>(int)' for 'sm_90'
+ptxas info    : Function properties for void bn::cuda::batch_norm_kernel<{FORWARD}<float>, 4>(int)
+    24 bytes stack frame, 16 bytes spill stores, 20 bytes spill loads
+ptxas info    : Used 129 registers, used 1 barriers, 24 bytes cumulative stack size, 4096 bytes smem, 688 bytes cmem[0]
+ptxas info    : Compile time = 298.479 ms
+ptxas info    : Compiling entry function 'void bn::cuda::batch_norm_kernel<{FORWARD}<c10::Half>, 1>(int)' for 'sm_90'
+ptxas info    : Function properties for void bn::cuda::batch_norm_kernel<{FORWARD}<c10::Half>, 1>(int)
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 128 registers, used 1 barriers
+ptxas info    : Function properties for bn::helper(double)
+    8 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+"""
+
+
+@pytest.mark.skipif(cuda_check.nvcc() is None, reason="needs nvcc, on the PATH or in /usr/local/cuda/bin")
+def test_every_file_compiles_for_every_architecture() -> None:
+    assert cuda_check.main() == 0
+
+
+def test_what_ptxas_says_is_understood() -> None:
+    assert cuda_check.usages(PTXAS) == {
+        "forward float32 per lane": cuda_check.Usage(registers=129, shared=4096, stack=24, spills=36),
+        "forward float16 one channel": cuda_check.Usage(registers=128, shared=0, stack=0, spills=0),
+        "helper(double)": cuda_check.Usage(registers=0, shared=0, stack=8, spills=0),
+    }
+
+
+def test_excess_is_reported() -> None:
+    spilling, lean, helper = cuda_check.usages(PTXAS).values()
+    assert cuda_check.excess(spilling) == ["129 registers", "24 bytes of stack", "36 bytes spilled"]
+    assert cuda_check.excess(lean) == []
+    assert cuda_check.excess(helper) == ["8 bytes of stack"]

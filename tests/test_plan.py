@@ -1,0 +1,346 @@
+"""Launch plans, as tables: every batch-norm layer of some networks, on every GPU that has a name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+
+from bn_ext._C import LaunchPlan, launch_plan
+
+KIB = 1 << 10
+TYPE_SIZES = {"float32": 4, "bfloat16": 2}
+LAYOUTS = "planar", "interleaved"
+BATCHES = 1, 32, 256
+
+# Tensors read to be summed and to be applied; those written are one.
+WORK = {"forward": (1, 1), "inference": (0, 1), "backward": (2, 2)}
+LEAST = {"forward": 2, "inference": 2, "backward": 3}
+TORCHS = {"forward": 3, "inference": 2, "backward": 5}
+
+
+class Gpu(NamedTuple):
+    """Multiprocessors, bytes of shared memory that a block and a multiprocessor have, blocks of a cluster."""
+
+    multiprocessors: int
+    block: int
+    multiprocessor: int
+    cluster: int
+
+
+GPUS = {
+    "t4": Gpu(40, 64 * KIB, 64 * KIB, 1),
+    "a100": Gpu(108, 163 * KIB, 164 * KIB, 1),
+    "rtx4090": Gpu(128, 99 * KIB, 100 * KIB, 1),
+    "h100": Gpu(132, 227 * KIB, 228 * KIB, 16),
+    "b200": Gpu(148, 227 * KIB, 228 * KIB, 16),
+    "rtx5090": Gpu(170, 99 * KIB, 100 * KIB, 8),
+}
+MULTIPROCESSOR_THREADS = 512  # of 128 registers each
+RESERVED = 1 * KIB  # of a multiprocessor's shared memory, for each block
+
+# The channels of the layers, by the side of their images: of 224 pixels, or of 128 voxels.
+RESNET_50 = {112: [64], 56: [64, 128, 256], 28: [128, 256, 512], 14: [256, 512, 1024], 7: [512, 2048]}
+NETWORKS: dict[str, tuple[int, dict[int, list[int]]]] = {
+    "ResNet-50": (2, RESNET_50),
+    "EfficientNet-B0": (
+        2,
+        {
+            112: [16, 32, 96],
+            56: [24, 96, 144],
+            28: [40, 144, 240],
+            14: [80, 112, 240, 480, 672],
+            7: [192, 320, 672, 1152, 1280],
+        },
+    ),
+    "DenseNet-121": (
+        2,
+        {
+            112: [64],
+            56: [*range(64, 257, 32)],
+            28: [*range(128, 513, 32)],
+            14: [128, *range(256, 1025, 32)],
+            7: [128, *range(512, 1025, 32)],
+        },
+    ),
+    "3-D U-Net": (3, {128: [32, 64], 64: [64, 128], 32: [128, 256], 16: [256, 512]}),
+}
+
+
+class Case(NamedTuple):
+    """A plan and what it is of: n rows of c channels of s values each, as kernels see the problem."""
+
+    n: int
+    c: int
+    s: int
+    dtype: str
+    direction: str
+    gpu: Gpu
+    plan: LaunchPlan
+
+    @property
+    def lanes(self) -> int:
+        return 16 // TYPE_SIZES[self.dtype]
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.n * self.c * self.s * TYPE_SIZES[self.dtype]
+
+    @property
+    def blocks(self) -> int:
+        return self.plan.teams * self.plan.team_blocks
+
+    @property
+    def most_packs(self) -> int:
+        """Of one thread."""
+        return -(-self.plan.share // self.plan.active)
+
+
+def case(n: int, c: int, s: int, dtype: str, layout: str, direction: str, gpu: str) -> Case:
+    plan = launch_plan(n, c, s, gpu=gpu, dtype=dtype, layout=layout, direction=direction)
+    if c == 1:
+        n, s = 1, n * s
+    elif layout == "interleaved":
+        n, s = n * s, 1
+    return Case(n, c, s, dtype, direction, GPUS[gpu], plan)
+
+
+def cases(network: str) -> Iterator[Case]:
+    rank, layers = NETWORKS[network]
+    shapes = [(n, c, side**rank) for n in BATCHES for side, channels in layers.items() for c in channels]
+    for shape, *rest in itertools.product(shapes, TYPE_SIZES, LAYOUTS, WORK, GPUS):
+        yield case(*shape, *rest)
+
+
+# Few channels, single values, odd rows, one row, rows longer than a block is wide, everything at once.
+AWKWARD = [
+    case(*shape, *rest)
+    for shape, *rest in itertools.product(
+        itertools.product([1, 2, 33, 4097], [1, 2, 3, 35, 65, 1000], [1, 3, 49, 1023, 65537]),
+        TYPE_SIZES,
+        LAYOUTS,
+        WORK,
+        ["t4", "h100"],
+    )
+]
+
+
+@pytest.fixture(params=[*NETWORKS, "awkward sizes"], scope="module")
+def every(request: pytest.FixtureRequest) -> list[Case]:
+    return AWKWARD if request.param == "awkward sizes" else list(cases(request.param))
+
+
+def test_no_limit_is_exceeded(every: list[Case]) -> None:
+    for a in every:
+        p, gpu = a.plan, a.gpu
+        assert p.threads in range(32, MULTIPROCESSOR_THREADS + 1, 32), a
+        assert 1 <= a.blocks < 2**31, a
+        assert p.shared_bytes <= gpu.block, a
+        side_by_side = min(MULTIPROCESSOR_THREADS // p.threads, gpu.multiprocessor // (p.shared_bytes + RESERVED))
+        assert side_by_side >= (2 if p.threads <= 256 and p.strategy != "elementwise" else 1), a
+        if p.team == "cluster":
+            assert p.team_blocks in [size for size in (2, 4, 8, 16) if size <= gpu.cluster], a
+        if p.team == "grid":
+            assert a.blocks <= gpu.multiprocessors * side_by_side, a
+
+
+def test_every_element_is_covered_once(every: list[Case]) -> None:
+    for a in every:
+        p = a.plan
+        assert p.slabs == -(-a.c // p.channels), a
+        assert p.width == -(-p.channels * a.s // a.lanes), a
+        assert p.team_blocks * p.share >= a.n * p.width, a
+        assert 1 <= p.active <= p.threads, a
+        # A block of each team for each of its slabs; the slabs of a cooperative grid's teams are a stride apart.
+        assert p.teams == p.slabs or (p.team == "grid" and 1 <= p.teams < p.slabs), a
+        assert (p.team_blocks == 1) == (p.team == "block") or p.strategy == "elementwise", a
+        assert p.per_lane == (p.channels > 1), a
+        if p.per_lane:  # a thread stays in its column
+            assert p.share % p.width == 0 and p.active % p.width == 0, a
+
+
+def test_bytes_moved_lie_between_the_least_and_torchs(every: list[Case]) -> None:
+    for a in every:
+        least, most = (times[a.direction] * a.tensor_bytes for times in (LEAST, TORCHS))
+        assert least <= a.plan.bytes_moved <= most, a
+        assert (a.plan.bytes_moved == least) == (a.plan.strategy != "streaming"), a
+
+
+def test_bytes_on_chip(every: list[Case]) -> None:
+    for a in every:
+        p = a.plan
+        summed, applied = WORK[a.direction]
+        tensors = applied if summed else 0
+        assert 0 <= p.held <= a.most_packs, a
+        assert (p.held == a.most_packs) == (p.strategy in ("small", "resident")), a
+        assert 16 * p.threads * p.held * tensors <= p.shared_bytes, a
+        assert p.bytes_on_chip <= min(tensors * a.tensor_bytes, a.blocks * p.shared_bytes), a
+        if p.team == "grid":  # all blocks are there at the same time
+            assert p.bytes_on_chip <= a.gpu.multiprocessors * a.gpu.multiprocessor, a
+        assert (p.workspace_bytes > 0) == (p.team == "grid"), a
+
+
+# What becomes of ResNet-50 in float32, as strategy, team and, where it is not 1, bytes moved over the least.
+# fmt: off
+GOLDEN = """
+h100  32  planar forward        planar backward       interleaved forward   interleaved backward
+64x112    resident cluster      resident cluster      resident grid         streaming grid 1.30
+64x56     resident cluster      resident cluster      resident grid         resident grid
+128x56    resident cluster      resident cluster      resident grid         resident grid
+256x56    resident cluster      resident cluster      resident grid         resident grid
+128x28    resident cluster      resident cluster      resident cluster      resident cluster
+256x28    resident cluster      resident cluster      resident cluster      resident cluster
+512x28    resident block        resident cluster      resident cluster      resident cluster
+256x14    resident block        resident block        resident cluster      resident cluster
+512x14    resident block        resident block        resident cluster      resident cluster
+1024x14   resident block        resident block        resident cluster      resident cluster
+512x7     small block           small block           resident cluster      resident cluster
+2048x7    resident block        resident block        resident cluster      resident cluster
+h100 256  planar forward        planar backward       interleaved forward   interleaved backward
+64x112    resident grid         resident grid         streaming grid 1.43   streaming grid 1.62
+64x56     resident cluster      resident grid         streaming grid 1.23   streaming grid 1.48
+128x56    resident cluster      resident grid         streaming grid 1.23   streaming grid 1.48
+256x56    resident cluster      resident grid         streaming grid 1.23   streaming grid 1.48
+128x28    resident cluster      resident cluster      resident grid         resident grid
+256x28    resident cluster      resident cluster      resident grid         resident grid
+512x28    resident cluster      resident cluster      resident grid         resident grid
+256x14    resident cluster      resident cluster      resident cluster      resident grid
+512x14    resident cluster      resident cluster      resident cluster      resident grid
+1024x14   resident cluster      resident cluster      resident cluster      resident grid
+512x7     resident cluster      resident cluster      resident cluster      resident cluster
+2048x7    resident cluster      resident cluster      resident cluster      resident cluster
+a100  32  planar forward        planar backward       interleaved forward   interleaved backward
+64x112    resident grid         resident grid         streaming grid 1.19   streaming grid 1.46
+64x56     resident grid         resident grid         resident grid         resident grid
+128x56    resident grid         resident grid         resident grid         resident grid
+256x56    resident grid         resident grid         resident grid         resident grid
+128x28    resident grid         resident grid         resident grid         resident grid
+256x28    resident grid         resident grid         resident grid         resident grid
+512x28    resident grid         resident grid         resident grid         resident grid
+256x14    resident block        resident block        resident grid         resident grid
+512x14    resident block        resident block        resident grid         resident grid
+1024x14   resident block        resident block        resident grid         resident grid
+512x7     resident block        resident block        resident grid         resident grid
+2048x7    resident block        resident block        resident grid         resident grid
+a100 256  planar forward        planar backward       interleaved forward   interleaved backward
+64x112    resident grid         streaming grid 1.25   streaming grid 1.46   streaming grid 1.64
+64x56     resident grid         resident grid         streaming grid 1.35   streaming grid 1.56
+128x56    resident grid         resident grid         streaming grid 1.35   streaming grid 1.56
+256x56    resident grid         resident grid         streaming grid 1.35   streaming grid 1.56
+128x28    resident grid         resident grid         resident grid         streaming grid 1.25
+256x28    resident grid         resident grid         resident grid         streaming grid 1.25
+512x28    resident grid         resident grid         resident grid         streaming grid 1.25
+256x14    resident grid         resident grid         resident grid         resident grid
+512x14    resident grid         resident grid         resident grid         resident grid
+1024x14   resident grid         resident grid         resident grid         resident grid
+512x7     resident grid         resident grid         resident grid         resident grid
+2048x7    resident grid         resident grid         resident grid         resident grid
+t4    32  planar forward        planar backward       interleaved forward   interleaved backward
+64x112    resident grid         streaming grid 1.26   streaming grid 1.47   streaming grid 1.65
+64x56     resident grid         resident grid         streaming grid 1.37   streaming grid 1.60
+128x56    resident grid         resident grid         streaming grid 1.37   streaming grid 1.60
+256x56    resident grid         resident grid         streaming grid 1.37   streaming grid 1.60
+128x28    resident grid         resident grid         resident grid         streaming grid 1.39
+256x28    resident grid         resident grid         resident grid         streaming grid 1.39
+512x28    resident grid         resident grid         resident grid         streaming grid 1.39
+256x14    resident block        resident grid         resident grid         resident grid
+512x14    resident block        resident grid         resident grid         resident grid
+1024x14   resident block        resident grid         resident grid         resident grid
+512x7     resident grid         resident grid         resident grid         resident grid
+2048x7    resident grid         resident grid         resident grid         resident grid
+t4   256  planar forward        planar backward       interleaved forward   interleaved backward
+64x112    streaming grid 1.41   streaming grid 1.62   streaming grid 1.50   streaming grid 1.66
+64x56     streaming grid 1.14   streaming grid 1.46   streaming grid 1.48   streaming grid 1.66
+128x56    streaming grid 1.14   streaming grid 1.46   streaming grid 1.48   streaming grid 1.66
+256x56    streaming grid 1.14   streaming grid 1.46   streaming grid 1.48   streaming grid 1.66
+128x28    resident grid         resident grid         streaming grid 1.44   streaming grid 1.63
+256x28    resident grid         resident grid         streaming grid 1.44   streaming grid 1.63
+512x28    resident grid         resident grid         streaming grid 1.44   streaming grid 1.63
+256x14    resident grid         resident grid         streaming grid 1.25   streaming grid 1.53
+512x14    resident grid         resident grid         streaming grid 1.25   streaming grid 1.53
+1024x14   resident grid         resident grid         streaming grid 1.25   streaming grid 1.53
+512x7     resident grid         resident grid         resident grid         streaming grid 1.12
+2048x7    resident grid         resident grid         resident grid         streaming grid 1.12
+"""
+# fmt: on
+
+
+def golden() -> list[str]:
+    lines = []
+    for gpu, n in itertools.product(["h100", "a100", "t4"], [32, 256]):
+        columns = [(layout, direction) for layout in LAYOUTS for direction in ("forward", "backward")]
+        lines.append(f"{gpu:5}{n:>3}  " + "".join(f"{' '.join(column):22}" for column in columns))
+        for side, channels in RESNET_50.items():
+            for c in channels:
+                cells = []
+                for layout, direction in columns:
+                    a = case(n, c, side * side, "float32", layout, direction, gpu)
+                    over = a.plan.bytes_moved / (LEAST[direction] * a.tensor_bytes)
+                    cells.append(f"{a.plan.strategy} {a.plan.team} {'' if over == 1 else f'{over:.2f}'}")
+                lines.append(f"{f'{c}x{side}':8}  " + "".join(f"{cell:22}" for cell in cells))
+    return [line.rstrip() for line in lines]
+
+
+def test_what_becomes_of_resnet_50() -> None:
+    assert golden() == GOLDEN.strip().splitlines()
+
+
+def test_a_plan_is_a_value() -> None:
+    def plan() -> LaunchPlan:
+        return launch_plan(32, 64, 3136)
+
+    assert plan() == plan() and repr(plan()) == repr(plan())
+    assert plan() != launch_plan(32, 64, 3136, direction="backward")
+    assert repr(plan()) == (
+        "LaunchPlan(resident: 64 slabs of 1 channels, 64 teams of 8 blocks (cluster) of 256 threads, "
+        "13 of 13 packs held, 55376 bytes shared, 51380224 bytes moved, 25690112 on chip)"
+    )
+    assert plan() == launch_plan(32, 64, 3136, gpu="h100", dtype="float32", layout="planar", direction="forward")
+
+
+def test_float16_is_as_bfloat16() -> None:
+    assert launch_plan(32, 64, 49, dtype="float16") == launch_plan(32, 64, 49, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("direction", WORK)
+@pytest.mark.parametrize("gpu", GPUS)
+def test_problems_that_are_the_same_have_the_same_plan(gpu: str, direction: str) -> None:
+    def plan(n: int, c: int, s: int, layout: str) -> LaunchPlan:
+        return launch_plan(n, c, s, gpu=gpu, layout=layout, direction=direction)
+
+    one_channel = [plan(n, 1, 6000 // n, layout) for n in (1, 6, 6000) for layout in LAYOUTS]
+    assert all(p == one_channel[0] for p in one_channel)
+    single_values = [plan(n, 35, 600 // n, "interleaved") for n in (1, 6, 600)] + [plan(600, 35, 1, "planar")]
+    assert all(p == single_values[0] for p in single_values)
+
+
+@pytest.mark.parametrize("argument", ["gpu", "dtype", "layout", "direction"])
+def test_unknown_names_are_refused_with_the_known_ones(argument: str) -> None:
+    known = {"gpu": GPUS, "dtype": ["bfloat16", "float16", "float32", "float64"], "layout": LAYOUTS, "direction": WORK}
+    with pytest.raises(ValueError, match="voodoo") as error:
+        launch_plan(2, 3, 4, **{argument: "voodoo"})
+    listed = str(error.value).replace(",", " ").split()
+    names = [word for word in listed if word in known[argument]]
+    assert sorted(names) == sorted(known[argument])
+    for name in names:
+        launch_plan(2, 3, 4, **{argument: name})
+
+
+@pytest.mark.parametrize("wrong", [0, -1, -(2**62)])
+@pytest.mark.parametrize("place", range(3))
+def test_sizes_are_positive(place: int, wrong: int) -> None:
+    sizes = [2, 3, 4]
+    sizes[place] = wrong
+    with pytest.raises(ValueError, match="positive"):
+        launch_plan(*sizes)
+
+
+# Beyond all memories, with products beyond 63 bits, and (a TypeError of the binding) sizes beyond them.
+@pytest.mark.parametrize("sizes", [(1, 2, 2**40), (2**40, 3, 1), (2**62, 4, 2**62), (2**32, 2**31, 1), (2**64, 1, 1)])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_absurd_sizes_are_refused(sizes: tuple[int, int, int], layout: str, direction: str) -> None:
+    with pytest.raises(TypeError if max(sizes) >= 2**63 else ValueError):
+        launch_plan(*sizes, layout=layout, direction=direction)
