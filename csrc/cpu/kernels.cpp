@@ -13,7 +13,8 @@ namespace bn::cpu {
 namespace {
 
 // Each block is summed around the mean of the values before it, which nothing in the block can be far from
-// unless the variance is as large; the first block around its own mean, found in a pass of its own. Means
+// unless the variance is as large; the first block around the mean of its first quarter, found in a pass of its own,
+// whose squared distance from the block's mean is at most three times the block's variance. Means
 // are kept as distances from the channel's first value: where that is like the others, no digit is lost to
 // their common offset, and the mean of equal values is exactly that value.
 template <template <class> class Rows, class T>
@@ -42,9 +43,10 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
     const auto block_count = static_cast<double>(e.count());
     set_shift();
     if (b == tile.b0) {
-      rows.sums(e, SumTerm<T>{x}, shift, sum, sum_sq);
+      rows.sums(e.quarter(), SumTerm<T>{x}, shift, sum, sum_sq);
+      const auto quarter_count = static_cast<double>(e.quarter().count());
       for (int64_t c = 0; c < tile.channels(); ++c) {
-        mean[c] = sum[c] / block_count;
+        mean[c] = sum[c] / quarter_count;
       }
       set_shift();
     }

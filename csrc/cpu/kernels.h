@@ -7,6 +7,15 @@ namespace bn::cpu {
 // The widest tile a kernel takes, by layout: what its accumulators hold on the stack.
 constexpr int64_t kMaxTile[kLayouts] = {64, 2048};
 
+// Planes shorter than this are joined: vectors run along all planes of an image's tile.
+constexpr int64_t kJoinBelow = 256;
+
+// Values of an image's short planes that are handled together, so that memory is passed over in runs of kilobytes.
+constexpr int64_t kPlanarRun = 2048;
+
+// As many rows of lanes are added up before double precision takes over.
+constexpr int64_t kRowsAtOnce = 8;
+
 // Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
 constexpr int64_t kFoldBelow = 64;
 

@@ -14,6 +14,8 @@ struct Extent {
   int64_t n0, n1, s0, s1;
 
   BN_HD constexpr int64_t count() const { return (n1 - n0) * (s1 - s0); }
+  // The first quarter of its images or positions.
+  BN_HD constexpr Extent quarter() const { return {n0, n0 + (n1 - n0 + 3) / 4, s0, s1}; }
 };
 
 // Blocks are what is summed in the accumulation type before double precision takes over; chunks are runs
@@ -56,7 +58,7 @@ struct Plan {
   int threads;        // that take part
   bool split;         // all threads share every tile, with a barrier between the passes; else each has its own
   bool bypass_cache;  // of the output, which is not read again soon
-  int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile
+  int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile; or 0
 
   BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
 };

@@ -1,36 +1,25 @@
 #pragma once
 
 #include "cpu/kernels.h"
-#include "cpu/terms.h"
+#include "cpu/lanes.h"
 
-// (n, c, s): a channel's values lie in rows along s, so that vectors run along a row.
+// (n, c, s): a channel's values lie in rows along s. Vectors run along a row, or, where rows are short, along all
+// those of an image's tile, which follow each other: each value of them is a lane then.
 namespace bn::cpu {
 namespace {
 
 template <class T>
 struct Planar {
   static constexpr int64_t kMaxChannels = kMaxTile[static_cast<int>(Layout::Planar)];
+  static constexpr int64_t kMaxLanes = kPlanarRun + kWidth<T>;
 
   const Tile& tile;
+  const bool joined = tile.blocks.s < kJoinBelow;
 
   // Per channel of the tile, the sums over a block of u and of u * w; `shift` per channel of the tile.
   template <class Term>
   void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
-    alignas(64) double u[kMaxChannels][kWidth<T>];
-    alignas(64) double uw[kMaxChannels][kWidth<T>];
-    std::memset(u, 0, tile.channels() * sizeof(u[0]));
-    std::memset(uw, 0, tile.channels() * sizeof(uw[0]));
-    const int64_t length = e.s1 - e.s0;
-    const Vec<T> mask = lane_mask<T>(length % kWidth<T>);
-    for (int64_t n = e.n0; n < e.n1; ++n) {
-      for (int64_t c = 0; c < tile.channels(); ++c) {
-        add_row(term, tile.blocks.offset(n, tile.c0 + c, e.s0), length, mask, Vec<T>(shift[c]), u[c], uw[c]);
-      }
-    }
-    for (int64_t c = 0; c < tile.channels(); ++c) {
-      sum[c] = sum_of_lanes<T>(u[c]);
-      sum_product[c] = sum_of_lanes<T>(uw[c]);
-    }
+    joined ? sums_of_lanes(e, term, shift, sum, sum_product) : sums_of_rows(e, term, shift, sum, sum_product);
     repair_sums<T>(tile, e, term, shift, sum, sum_product);
   }
 
@@ -38,8 +27,16 @@ struct Planar {
   // coefficients, each given per channel of the tile.
   template <int K, class F>
   void map(const Acc<T>* const (&coefficients)[K], const F& f, T* out, bool bypass_cache) const {
+    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
+    for (int j = 0; joined && j < K; ++j) {
+      spread(coefficients[j], lanes_of[j]);
+    }
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
       const Extent e = tile.blocks.extent(b);
+      if (joined) {
+        map_lanes<T>(f, joined_rows(e), lanes_of, out, bypass_cache);
+        continue;
+      }
       for (int64_t n = e.n0; n < e.n1; ++n) {
         for (int64_t c = 0; c < tile.channels(); ++c) {
           Vec<T> k[K];
@@ -53,6 +50,53 @@ struct Planar {
   }
 
  private:
+  LaneRows joined_rows(const Extent& e) const {
+    return {tile.blocks.offset(e.n0, tile.c0, e.s0), e.n1 - e.n0, tile.blocks.c * tile.blocks.s,
+            tile.channels() * tile.blocks.s};
+  }
+
+  void spread(const Acc<T>* values, Acc<T>* lanes) const {
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      lanes = std::fill_n(lanes, tile.blocks.s, values[c]);
+    }
+    std::fill_n(lanes, kWidth<T>, Acc<T>(0));
+  }
+
+  template <class Term>
+  void sums_of_lanes(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
+    alignas(64) Acc<T> shifts[kMaxLanes];
+    alignas(64) double u[kMaxLanes];
+    alignas(64) double uw[kMaxLanes];
+    const LaneRows rows = joined_rows(e);
+    std::fill_n(u, rows.lanes + kWidth<T>, 0.0);
+    std::fill_n(uw, rows.lanes + kWidth<T>, 0.0);
+    spread(shift, shifts);
+    sum_lanes<T>(term, rows, shifts, u, uw);
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      sum[c] = sum_of(u + c * tile.blocks.s, tile.blocks.s);
+      sum_product[c] = sum_of(uw + c * tile.blocks.s, tile.blocks.s);
+    }
+  }
+
+  template <class Term>
+  void sums_of_rows(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
+    alignas(64) double u[kMaxChannels][kWidth<T>];
+    alignas(64) double uw[kMaxChannels][kWidth<T>];
+    std::memset(u, 0, tile.channels() * sizeof(u[0]));
+    std::memset(uw, 0, tile.channels() * sizeof(uw[0]));
+    const int64_t length = e.s1 - e.s0;
+    const Vec<T> mask = lane_mask<T>(length % kWidth<T>);
+    for (int64_t n = e.n0; n < e.n1; ++n) {
+      for (int64_t c = 0; c < tile.channels(); ++c) {
+        add_row(term, tile.blocks.offset(n, tile.c0 + c, e.s0), length, mask, Vec<T>(shift[c]), u[c], uw[c]);
+      }
+    }
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      sum[c] = sum_of(u[c], kWidth<T>);
+      sum_product[c] = sum_of(uw[c], kWidth<T>);
+    }
+  }
+
   // Chains of at most four additions, four of them side by side to hide their latency, end in double lanes.
   template <class Term>
   static void add_row(Term term,
@@ -60,9 +104,10 @@ struct Planar {
                       int64_t length,
                       const Vec<T>& mask,
                       const Vec<T>& shift,
-                      double* sum,
-                      double* sum_product) {
+                      double* sums,
+                      double* sums_of_products) {
     constexpr int64_t w = kWidth<T>;
+    DoubleLanes<T> sum(sums), sum_product(sums_of_products);
     int64_t i = 0;
     while (i + 4 * w <= length) {
       const int64_t end = std::min(i + 16 * w, length);
@@ -73,8 +118,8 @@ struct Planar {
         term.add(Whole<T>{start + i + 2 * w}, shift, u2, uw2);
         term.add(Whole<T>{start + i + 3 * w}, shift, u3, uw3);
       }
-      add_to_lanes<T>(sum, (u0 + u1) + (u2 + u3));
-      add_to_lanes<T>(sum_product, (uw0 + uw1) + (uw2 + uw3));
+      sum.add((u0 + u1) + (u2 + u3));
+      sum_product.add((uw0 + uw1) + (uw2 + uw3));
     }
     if (i < length) {
       Vec<T> u(0), uw(0);
@@ -84,9 +129,11 @@ struct Planar {
       if (i < length) {
         term.add(Part<T>{start + i, length - i, mask}, shift, u, uw);
       }
-      add_to_lanes<T>(sum, u);
-      add_to_lanes<T>(sum_product, uw);
+      sum.add(u);
+      sum_product.add(uw);
     }
+    sum.store(sums);
+    sum_product.store(sums_of_products);
   }
 
   template <int K, class F>

@@ -60,18 +60,9 @@ inline Vec<T> load_vec(const T* p, int64_t count = kWidth<T>) {
   }
 }
 
-#if defined(CPU_CAPABILITY_AVX512)
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
 template <class T>
-inline __m256i narrow(const Vec<T>& v) {
-  if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    return at::vec::cvtfp32_bf16(v);
-  } else {
-    return at::vec::cvtfp32_fp16(v);
-  }
-}
-#elif defined(CPU_CAPABILITY_AVX2)
-template <class T>
-inline __m128i narrow(const Vec<T>& v) {
+inline auto narrow(const Vec<T>& v) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
     return at::vec::cvtfp32_bf16(v);
   } else {
@@ -187,44 +178,66 @@ inline Vec<T> lane_mask(int64_t count) {
   return Vec<T>::loadu(lanes);
 }
 
-// lanes[i] += v[i]: where short chains of additions in the accumulation type end.
-template <class T>
-inline void add_to_lanes(double* lanes, const Vec<T>& v) {
-#if defined(CPU_CAPABILITY_AVX512)
-  if constexpr (!std::is_same_v<T, double>) {
-    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(v));
-    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
-    _mm512_storeu_pd(lanes, _mm512_add_pd(_mm512_loadu_pd(lanes), low));
-    _mm512_storeu_pd(lanes + 8, _mm512_add_pd(_mm512_loadu_pd(lanes + 8), high));
-    return;
-  }
-#elif defined(CPU_CAPABILITY_AVX2)
-  if constexpr (!std::is_same_v<T, double>) {
-    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(v));
-    const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
-    _mm256_storeu_pd(lanes, _mm256_add_pd(_mm256_loadu_pd(lanes), low));
-    _mm256_storeu_pd(lanes + 4, _mm256_add_pd(_mm256_loadu_pd(lanes + 4), high));
-    return;
-  }
-#endif
-  alignas(64) Acc<T> values[kWidth<T>];
-  v.store(values);
-  for (int64_t i = 0; i < kWidth<T>; ++i) {
-    lanes[i] += values[i];
-  }
-}
-
-template <class T>
-inline double sum_of_lanes(const double* lanes) {
-  constexpr int64_t chains = std::min<int64_t>(kWidth<T>, 4);
+// In four chains, to hide the latency of an addition.
+inline double sum_of(const double* values, int64_t count) {
   double sums[4] = {};
-  for (int64_t i = 0; i < kWidth<T>; i += chains) {
-    for (int64_t k = 0; k < chains; ++k) {
-      sums[k] += lanes[i + k];
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int64_t k = 0; k < 4; ++k) {
+      sums[k] += values[i + k];
     }
+  }
+  for (; i < count; ++i) {
+    sums[0] += values[i];
   }
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
+
+// A sum in double precision for every lane of a vector: where short chains of additions in the accumulation type end.
+template <class T>
+class DoubleLanes {
+ public:
+  explicit DoubleLanes(const double* lanes) {
+    for (int k = 0; k < kParts; ++k) {
+      parts_[k] = Part::loadu(lanes + k * Part::size());
+    }
+  }
+  void add(const Vec<T>& v) {
+    for (int k = 0; k < kParts; ++k) {
+      parts_[k] = parts_[k] + widened(v, k);
+    }
+  }
+  void store(double* lanes) const {
+    for (int k = 0; k < kParts; ++k) {
+      parts_[k].store(lanes + k * Part::size());
+    }
+  }
+
+ private:
+  using Part = at::vec::Vectorized<double>;
+  static constexpr int kParts = kWidth<T> / Part::size();
+
+  Part parts_[kParts];
+
+  // The lanes of v that part k sums.
+  static Part widened(const Vec<T>& v, int k) {
+    if constexpr (std::is_same_v<T, double>) {
+      return v;
+    } else {
+#if defined(CPU_CAPABILITY_AVX512)
+      return _mm512_cvtps_pd(k == 0 ? _mm512_castps512_ps256(v) : _mm512_extractf32x8_ps(v, 1));
+#elif defined(CPU_CAPABILITY_AVX2)
+      return _mm256_cvtps_pd(k == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1));
+#else
+      float values[kWidth<T>];
+      v.store(values);
+      double wide[Part::size()];
+      std::copy_n(values + k * Part::size(), Part::size(), wide);
+      return Part::loadu(wide);
+#endif
+    }
+  }
+};
 
 }  // namespace
 }  // namespace bn::cpu
