@@ -32,6 +32,7 @@ constexpr int64_t kReserved = 1024;
 
 // More than any memory holds, and packs are still counted in 31 bits.
 constexpr int64_t kMaxPacks = int64_t{1} << 30;
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
@@ -50,7 +51,8 @@ class Planner {
  public:
   Planner(const Problem& problem, const Work& work, const Limits& limits)
       : problem_(problem), work_(work), limits_(limits), lanes_(static_cast<int>(kPack / size_of(problem.dtype))) {
-    plan_.tensors_held = work.summed > 0 ? work.applied : 0;
+    plan_.sums = work.summed > 0;
+    plan_.tensors_held = plan_.sums ? work.applied : 0;
   }
 
   LaunchPlan make() {
@@ -98,7 +100,7 @@ class Planner {
     plan_.threads = static_cast<int>(std::min<int64_t>(threads, round_up(std::max(plan_.share, unit), kWarp)));
     plan_.active = plan_.per_lane ? plan_.threads / plan_.width * plan_.width : plan_.threads;
     plan_.teams = plan_.slabs;
-    if (plan_.share + plan_.width > 2 * kMaxPacks) {
+    if (plan_.share + plan_.width > 2 * kMaxPacks || plan_.slabs > kMaxBlocks / blocks) {
       throw std::length_error("bn_ext: no plan for " + std::to_string(problem_.count()) + " values per channel");
     }
   }
@@ -113,7 +115,8 @@ class Planner {
            width_of(channels + fewest) <= kThreadsOfTwo) {
       channels += fewest;
     }
-    set_channels(channels);
+    const int64_t even = round_up(divide_up(problem_.c, slabs_of(channels)), fewest);
+    set_channels(std::min(even, channels));
     plan_.strategy = Strategy::Elementwise;
     set_team(Team::Block, divide_up(packs(), kPacksPerThread * kThreadsOfTwo), kThreadsOfTwo);
   }
@@ -126,12 +129,16 @@ class Planner {
     const int64_t needed_alone = blocks_to_hold(kThreadsAlone);
     const int64_t useful = std::max(packs() / (kPacksPerThread * kThreadsOfTwo), needed);
     const int64_t wanted = std::max(needed, std::min(divide_up(pairs, plan_.slabs), useful));
+    const int64_t size = power_of_two(std::min(wanted, cluster));
+    const int64_t size_alone =
+        power_of_two(std::min(std::max(needed_alone, divide_up(pairs / 2, plan_.slabs)), cluster));
+    const auto busy = [&](int64_t blocks) { return blocks >= useful || plan_.slabs * blocks >= pairs / 2; };
     if (wanted == 1) {
       set_team(Team::Block, 1, kThreadsOfTwo);
-    } else if (cluster > 1 && needed <= cluster) {
-      set_team(Team::Cluster, power_of_two(std::min(wanted, cluster)), kThreadsOfTwo);
-    } else if (cluster > 1 && needed_alone <= cluster) {
-      set_team(Team::Cluster, power_of_two(needed_alone), kThreadsAlone);
+    } else if (cluster > 1 && needed <= size && busy(size)) {
+      set_team(Team::Cluster, size, kThreadsOfTwo);
+    } else if (cluster > 1 && needed_alone <= size_alone && busy(size_alone)) {
+      set_team(Team::Cluster, size_alone, kThreadsAlone);
     } else if (needed <= pairs) {
       share_grid(needed, useful, pairs, kThreadsOfTwo);
     } else {
@@ -159,7 +166,12 @@ class Planner {
   void share_grid(int64_t needed, int64_t useful, int64_t resident, int threads) {
     const int64_t rounds = divide_up(plan_.slabs, std::max<int64_t>(resident / needed, 1));
     const int64_t teams = divide_up(plan_.slabs, rounds);
-    set_team(Team::Grid, std::min(resident / teams, useful), threads);
+    const int64_t blocks = std::min(resident / teams, useful);
+    if (blocks == 1) {
+      set_team(Team::Block, 1, threads);
+      return;
+    }
+    set_team(Team::Grid, blocks, threads);
     plan_.teams = teams;
   }
 
@@ -170,7 +182,7 @@ class Planner {
     const int64_t block = threads == kThreadsAlone
                               ? limits_.shared_per_block
                               : std::min(limits_.shared_per_multiprocessor / 2 - kReserved, limits_.shared_per_block);
-    return block - shared_layout(static_cast<int>(channels), threads, channels > 1 ? lanes_ : 1).tile;
+    return block - shared_layout(static_cast<int>(channels), threads, channels > 1 ? lanes_ : 1, true).tile;
   }
 
   // Each thread holds whole packs, so a block holds what its threads can share evenly.
@@ -205,7 +217,10 @@ class Planner {
     const double held = static_cast<double>(plan_.held * plan_.active) / static_cast<double>(plan_.share);
     const auto kept = static_cast<int64_t>(static_cast<double>(tensor) * std::min(held, 1.0)) * plan_.tensors_held;
     plan_.bytes_moved = tensor * (work_.summed + work_.applied + (work_.applied > 0 ? 1 : 0)) - kept;
-    plan_.bytes_on_chip = std::min(kept, plan_.blocks() * plan_.held * plan_.active * kPack * plan_.tensors_held);
+    const int64_t at_once = std::min<int64_t>(limits_.shared_per_multiprocessor / (plan_.shared_bytes + kReserved),
+                                              kThreadsAlone / plan_.threads);
+    const int64_t blocks = std::min(plan_.blocks(), at_once * limits_.multiprocessors);
+    plan_.bytes_on_chip = std::min(kept, blocks * plan_.held * plan_.active * kPack * plan_.tensors_held);
   }
 
   const Problem& problem_;

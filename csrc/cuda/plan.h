@@ -58,8 +58,12 @@ BN_HD constexpr int64_t round_up_16(int64_t bytes) {
   return (bytes + 15) / 16 * 16;
 }
 
-BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_summed) {
+BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_summed, bool sums) {
   SharedLayout at{};
+  if (!sums) {
+    at.tile = int64_t{8} * 4 * channels;
+    return at;
+  }
   at.totals = at.partial + round_up_16(int64_t{8} * threads * lanes_summed);
   at.sums = at.totals + int64_t{8} * 4 * channels;
   at.coefficients = at.sums + int64_t{8} * 2 * channels;
@@ -73,6 +77,7 @@ BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_
 struct LaunchPlan {
   Strategy strategy{};
   Team team{};
+  bool sums = true;       // over each channel
   int channels = 1;       // of a slab
   int width = 1;          // packs of a row
   bool per_lane = false;  // a thread stays in one column of packs, each lane of which sums a channel of its own
@@ -87,13 +92,13 @@ struct LaunchPlan {
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;
   int64_t bytes_moved = 0;    // to and from memory, were there no cache
-  int64_t bytes_on_chip = 0;  // kept by all blocks together between the passes
+  int64_t bytes_on_chip = 0;  // kept between the passes by all blocks that are there at the same time
 
   bool operator==(const LaunchPlan&) const = default;
   int64_t blocks() const { return teams * team_blocks; }
   // The workspace begins with a count for each team.
   int64_t arrivals_bytes() const { return round_up_16(int64_t{4} * teams); }
-  SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane ? lanes : 1); }
+  SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane ? lanes : 1, sums); }
 };
 
 // Throws std::length_error for a problem that is beyond all memories.
