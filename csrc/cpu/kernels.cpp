@@ -14,9 +14,10 @@ namespace {
 
 // Each block is summed around the mean of the values before it, which nothing in the block can be far from
 // unless the variance is as large; the first block around the mean of its first quarter, found in a pass of its own,
-// whose squared distance from the block's mean is at most three times the block's variance. Means
-// are kept as distances from the channel's first value: where that is like the others, no digit is lost to
-// their common offset, and the mean of equal values is exactly that value.
+// whose squared distance from the block's mean is at most three times the block's variance. A mean within the
+// deviation from zero is no better than zero, from which distances are exact. Means are kept as distances from the
+// channel's first value: where that is like the others, no digit is lost to their common offset, and the mean of equal
+// values is exactly that value.
 template <template <class> class Rows, class T>
 void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   const auto* x = static_cast<const T*>(x_);
@@ -32,23 +33,27 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
     mean[c] = 0;
     m2[c] = 0;
   }
-  const auto set_shift = [&] {
+  double count = 0;
+  const auto set_shift = [&](double so_far) {
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      shift[c] = finite_or_zero(static_cast<Acc<T>>(origin[c] + mean[c]));
+      const double at = origin[c] + mean[c];
+      shift[c] = at * at < m2[c] / so_far ? 0 : finite_or_zero(static_cast<Acc<T>>(at));
     }
   };
-  double count = 0;
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     const Extent e = tile.blocks.extent(b);
     const auto block_count = static_cast<double>(e.count());
-    set_shift();
+    set_shift(count);
     if (b == tile.b0) {
-      rows.sums(e.quarter(), SumTerm<T>{x}, shift, sum, sum_sq);
+      rows.sums(e.quarter(), MomentTerm<T>{x}, shift, sum, sum_sq);
       const auto quarter_count = static_cast<double>(e.quarter().count());
       for (int64_t c = 0; c < tile.channels(); ++c) {
-        mean[c] = sum[c] / quarter_count;
+        const Moments quarter = shifted_moments(quarter_count, shift[c] - origin[c], sum[c], sum_sq[c]);
+        mean[c] = quarter.mean;
+        m2[c] = quarter.m2;
       }
-      set_shift();
+      set_shift(quarter_count);
+      std::fill_n(m2, tile.channels(), 0.0);
     }
     rows.sums(e, MomentTerm<T>{x}, shift, sum, sum_sq);
     for (int64_t c = 0; c < tile.channels(); ++c) {
