@@ -13,7 +13,7 @@ demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
 
 test: $(VENV)/built
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(JOBS)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench
