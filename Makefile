@@ -1,4 +1,4 @@
-# demo, test, bench, lint: each sets up .venv and builds by itself.
+# demo, test, bench, lint: each sets up .venv and builds by itself. gpu, gpu-profile: with the torch that is there.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +7,7 @@ JOBS   ?= 2
 
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu gpu-profile lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -18,6 +18,16 @@ test: $(VENV)/built
 bench: $(VENV)/built
 	$(BIN)/python -m bench
 	$(BIN)/python -m bench.report --readme README.md
+
+gpu:
+	$(PYTHON) .ci/gpu.py
+
+# After gpu, which builds. The clocks stay as they are: bytes do not depend on them.
+gpu-profile:
+	mkdir -p build
+	ncu --csv --print-units base --clock-control none --kernel-name regex:batch_norm_kernel \
+	    --metrics dram__bytes_read.sum,dram__bytes_write.sum --log-file build/ncu.csv $(PYTHON) -m bench.traffic
+	$(PYTHON) -m bench.traffic build/ncu.csv
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .
