@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from modules import SHAPES, assert_same_state
+from modules import SHAPES, assert_same_state, constructible
 from problems import same_format
 from torch import Tensor, nn
 
@@ -101,7 +101,9 @@ def test_dynamic_batch(device: str) -> None:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("options", [{"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", constructible([{"affine": False}, {"bias": False}, {"track_running_stats": False}]), ids=str
+)
 def test_constructions(name: str, options: dict, device: str) -> None:
     eager = getattr(bn_ext, name)(6, device=device, **options)
     model = copy.deepcopy(eager)
