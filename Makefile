@@ -1,13 +1,15 @@
-# demo, test, bench, cuda-check, lint: each sets up .venv and builds by itself.
+# demo, test, bench, cuda-check, lint: each sets up .venv and builds by itself. gpu, gpu-profile: with the torch that is
+# there.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
 
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h') setup.py pyproject.toml
+CODE    := find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu'
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: demo test bench cuda-check lint format clean
+.PHONY: demo test bench cuda-check gpu gpu-profile lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -22,16 +24,26 @@ bench: $(VENV)/built
 cuda-check: $(VENV)/tools
 	MAX_JOBS=$(JOBS) $(BIN)/python -m tests.cuda_check
 
+gpu:
+	$(PYTHON) .ci/gpu.py
+
+# After gpu, which builds. The clocks stay as they are: bytes do not depend on them.
+gpu-profile:
+	mkdir -p build
+	ncu --csv --print-units base --clock-control none --kernel-name regex:batch_norm_kernel \
+	    --metrics dram__bytes_read.sum,dram__bytes_write.sum --log-file build/ncu.csv $(PYTHON) -m bench.traffic
+	$(PYTHON) -m bench.traffic build/ncu.csv
+
 lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(CODE) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+	$(CODE) | xargs $(BIN)/clang-format -i
 
 # Exactly this torch: with a plain "torch", pip may choose a CUDA build of several gigabytes.
 $(VENV)/tools: requirements.txt

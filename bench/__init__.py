@@ -2,6 +2,7 @@
 
     python -m bench            measure on the CPU, write bench/results/cpu.json
     python -m bench.report     table and picture from that file
+    python -m bench.gpu        the same on a GPU, into bench/results/gpu.json
 
 One timing is a ratio: every peer of a case runs in one process, in turn, after its results were
 found equal to the float64 reference.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median, quantiles
 from typing import Any
 
@@ -52,10 +53,26 @@ def build(problem: Problem, names: Iterable[str]) -> dict[str, Peer | Row]:
     return built
 
 
-def measure(problem: Problem, peers: dict[str, Peer | Row], name: str, seconds: float, rounds: int) -> list[Row]:
-    """Validates and times the pass ``name``: one row a peer and one for a plain copy."""
-    target = torch.empty_like(problem.input)
-    calls: dict[str, Callable[[], object]] = {COPY: lambda: target.copy_(problem.input)}
+Timed = Callable[[dict[str, Callable[[], object]], float, int], tuple[dict[str, list[float]], int]]
+
+
+def _one_by_one(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """All of them as one call, which keeps every result until the last is there: none takes the place of another."""
+    return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
+
+
+def measure(
+    problem: Problem,
+    peers: dict[str, Peer | Row],
+    name: str,
+    seconds: float,
+    rounds: int,
+    timed: Timed = interleave,
+) -> list[Row]:
+    """Validates and times the pass ``name`` over the sets of ``problem``: one row a peer and one for a plain copy."""
+    inputs = [problem.input, *(x for x, _ in problem.others)]
+    copies = [partial(torch.empty_like(x).copy_, x) for x in inputs]
+    calls: dict[str, Callable[[], object]] = {COPY: _one_by_one(copies)}
     found: dict[str, Row] = {COPY: {"status": "ok"}}
     baseline: dict[str, float] = {}
     with torch.set_grad_enabled(name != "inference"):
@@ -72,10 +89,11 @@ def measure(problem: Problem, peers: dict[str, Peer | Row], name: str, seconds: 
                 found[key] = _refusal(error)
             else:
                 found[key] = {"status": "ok", **_largest(errors)}
-                calls[key] = call
-        samples, times = interleave(calls, seconds, rounds)
+                calls[key] = _one_by_one([call, *(peer.on(x, dy).call(name) for x, dy in problem.others)])
+        turns, times = timed(calls, seconds, rounds)
+    samples = {key: [t / len(inputs) for t in seconds_a_turn] for key, seconds_a_turn in turns.items()}
     for key in calls:
-        found[key] |= {"calls": times, **_summary(samples, key, LEAST_MOVES[name])}
+        found[key] |= {"calls": times * len(inputs), **_summary(samples, key, LEAST_MOVES[name])}
     return [{"pass": name, "peer": key, **row} for key, row in found.items()]
 
 

@@ -1,9 +1,9 @@
-"""Who is measured: bn_ext and the batch normalizations that torch itself can run on the CPU."""
+"""Who is measured: bn_ext and the batch normalizations that torch itself can run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -32,6 +32,10 @@ class Peer:
     affine: tuple[Tensor, Tensor]
     running: tuple[Tensor, Tensor]  # what ``train`` updates
 
+    def on(self, input: Tensor, dy: Tensor) -> Peer:
+        """The same implementation on other tensors."""
+        return replace(self, input=input.detach().requires_grad_(), dy=dy)
+
     def call(self, name: str) -> Pass:
         """The pass ``name`` as a call without arguments, with nothing in it but the pass."""
         if name == "inference":
@@ -51,7 +55,7 @@ def modules(package: ModuleType, problem: Problem) -> Peer:
     kind = getattr(package, "BatchNorm1d" if problem.input.dim() == 2 else "BatchNorm2d")
 
     def module() -> Any:  # torch's own type calls every attribute a tensor or a module
-        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM)
+        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM, device=problem.input.device)
         names = ("weight", "bias", "running_mean", "running_var")
         made.load_state_dict({name: getattr(problem, name) for name in names}, strict=False)
         return made
@@ -92,6 +96,34 @@ def _evaluate(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Te
     return F.batch_norm(input, mean, var, weight, bias, False, MOMENTUM, EPS)
 
 
+def _without_cudnn(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def plain(x: Tensor) -> Tensor:
+        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
+        try:
+            return call(x)
+        finally:
+            torch.backends.cudnn.enabled = before
+
+    return plain
+
+
+def aten(problem: Problem) -> Peer:
+    """torch's modules on its own kernels."""
+    peer = modules(torch.nn, problem)
+    if not problem.input.is_cuda:
+        return peer
+    return replace(peer, train=_without_cudnn(peer.train), evaluate=_without_cudnn(peer.evaluate))
+
+
+def cudnn(problem: Problem) -> Peer:
+    """torch's modules where it gives their work to cuDNN."""
+    peer = modules(torch.nn, problem)
+    node = type(peer.train(peer.input).grad_fn).__name__
+    if "Cudnn" not in node:
+        raise NotImplementedError(f"torch does not give this to cuDNN but to {node}")
+    return peer
+
+
 def onednn(problem: Problem) -> Peer:
     """oneDNN through tensors already in its own format."""
     if problem.layout != "contiguous":
@@ -100,16 +132,17 @@ def onednn(problem: Problem) -> Peer:
 
 
 def inductor(problem: Problem) -> Peer:
-    """``torch.compile`` of the function alone, for this shape and this number of threads."""
+    """``torch.compile`` of the function alone, for this shape and, on the CPU, this number of threads."""
     import torch._dynamo
     import torch._functorch.config
     import torch._inductor.config
 
     torch._dynamo.reset()
+    cached = problem.input.is_cuda  # on the CPU the code depends on the number of threads
     settings = (
         (torch._inductor.config, "compile_threads", 1),  # no helper processes beside the measurement
-        (torch._inductor.config, "fx_graph_cache", False),  # the code depends on the number of threads
-        (torch._functorch.config, "enable_autograd_cache", False),
+        (torch._inductor.config, "fx_graph_cache", cached),
+        (torch._functorch.config, "enable_autograd_cache", cached),
         (torch._functorch.config, "donated_buffer", False),  # backward alone runs more than once on one graph
     )
     for config, name, value in settings:
@@ -120,7 +153,9 @@ def inductor(problem: Problem) -> Peer:
 
 PEERS: dict[str, Callable[[Problem], Peer]] = {
     OURS: partial(modules, bn_ext),
-    BASELINE: partial(modules, torch.nn),
+    BASELINE: aten,
     "oneDNN": onednn,
+    "cuDNN": cudnn,
     "Inductor": inductor,
 }
+OTHERS = {"cpu": ("oneDNN", "Inductor"), "cuda": ("cuDNN", "Inductor")}

@@ -13,7 +13,7 @@ RESNET = ("32x64x56x56", "32x256x56x56", "32x512x28x28", "32x1024x14x14", "32x20
 SMALL = ("8x64x56x56", "2x32x8x8", "128x256")
 SHAPES = RESNET + SMALL
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # The least a pass must move, in reads and writes of the whole tensor. A copy moves two.
 LEAST_MOVES = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
@@ -23,33 +23,43 @@ MOMENTUM = 0.1
 EPS = 1e-5
 
 
+def sizes_of(shape: str) -> list[int]:
+    return [int(n) for n in shape.split("x")]
+
+
 def layouts(shape: str) -> tuple[str, ...]:
     """The layouts that a shape comes in: (N, C) has but one."""
     return tuple(LAYOUTS) if shape.count("x") == 3 else ("contiguous",)
 
 
 class Problem:
-    """Input, gradient, parameters and statistics of one shape, layout and dtype.
+    """Input, gradient, parameters and statistics of one shape, layout and dtype; ``others`` has more such inputs and
+    gradients, ``sets`` in all, for calls that are not to find their tensors in a cache.
 
-    The parameters and statistics are float32 for a bfloat16 input too, as under autocast.
+    The parameters and statistics are float32 for a half-precision input too, as under autocast.
     """
 
-    def __init__(self, shape: str, layout: str, dtype: str) -> None:
+    def __init__(self, shape: str, layout: str, dtype: str, device: str = "cpu", sets: int = 1) -> None:
         self.shape, self.layout, self.dtype = shape, layout, dtype
-        sizes = [int(n) for n in shape.split("x")]
+        sizes = sizes_of(shape)
         channels = sizes[1]
-        random = torch.Generator().manual_seed(0)
+        random = torch.Generator(device).manual_seed(0)
 
         def tensor() -> Tensor:
-            values = torch.randn(sizes, generator=random).to(DTYPES[dtype])
+            values = torch.randn(sizes, generator=random, device=device, dtype=torch.float32).to(DTYPES[dtype])
             return values.to(memory_format=LAYOUTS[layout]) if len(sizes) == 4 else values
+
+        def uniform() -> Tensor:
+            return torch.rand(channels, generator=random, device=device) + 0.5
+
+        def normal() -> Tensor:
+            return torch.randn(channels, generator=random, device=device)
 
         self.input = tensor().mul_(1.5).add_(0.5)
         self.dy = tensor()
-        self.weight = torch.rand(channels, generator=random) + 0.5
-        self.bias = torch.randn(channels, generator=random)
-        self.running_mean = torch.randn(channels, generator=random)
-        self.running_var = torch.rand(channels, generator=random) + 0.5
+        self.weight, self.bias = uniform(), normal()
+        self.running_mean, self.running_var = normal(), uniform()
+        self.others = [(tensor().mul_(1.5).add_(0.5), tensor()) for _ in range(sets - 1)]
 
     @cached_property
     def expected(self) -> dict[str, dict[str, Tensor]]:

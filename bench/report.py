@@ -43,7 +43,7 @@ class Results:
         """The rows whose fields have these values, or one of them."""
 
         def fits(row: Row) -> bool:
-            return all(row[k] in v if isinstance(v, (list, tuple)) else row[k] == v for k, v in wanted.items())
+            return all(row.get(k) in v if isinstance(v, (list, tuple)) else row.get(k) == v for k, v in wanted.items())
 
         return [row for row in self.rows if fits(row)]
 
@@ -64,7 +64,7 @@ def _mean(rows: list[Row]) -> str:
     return f"{geometric_mean(values):.2f}×" if values else "–"
 
 
-def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -97,7 +97,7 @@ def shapes_table(results: Results, dtype: str, threads: int) -> str:
             here = {"shape": shape, "layout": layout, **case}
             cells = [_cell(results.select(**here, peer=OURS, **{"pass": name})) for name in passes]
             body.append([place(here), *cells, _best_other(results, **here)])
-    return _markdown(["", *_heads(passes), "best other, forward + backward"], body)
+    return markdown(["", *_heads(passes), "best other, forward + backward"], body)
 
 
 def means_table(results: Results) -> str:
@@ -111,7 +111,7 @@ def means_table(results: Results) -> str:
                 where = {"dtype": dtype, "threads": threads, "peer": peer, "shape": RESNET}
                 cells = [_mean(results.select(**where, **{"pass": name})) for name in passes]
                 body.append([f"{dtype}, {_threads(threads)}", peer, *cells])
-    return _markdown(["", "", *_heads(passes)], body)
+    return markdown(["", "", *_heads(passes)], body)
 
 
 def _threads(count: int) -> str:
@@ -143,22 +143,23 @@ Geometric means over the shapes of ResNet-50 in both layouts (oneDNN: NCHW alone
 """
 
 
-def put_into(readme: Path, text: str) -> None:
+def put_into(readme: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Replaces what stands between the marks."""
-    before, begin, rest = readme.read_text().partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
+    before, begin, rest = readme.read_text().partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not (begin and end):
-        raise SystemExit(f"{readme} has no {' and '.join(MARKS)}")
+        raise SystemExit(f"{readme} has no {' and '.join(marks)}")
     readme.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A speed-up to reach, over all rows that ``where`` selects."""
+    """A figure to reach, over all rows that ``where`` selects."""
 
     name: str
     least: float
     where: dict[str, Any]
+    figure: str = "speedup"
     mean: bool = True  # else the slowest single one counts
 
     def judge(self, results: Results) -> tuple[bool, str]:
@@ -166,13 +167,14 @@ class Target:
         rows = results.select(peer=OURS, **self.where)
         if not rows:
             return False, f"?      {self.name}: not measured"
-        refused = [row for row in rows if "speedup" not in row]
+        refused = [row for row in rows if self.figure not in row]
         if refused:
             return False, f"short  {self.name}: {place(refused[0])} is {refused[0]['status']}"
-        slowest = min(rows, key=lambda row: row["speedup"])
-        value = geometric_mean(row["speedup"] for row in rows) if self.mean else slowest["speedup"]
+        slowest = min(rows, key=lambda row: row[self.figure])
+        value = geometric_mean(row[self.figure] for row in rows) if self.mean else slowest[self.figure]
         verdict = "ok   " if value >= self.least else "short"
-        case = "" if self.mean else " at {}, {pass}, {}".format(place(slowest), _threads(slowest["threads"]), **slowest)
+        under = _threads(slowest["threads"]) if "threads" in slowest else slowest["dtype"]
+        case = "" if self.mean else " at {}, {pass}, {}".format(place(slowest), under, **slowest)
         return value >= self.least, f"{verdict}  {self.name}: {value:.3f}, to reach {self.least}{case}"
 
 

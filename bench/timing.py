@@ -14,6 +14,9 @@ MOST_CALLS = 200  # in one sample
 WARM_UP = 3
 
 
+Sample = Callable[[Callable[[], object], int], float]
+
+
 def sample(call: Callable[[], object], times: int) -> float:
     """Seconds per call over ``times`` calls."""
     repeat = range(times)
@@ -24,7 +27,11 @@ def sample(call: Callable[[], object], times: int) -> float:
 
 
 def interleave(
-    calls: dict[str, Callable[[], object]], seconds: float, rounds: int
+    calls: dict[str, Callable[[], object]],
+    seconds: float,
+    rounds: int,
+    sample: Sample = sample,
+    shortest: float = SHORTEST_SAMPLE,
 ) -> tuple[dict[str, list[float]], int]:
     """Samples of each call, entry i of all of them taken in round i, and the calls in one sample.
 
@@ -33,7 +40,7 @@ def interleave(
     """
     order = list(calls)
     usual = median(min(sample(calls[name], 1) for _ in range(WARM_UP)) for name in order)
-    times = min(MOST_CALLS, math.ceil(SHORTEST_SAMPLE / usual))
+    times = min(MOST_CALLS, max(1, math.ceil(shortest / usual)))
     samples: dict[str, list[float]] = {name: [] for name in order}
     shuffle = random.Random(0).shuffle
     gc.collect()

@@ -8,19 +8,19 @@ from collections.abc import Iterator
 # Threads that spin at a barrier starve each other where cores are shared (pytest -n): before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import hypothesis
 import problems
 import pytest
 import torch
 
-# The same examples in every run, so that a failure is everyone's failure.
-hypothesis.settings.register_profile("bn_ext", deadline=None, derandomize=True, print_blob=False)
-hypothesis.settings.load_profile("bn_ext")
+# On a GPU convolutions would otherwise round to TF32 and add in any order.
+torch.backends.cudnn.allow_tf32 = False
+torch.backends.cudnn.deterministic = True
 
 
 def pytest_report_header() -> str:
     isa = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, CPU capability {isa}, devices {', '.join(problems.DEVICES)}"
+    gpu = f"no cases on a GPU: {problems.NO_GPU}" if problems.NO_GPU else torch.cuda.get_device_name()
+    return f"torch {torch.__version__}, CPU capability {isa}, {gpu}"
 
 
 @pytest.fixture(params=problems.DEVICES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import torch
 from compare import assert_as_close
@@ -17,6 +18,12 @@ SHAPES = {
     "BatchNorm2d": [(3, CHANNELS, 5, 7)],
     "BatchNorm3d": [(2, CHANNELS, 3, 4, 5)],
 }
+
+
+def constructible(options: list[dict]) -> list[dict]:
+    """Those of these constructor arguments that this torch has: 2.11 knows no bias=False."""
+    known = inspect.signature(nn.BatchNorm2d).parameters
+    return [one for one in options if one.keys() <= known.keys()]
 
 
 def ours(name: str) -> type[nn.Module]:

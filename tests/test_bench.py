@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
 
-from bench import cpu, measure, peers, problems, report
+from bench import cpu, measure, peers, problems, record, report
 
 SHAPE = "2x4x5x5"
 SHORT = ["--seconds", "0", "--rounds", "2"]
@@ -35,7 +35,7 @@ def test_data_file_is_complete(recorded: Path) -> None:
     assert {"cpu", "cores", "caches", "isa"} <= data["machine"].keys()
     assert {"bn_ext", "torch", "python", "compiler", "date"} <= data["versions"].keys()
     rows = data["rows"]
-    assert len(rows) == len(problems.LAYOUTS) * len(problems.DTYPES) * len(problems.PASSES) * 4
+    assert len(rows) == len(problems.LAYOUTS) * len(cpu.GRID["dtypes"]) * len(problems.PASSES) * 4
     for row in rows:
         assert {"shape", "layout", "dtype", "threads", "pass", "peer", "status"} <= row.keys()
         if row["status"] != "ok":
@@ -95,4 +95,4 @@ def test_a_peer_that_fails_is_recorded_with_its_reason(monkeypatch: pytest.Monke
 def test_part_of_the_grid_does_not_replace_the_record() -> None:
     assert cpu.arguments([]).out == cpu.RECORD
     for part in (["--quick"], ["--shapes", SHAPE], ["--passes", "forward"], ["--peers"], ["--layouts", "contiguous"]):
-        assert cpu.arguments(part).out == cpu.PARTIAL
+        assert cpu.arguments(part).out == record.PARTIAL

@@ -30,8 +30,8 @@ def assert_same_bits(one: Result, other: Result, context: str) -> None:
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_number_of_threads(problem: Problem, device: str) -> None:
-    a = problem.arguments(device)
+def test_number_of_threads(problem: Problem) -> None:
+    a = problem.arguments("cpu")
     torch.set_num_threads(1)
     alone = run_ours(a, backward=True)
     for threads in (2, 3, 8):
@@ -65,8 +65,8 @@ def test_gradients_change_nothing_in_the_forward(mode, device: str) -> None:
 
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 300001), (150001, 7)], ids=str)
-def test_number_of_threads_with_many_blocks(shape, types, device: str) -> None:
-    a = Problem(shape, types=types).arguments(device)
+def test_number_of_threads_with_many_blocks(shape, types) -> None:
+    a = Problem(shape, types=types).arguments("cpu")
     torch.set_num_threads(1)
     alone = run_ours(a, backward=True)
     for threads in (2, 3, 8):

@@ -31,5 +31,5 @@ def test_level(level: str) -> None:
 
     used = python("-c", "import bn_ext._C; print(bn_ext._C.instruction_set())")
     assert used.stdout.strip() == level.upper(), used.stdout + used.stderr
-    run = python("-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", *CORE)
+    run = python("-m", "pytest", "-q", "--tb=line", "-m", "not gpu", "-p", "no:cacheprovider", *CORE)
     assert run.returncode == 0, "\n".join(run.stdout.splitlines()[-40:])

@@ -9,7 +9,7 @@ import pickle
 
 import pytest
 import torch
-from modules import CHANNELS, NAMES, SHAPES, assert_same_state, assert_same_step, ours, pair, torchs
+from modules import CHANNELS, NAMES, SHAPES, assert_same_state, assert_same_step, constructible, ours, pair, torchs
 from problems import TYPES, Types
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,7 @@ CONSTRUCTIONS = [
     {"dtype": torch.float64},
 ]
 every_construction = pytest.mark.parametrize(
-    "options", CONSTRUCTIONS, ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default"
+    "options", constructible(CONSTRUCTIONS), ids=lambda o: ",".join(f"{k}={v}" for k, v in o.items()) or "default"
 )
 
 

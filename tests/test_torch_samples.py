@@ -9,10 +9,12 @@ import torch
 from modules import NAMES, assert_agree, assert_same_step, ours
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
-from torch.testing._internal.common_methods_invocations import op_db
-from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 import bn_ext
+
+pytest.importorskip("expecttest", reason="needs expecttest, as torch's own tests do")
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 
 MODULE_INFOS = {info.module_cls.__name__: info for info in module_db if info.module_cls.__name__ in NAMES}
 (OP_INFO,) = [op for op in op_db if op.name == "nn.functional.batch_norm" and not op.variant_test_name]

@@ -1,0 +1,173 @@
+"""The recorded measurement on a GPU as a table, as a picture, and against what was to be reached.
+
+python -m bench.gpu_report                      prints table and targets, draws bench/results/gpu.png
+python -m bench.gpu_report --readme README.md   puts the table between the two marks of that file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from bench.measure import COPY
+from bench.peers import OURS
+from bench.problems import LEAST_MOVES, sizes_of
+from bench.record import RESULTS
+from bench.report import LAYOUT_NAMES, PASS_NAMES, Results, Target, markdown, place, put_into
+
+MARKS = ("<!-- bench-gpu:begin -->", "<!-- bench-gpu:end -->")
+COLORS = {"float32": "#0b6e99", "float16": "#e0a030", "bfloat16": "#7a4f9a"}
+# What a pass is judged by, and how that is written.
+FIGURES = {
+    "forward": ("of_copy", "{:.0%}"),
+    "backward": ("of_copy", "{:.0%}"),
+    "both": ("over_best", "{:.2f}×"),
+    "inference": ("over_best", "{:.2f}×"),
+}
+HEADS = {"of_copy": "of a copy's rate", "over_best": "over the best peer"}
+ON_CHIP = {"on_chip": True}
+TARGETS = (
+    Target("forward, of a copy's rate, mean of what fits on chip", 0.85, {"pass": "forward", **ON_CHIP}, "of_copy"),
+    Target("backward, of a copy's rate, mean of what fits on chip", 0.85, {"pass": "backward", **ON_CHIP}, "of_copy"),
+    Target("forward + backward over the best peer, mean", 1.5, {"pass": "both"}, "over_best"),
+    Target("forward + backward over the best peer, the slowest", 1.0, {"pass": "both"}, "over_best", mean=False),
+)
+
+
+def _heads(results: Results) -> dict[str, str]:
+    passes = [name for name in FIGURES if name in results.values("pass")]
+    return {name: f"{PASS_NAMES.get(name, name)}, {HEADS[FIGURES[name][0]]}" for name in passes}
+
+
+def _cell(results: Results, name: str, where: dict[str, Any]) -> str:
+    """The figures of all dtypes; one of a problem that does not fit on chip stands in brackets."""
+    field, written = FIGURES[name]
+    cells = []
+    for dtype in results.values("dtype"):
+        (row,) = results.select(peer=OURS, dtype=dtype, **{"pass": name}, **where) or [{}]
+        figure = written.format(row[field]) if field in row else row.get("status", "–")
+        cells.append(figure if row.get("on_chip", True) or name == "inference" else f"({figure})")
+    return " / ".join(cells)
+
+
+def cases_table(results: Results) -> str:
+    """One line a shape and layout, all dtypes in one cell."""
+    heads = _heads(results)
+    body = []
+    for shape in results.values("shape"):
+        for layout in results.values("layout"):
+            where = {"shape": shape, "layout": layout}
+            body.append([place(where), *(_cell(results, name, where) for name in heads)])
+    means = ["geometric mean"]
+    for name in heads:
+        field, written = FIGURES[name]
+        found = [
+            [row[field] for row in results.select(peer=OURS, dtype=dtype, **{"pass": name}) if field in row]
+            for dtype in results.values("dtype")
+        ]
+        means.append(" / ".join(written.format(geometric_mean(figures)) if figures else "–" for figures in found))
+    return markdown(["", *heads.values()], [*body, means])
+
+
+def copy_rate(results: Results) -> float:
+    """Bytes a second that the fastest plain copy moves, read and written."""
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    rates = [0.0]
+    for row in results.select(peer=COPY):
+        values = 1
+        for size in sizes_of(row["shape"]):
+            values *= size
+        rates.append(2 * values * sizes[row["dtype"]] / row["median_ms"] * 1e3)
+    return max(rates)
+
+
+def table(results: Results) -> str:
+    """What the README says."""
+    machine, versions = results.machine, results.versions
+    least = ", ".join(f"{PASS_NAMES.get(name, name)} {LEAST_MOVES[name]}" for name in ("forward", "backward"))
+    return f"""\
+{" / ".join(results.values("dtype"))}; in brackets what does not fit on chip. The rate is that of the least bytes \
+(in tensors: {least}) against a plain copy of the same tensors.
+
+{cases_table(results)}
+
+{machine["gpu"]}, the fastest copy at {copy_rate(results) / 1e12:.2f} TB/s; driver {machine["driver"]}, CUDA \
+{machine["cuda"]}, torch {versions["torch"]}, bn_ext {versions["bn_ext"]}; {versions["date"]}.
+"""
+
+
+def _panel(axis: Any, results: Results, shapes: list[str], name: str, layout: str) -> None:
+    """The bars of one pass and layout, a group for each shape, and the line to reach."""
+    field, _ = FIGURES[name]
+    dtypes = results.values("dtype")
+    width = 0.8 / len(dtypes)
+    for number, dtype in enumerate(dtypes):
+        rows = results.select(peer=OURS, dtype=dtype, layout=layout, **{"pass": name})
+        found = [row for row in rows if field in row]
+        middles = [shapes.index(row["shape"]) + (number + 0.5) * width - 0.4 for row in found]
+        bars = axis.bar(middles, [row[field] for row in found], 0.94 * width, color=COLORS[dtype])
+        for bar, row in zip(bars, found, strict=True):
+            bar.set_alpha(1 if row["on_chip"] else 0.45)
+    for target in TARGETS:
+        if target.where["pass"] == name:
+            axis.axhline(target.least, color="black", linewidth=0.8, linestyle="-" if target.mean else ":")
+    axis.margins(x=0.01)
+    axis.set_xticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes])
+    axis.tick_params(axis="x", labelrotation=25, labelsize=8, length=0)
+    axis.tick_params(axis="y", labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def picture(results: Results, path: Path) -> None:
+    """One panel a pass and layout: the fraction of a copy's rate, and the speed-up over the best peer."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    heads = {name: head for name, head in _heads(results).items() if name != "inference"}
+    layouts, shapes = results.values("layout"), results.values("shape")
+    size = (1.5 + 6.5 * len(layouts), 1.2 + 2.3 * len(heads))
+    figure, axes = plt.subplots(
+        len(heads), len(layouts), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
+    )
+    for across, (name, head) in zip(axes, heads.items(), strict=True):
+        for axis, layout in zip(across, layouts, strict=True):
+            _panel(axis, results, shapes, name, layout)
+        across[0].set_ylabel(head.replace(", ", "\n"), fontsize=9)
+    for axis, layout in zip(axes[0], layouts, strict=True):
+        axis.set_title(LAYOUT_NAMES[layout], fontsize=10)
+    figure.align_ylabels()
+    dtypes = results.values("dtype")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[dtype]) for dtype in dtypes]
+    figure.legend(handles, dtypes, loc="outside upper right", ncols=len(handles), frameon=False)
+    figure.suptitle(f"{results.machine['gpu']}; pale: does not fit on chip", x=0.01, ha="left", fontsize=11)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, default=RESULTS / "gpu.json", help="what python -m bench.gpu wrote")
+    parser.add_argument("--readme", type=Path, help=f"a file with {' and '.join(MARKS)}")
+    options = parser.parse_args(argv)
+    results = Results(json.loads(options.data.read_text()))
+    if options.readme:
+        put_into(options.readme, table(results), MARKS)
+    else:
+        print(table(results))
+        print("\n".join(target.judge(results)[1] for target in TARGETS))
+    picture(results, options.data.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

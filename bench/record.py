@@ -1,0 +1,116 @@
+"""What every measurement shares: its choices on the command line, what was measured with what, the data file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import date
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.measure import Row
+from bench.peers import BASELINE, OURS
+from bench.problems import DTYPES, LAYOUTS, PASSES
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+PARTIAL = ROOT / "build" / "bench.json"  # part of a grid does not replace the record
+
+
+def output(*command: str) -> str:
+    """What the command prints; nothing where it fails."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def versions() -> dict[str, str]:
+    """What was measured with what; a commit with uncommitted changes to the code is marked as dirty."""
+    sources = ("bn_ext", "csrc", "setup.py", "bench", ":!bench/results")
+    dirty = "-dirty" if output("git", "status", "--porcelain", "--", *sources) else ""
+    commit = output("git", "rev-parse", "--short", "HEAD")
+    return {
+        "bn_ext": f"{commit}{dirty}" if commit else "unknown",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "compiler": (output(os.environ.get("CXX", "c++"), "--version").splitlines() or ["unknown"])[0],
+        "date": date.today().isoformat(),
+    }
+
+
+def parser(prog: str, doc: str | None, grid: dict[str, Any], rounds: int) -> argparse.ArgumentParser:
+    """The choices that there are for every device; :func:`settle` completes them."""
+    made = argparse.ArgumentParser(prog=prog, description=doc)
+    made.add_argument("--shapes", nargs="+", metavar="NxCxHxW")
+    made.add_argument("--layouts", nargs="+", choices=LAYOUTS)
+    made.add_argument("--dtypes", nargs="+", choices=DTYPES)
+    made.add_argument("--passes", nargs="+", choices=PASSES)
+    made.add_argument("--peers", nargs="*", choices=grid["peers"], help=f"beside {OURS} and {BASELINE}")
+    made.add_argument("--seconds", type=float, help="time for each case, at the least")
+    made.add_argument("--rounds", type=int, default=rounds, help="samples for each case, at the least")
+    made.add_argument("--out", type=Path, help="default: the record in bench/results if this is the whole grid")
+    return made
+
+
+def settle(
+    options: argparse.Namespace, grid: dict[str, Any], defaults: dict[str, Any], record: Path
+) -> argparse.Namespace:
+    """Fills in what was not chosen, and where the data go."""
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    if options.out is None:
+        covered = all(set(getattr(options, name)) >= set(values) for name, values in grid.items())
+        options.out = record if covered else PARTIAL
+    return options
+
+
+def line(rows: list[Row]) -> str:
+    """One case for whoever watches."""
+    case = " ".join(str(value) for _, value in takewhile(lambda field: field[0] != "peer", rows[0].items()))
+    figures = (
+        f"{row['peer']} {row['median_ms']:.3g} ms" + (f" ({row['speedup']:.2f}x)" if "speedup" in row else "")
+        if row["status"] == "ok"
+        else f"{row['peer']} {row['status']}"
+        for row in rows
+    )
+    return f"{case}: {', '.join(figures)}"
+
+
+def collect(cases: Iterable[list[Row]]) -> list[Row]:
+    """All rows of all cases, each printed as it comes."""
+    rows: list[Row] = []
+    for case in cases:
+        print(line(case), flush=True)
+        rows += case
+    return rows
+
+
+def write(path: Path, data: dict[str, Any]) -> None:
+    """JSON with one row a line, four digits a figure."""
+
+    def short(value: Any) -> Any:
+        return float(f"{value:.4g}") if isinstance(value, float) else value
+
+    rows = ",\n".join(json.dumps({k: short(v) for k, v in row.items()}) for row in data["rows"])
+    head = json.dumps({k: v for k, v in data.items() if k != "rows"}, indent=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+    print(f"wrote {path}")
+
+
+def refused(rows: list[Row]) -> int:
+    """1 and a line for each, where ours could not be measured."""
+    found = [row for row in rows if row["peer"] == OURS and row["status"] != "ok"]
+    for row in found:
+        print(f"refused: {line([row])}: {row['reason']}", file=sys.stderr)
+    return 1 if found else 0

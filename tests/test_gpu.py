@@ -1,0 +1,253 @@
+"""What only a GPU can show: every plan at work, streams, graphs, other devices, memory, sizes past 2^31."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from compare import check, ulps_off
+from modules import assert_same_state
+from problems import MODES, NO_GPU, Arguments, Problem, Result, channels_last, contiguous, run_ours, run_reference
+from torch import Tensor, nn
+from ways import WAYS
+
+import bn_ext
+
+if NO_GPU:
+    pytest.skip(NO_GPU, allow_module_level=True)
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda"
+LONG_ENOUGH = 50_000_000  # cycles, some 30 ms: whatever does not wait comes too early
+every_way = pytest.mark.parametrize("problem", WAYS, ids=str)
+
+
+def assert_same_bits(one: Result, other: Result, context: str) -> None:
+    for part in Result._fields:
+        assert torch.equal(getattr(one, part), getattr(other, part)), f"{context}: {part} differs"
+
+
+# ---------------------------------------------------------------------------------------------- every plan
+
+
+@every_way
+def test_results(problem: Problem) -> None:
+    for mode in (MODES[0], MODES[2]):
+        check(replace(problem, mode=mode), GPU, backward=True)
+
+
+@every_way
+def test_run_after_run(problem: Problem) -> None:
+    a = problem.arguments(GPU)
+    first = run_ours(a, backward=True)
+    for _ in range(5):
+        assert_same_bits(run_ours(a, backward=True), first, "again")
+
+
+def misaligned(t: Tensor) -> Tensor:
+    """The same values in the same order, one element past an aligned address."""
+    room = torch.full((t.numel() + 1,), math.nan, dtype=t.dtype, device=t.device)
+    return room.as_strided(t.shape, t.stride(), 1).copy_(t)
+
+
+@every_way
+def test_alignment(problem: Problem) -> None:
+    a = problem.arguments(GPU)
+    aligned = run_ours(a, backward=True)
+    a.input, a.dy = misaligned(a.input), misaligned(a.dy)
+    assert a.input.data_ptr() % 16
+    assert_same_bits(run_ours(a, backward=True), aligned, "misaligned")
+
+
+# ---------------------------------------------------------------------------------------------- streams and graphs
+
+
+@every_way
+def test_side_stream(problem: Problem) -> None:
+    """The input is written late, on the stream where the call is made, for which nothing else waits."""
+    a = problem.arguments(GPU)
+    expected = run_ours(a, backward=True)
+    late = replace(a, input=torch.zeros_like(a.input), dy=torch.zeros_like(a.dy))
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(LONG_ENOUGH)
+        late.input.copy_(a.input)
+        late.dy.copy_(a.dy)
+        got = run_ours(late, backward=True)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert_same_bits(got, expected, "on a side stream")
+
+
+def test_two_streams_at_once() -> None:
+    """Calls that meet on the GPU share nothing."""
+    problems = [p.arguments(GPU) for p in WAYS if math.prod(p.shape) < 1 << 22]
+    expected = [run_ours(a, backward=True) for a in problems]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    got = []
+    for _ in range(5):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                got.append([run_ours(a, backward=True) for a in problems])
+    torch.cuda.synchronize()
+    for results in got:
+        for one, other in zip(results, expected, strict=True):
+            assert_same_bits(one, other, "beside another stream")
+
+
+def module_for(problem: Problem, momentum: float | None = 0.1) -> nn.Module:
+    kind = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[len(problem.shape)]
+    return getattr(bn_ext, kind)(problem.shape[1], momentum=momentum, device=GPU)
+
+
+def step(module: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    y = module(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *module.parameters()), dy)]
+
+
+@every_way
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_graph_of_a_training_step(problem: Problem, momentum: float | None) -> None:
+    """Each replay is a step: results and running statistics as of the same steps without a graph."""
+    a = problem.arguments(GPU)
+    x, dy = a.input.requires_grad_(), a.dy
+    module, twin = module_for(problem, momentum), module_for(problem, momentum)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # what is set up once is not for the graph
+        step(module, x, dy)
+    torch.cuda.current_stream().wait_stream(stream)
+    module.load_state_dict(twin.state_dict())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step(module, x, dy)
+    assert module.num_batches_tracked.item() == 0, "capturing ran the step"
+    for count in range(1, 4):
+        with torch.no_grad():
+            x.mul_(count).add_(1)
+        graph.replay()
+        assert all(map(torch.equal, results, step(twin, x, dy)))
+        assert_same_state(module, twin)
+        assert module.num_batches_tracked.item() == count
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+def test_host_does_not_wait(momentum: float | None, training: bool) -> None:
+    for problem in WAYS:
+        a = problem.arguments(GPU)
+        module = module_for(problem, momentum).train(training)
+        x = a.input.requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(module, x, a.dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_launches_before_the_gpu_is_ready() -> None:
+    """The host is through with many steps while the GPU has not begun."""
+    a = WAYS[0].arguments(GPU)
+    module, x = module_for(WAYS[0], None), a.input.requires_grad_()
+    step(module, x, a.dy)
+    torch.cuda.synchronize()
+    begun = torch.cuda.Event()
+    torch.cuda._sleep(20 * LONG_ENOUGH)
+    begun.record()
+    for _ in range(20):
+        step(module, x, a.dy)
+    assert not begun.query(), "the host waited for the GPU"
+
+
+# ---------------------------------------------------------------------------------------------- devices
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_second_device() -> None:
+    assert torch.cuda.current_device() == 0
+    for problem in WAYS:
+        check(problem, "cuda:1", backward=True)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("elsewhere", ["weight", "bias", "running_mean", "running_var"])
+@pytest.mark.parametrize("training", [True, False])
+def test_parameter_on_another_device(elsewhere: str, training: bool) -> None:
+    a = Problem((4, 6, 5, 2), mode=MODES[0 if training else 2]).arguments(GPU)
+    b = replace(a, **{elsewhere: getattr(a, elsewhere).cpu()})
+    before = b.running_mean.clone(), b.running_var.clone()
+    with pytest.raises(RuntimeError, match=r"cuda:0.*cpu"):
+        bn_ext.functional.batch_norm(b.input, b.running_mean, b.running_var, b.weight, b.bias, training)
+    assert b.running_mean.equal(before[0]) and b.running_var.equal(before[1]), "a rejected call changed statistics"
+
+
+def test_module_on_another_device() -> None:
+    module = bn_ext.BatchNorm2d(6)
+    with pytest.raises(RuntimeError, match=r"cuda:0.*cpu"):
+        module(torch.randn(4, 6, 5, 2, device=GPU))
+    assert module.num_batches_tracked.item() == 0
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+SLACK = 4 << 20  # the allocator's rounding, and all that is C-sized
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_of_the_inputs_size_but_the_output(layout, training: bool) -> None:
+    x = layout(torch.randn(64, 256, 32, 32, device=GPU)).requires_grad_()
+    dy, size = torch.randn_like(x), x.nbytes
+    module = bn_ext.BatchNorm2d(256, device=GPU).train(training)
+    step(module, x, dy)
+
+    def peak(call) -> tuple[object, int]:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    y, forward = peak(lambda: module(x))
+    assert forward < size + SLACK, f"forward took {forward} bytes for an output of {size}"
+    _, backward = peak(lambda: torch.autograd.grad(y, (x, *module.parameters()), dy))
+    assert backward < size + SLACK, f"backward took {backward} bytes for a gradient of {size}"
+
+
+ROOM = 30 << 30
+
+
+@pytest.mark.parametrize(
+    ("layout", "half"),
+    [(contiguous, torch.float16), (channels_last, torch.bfloat16)],
+    ids=["contiguous", "channels_last"],
+)
+def test_more_than_2_to_the_31_elements(layout, half: torch.dtype) -> None:
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < ROOM:
+        pytest.skip(f"needs {ROOM >> 30} GiB of free GPU memory")
+    sizes = (3, 1024, 701, 1000)
+    assert math.prod(sizes) > 2**31
+
+    def tensor() -> Tensor:
+        if layout is contiguous:
+            return torch.randn(sizes, dtype=half, device=GPU)
+        return torch.randn(3, 701, 1000, 1024, dtype=half, device=GPU).movedim(-1, 1)
+
+    per_channel = [torch.rand(1024, device=GPU) + 0.5 for _ in range(4)]
+    a = Arguments(tensor().add_(1), *per_channel, training=True, momentum=0.1, eps=1e-5, dy=tensor())
+    ours = run_ours(a, backward=True)
+    for c in (0, 1, 510, 1022, 1023):  # a channel's results depend on that channel alone
+        here = slice(c, c + 1)
+
+        def part(t: Tensor, here: slice = here) -> Tensor:
+            return t[:, here] if t.dim() > 1 else t[here]
+
+        expected = run_reference(replace(a, **{k: part(t) for k, t in vars(a).items() if isinstance(t, Tensor)}), True)
+        for name, got, exact, scale in zip(Result._fields, ours, *expected, strict=True):
+            allowed = 1 if got.dtype == half else 8
+            off = ulps_off(part(got), exact, scale)
+            assert off <= allowed, f"channel {c}: {name} is {off:.3g} ulps off"

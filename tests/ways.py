@@ -1,0 +1,38 @@
+"""Problems for every way that a plan has on an H100, as small as they can be: strategy, team, lanes, several slabs."""
+
+from __future__ import annotations
+
+from problems import BFLOAT, FLOAT, Problem, channels_last, contiguous
+
+from bn_ext._C import LaunchPlan, launch_plan
+
+WAYS = [
+    Problem((5, 3, 35), contiguous, FLOAT),  # a block each
+    Problem((64, 16), contiguous, FLOAT),
+    Problem((3, 65, 7, 7), contiguous, BFLOAT),
+    Problem((33, 140, 7, 7), channels_last, FLOAT),
+    Problem((3, 300, 5, 8), contiguous, FLOAT),  # more blocks than multiprocessors
+    Problem((33, 700, 4, 4), contiguous, BFLOAT),
+    Problem((1, 3, 20001), contiguous, FLOAT),  # clusters
+    Problem((20000, 24), contiguous, FLOAT),
+    Problem((2, 2, 1 << 19), contiguous, FLOAT),  # a grid
+    Problem((1, 3, 1 << 21), contiguous, FLOAT),  # slab after slab
+    Problem((80000, 40), contiguous, FLOAT),
+    Problem((1, 2, 1 << 23), contiguous, FLOAT),  # too much for the chip
+    Problem((600000, 20), contiguous, FLOAT),
+]
+
+
+def plan_of(problem: Problem, direction: str) -> LaunchPlan:
+    images, channels, *spatial = problem.shape
+    values = 1
+    for size in spatial:
+        values *= size
+    return launch_plan(
+        images,
+        channels,
+        values,
+        dtype=str(problem.types.input).removeprefix("torch."),
+        layout="planar" if problem.layout is contiguous else "interleaved",
+        direction=direction,
+    )
