@@ -202,6 +202,19 @@ def test_mean_far_from_zero(shape, layout, device, offset: float, kernels: Kerne
 
 
 @ways
+@pytest.mark.parametrize("rest", [0.0, 1.0])
+@pytest.mark.parametrize("value", [1.2345, 300.0, 1e4])
+def test_outlier_that_comes_first(shape, layout, device, value: float, rest: float, kernels: Kernels) -> None:
+    """What a thread reads first is what it takes distances from: it must not be far from all else."""
+    x = torch.randn(shape) * rest
+    x[0].view(shape[1], -1)[:, 0] = value
+    _, mean, invstd = kernels.forward(device, layout(x), None, None, None, None)
+    values = x.double().movedim(1, 0).flatten(1)
+    torch.testing.assert_close(mean, values.mean(1), rtol=3e-7, atol=3e-7)
+    torch.testing.assert_close(invstd, (values.var(1, correction=0) + 1e-5).rsqrt(), rtol=3e-7, atol=0)
+
+
+@ways
 def test_constant_channels(shape, layout, device, kernels: Kernels) -> None:
     x = torch.zeros(shape) + torch.linspace(-1e6, 1e6, shape[1]).view(1, -1, *[1] * (len(shape) - 2))
     y, mean, invstd = kernels.forward(device, layout(x), None, None, None, None, eps=1.0)
@@ -281,8 +294,8 @@ BROKEN = [
     Broken(
         "missing barrier",
         "team_sums.h",
-        "      partial_.write(gpu::thread() * kLanes + l, mine[l]);\n    }\n    gpu::sync_block();",
-        "      partial_.write(gpu::thread() * kLanes + l, mine[l]);\n    }",
+        "gpu::thread(), mine[l]);\n    }\n    gpu::sync_block();",
+        "gpu::thread(), mine[l]);\n    }",
         r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
         2,
     ),
@@ -344,7 +357,12 @@ BROKEN = [
         1,
     ),
     Broken(
-        "unguarded tail", "slab.h", "i < packs_ ? length - position : 0", "length - position", "heap-buffer-overflow", 5
+        "unguarded tail",
+        "slab.h",
+        "i < packs_ ? channels_ * g_.s - position : 0",
+        "channels_ * g_.s - position",
+        "heap-buffer-overflow",
+        5,
     ),
     Broken(
         "tile without room",

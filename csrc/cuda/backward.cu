@@ -21,9 +21,11 @@ class BackwardPass {
   BN_DEVICE const T* applied(int j) const { return tensor(j, work_.applied); }
   BN_DEVICE T* output() const { return static_cast<T*>(args_.dx); }
 
-  BN_DEVICE void begin(const TeamSums& team) { leads_ = team.rank() == 0; }
+  BN_DEVICE void begin(const TeamSums&) const {}
 
-  BN_DEVICE A reference(int64_t c, A) const { return SplitMean<A>(args_.mean[c]).shift; }
+  BN_DEVICE A reference(int64_t c, const Pack<T> (&)[kTensors][kBatch], const int (&)[kBatch], int) const {
+    return SplitMean<A>(args_.mean[c]).shift;
+  }
 
   // Lanes that are not there have dy = 0.
   template <class B, int kAtOnce>
@@ -35,7 +37,7 @@ class BackwardPass {
 
   BN_DEVICE Coefficients finish(int64_t c, const TeamSums& sums, int k) const {
     const bool summed = work_.summed > 0;
-    return finish_backward<A>(args_, c, summed ? sums.sum(k) : 0, summed ? sums.product(k) : 0, leads_);
+    return finish_backward<A>(args_, c, summed ? sums.sum(k) : 0, summed ? sums.product(k) : 0, sums.leads());
   }
 
   BN_DEVICE A apply(const Pack<T> (&batch)[kTensors][kBatch], int u, int l, const Coefficients& k) const {
@@ -51,7 +53,6 @@ class BackwardPass {
 
   BackwardArgs args_;
   Work work_;
-  bool leads_ = false;
 };
 
 }  // namespace

@@ -8,7 +8,7 @@
 namespace bn::cuda {
 namespace {
 
-BN_KERNEL(512) largest_block() {}
+BN_KERNEL(kMaxThreads) largest_block() {}
 
 int attribute(cudaDeviceAttr which, int device) {
   int value = 0;
@@ -16,10 +16,15 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// The largest cluster of blocks with all the shared memory there is: a part of a GPU may lack room for 16.
+// The largest cluster of blocks with all the shared memory there is: a part of a GPU may lack room for 16, and code
+// for an older architecture, translated by the driver, knows no clusters.
 int max_cluster(const Limits& limits) {
-  const auto bytes = static_cast<int>(limits.shared_per_block);
-  gpu::check(cudaFuncSetAttribute(largest_block, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "limits");
+  cudaFuncAttributes code;
+  gpu::check(cudaFuncGetAttributes(&code, largest_block), "limits");
+  if (code.ptxVersion < 90) {
+    return 1;
+  }
+  gpu::allow_all_shared_memory(reinterpret_cast<const void*>(largest_block), "limits");
   gpu::check(cudaFuncSetAttribute(largest_block, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "limits");
   for (unsigned size = 16; size > 1; size /= 2) {
     cudaLaunchAttribute cluster = {};
@@ -27,7 +32,7 @@ int max_cluster(const Limits& limits) {
     cluster.val.clusterDim = {size, 1, 1};
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(size);
-    config.blockDim = dim3(512);
+    config.blockDim = dim3(kMaxThreads);
     config.dynamicSmemBytes = limits.shared_per_block;
     config.attrs = &cluster;
     config.numAttrs = 1;

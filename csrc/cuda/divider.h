@@ -9,7 +9,7 @@ namespace bn::cuda {
 // Division of 0 <= n < 2^31 by a divisor known beforehand: a multiplication and a shift.
 class Divider {
  public:
-  explicit Divider(uint32_t divisor = 1) : divisor_(divisor) {
+  explicit Divider(uint32_t divisor) {
     while ((uint64_t{1} << shift_) < divisor) {
       ++shift_;
     }
@@ -21,10 +21,8 @@ class Divider {
   BN_HD int quotient(int n) const {
     return static_cast<int>((static_cast<uint64_t>(static_cast<uint32_t>(n)) * factor_) >> shift_);
   }
-  BN_HD int remainder(int n) const { return n - quotient(n) * static_cast<int>(divisor_); }
 
  private:
-  uint32_t divisor_;
   uint32_t shift_ = 0;
   uint32_t factor_;
 };

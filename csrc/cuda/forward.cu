@@ -23,20 +23,26 @@ class ForwardPass {
 
   // Counts the batch, once, and finds the momentum for the blocks that will write running statistics.
   BN_DEVICE void begin(const TeamSums& team) {
-    leads_ = team.rank() == 0;
     momentum_ = args_.momentum;
     if (!args_.training || args_.num_batches_tracked == nullptr) {
       return;
     }
-    if (args_.cumulative && leads_) {
+    if (args_.cumulative && team.leads()) {
       momentum_ = team.broadcast([&] { return 1 / static_cast<double>(count_batch(team.teams())); });
     } else if (!args_.cumulative && gpu::block() == 0 && gpu::thread() == 0) {
       ++*args_.num_batches_tracked;
     }
   }
 
-  // Distances from one of the lane's own values lose no digits.
-  BN_DEVICE A reference(int64_t, A first) const { return finite_or_zero(first); }
+  // Distances from one of the lane's own values lose no digits; of three, so that a single outlier is not it.
+  BN_DEVICE A reference(int64_t, const Pack<T> (&batch)[kTensors][kBatch], const int (&lanes)[kBatch], int l) const {
+    const A x = batch[0][0].get(l);
+    const A y = l < lanes[1] ? batch[0][1].get(l) : x;
+    const A z = l < lanes[2] ? batch[0][2].get(l) : x;
+    const A low = x < y ? x : y;
+    const A high = x < y ? y : x;
+    return finite_or_zero(z < low ? low : z < high ? z : high);
+  }
 
   template <class B, int kAtOnce>
   BN_DEVICE Factors<B> factors(const Pack<T> (&batch)[kTensors][kAtOnce], int u, int l, bool there, A reference) const {
@@ -54,7 +60,7 @@ class ForwardPass {
   BN_DEVICE Coefficients finish(int64_t c, const TeamSums& sums, int k) const {
     const auto count = static_cast<double>(args_.problem.count());
     const Moments batch = args_.training ? shifted_moments(count, origin(c), sums.sum(k), sums.product(k)) : Moments{};
-    return finish_forward<A>(args_, c, batch, momentum_, leads_);
+    return finish_forward<A>(args_, c, batch, momentum_, sums.leads());
   }
 
   BN_DEVICE A apply(const Pack<T> (&batch)[kTensors][kBatch], int u, int l, const Coefficients& k) const {
@@ -68,7 +74,8 @@ class ForwardPass {
   }
 
   // All that lead a team read the counter before one adds to it: each of them notes that it did in the upper bits,
-  // and the last one counts. Returns the number of batches, this one included.
+  // and the last one counts. There is room for 2^24 teams and 2^40 batches. Returns the number of batches, this one
+  // included.
   BN_DEVICE int64_t count_batch(int64_t leaders) const {
     constexpr int kCountBits = 40;
     auto* const counter = reinterpret_cast<unsigned long long*>(args_.num_batches_tracked);
@@ -81,7 +88,6 @@ class ForwardPass {
   }
 
   ForwardArgs args_;
-  bool leads_ = false;
   double momentum_ = 0;
 };
 

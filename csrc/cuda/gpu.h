@@ -35,6 +35,8 @@ BN_DEVICE void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
+#else
+  __trap();  // no plan has clusters there
 #endif
 }
 BN_DEVICE void sync_grid() {
@@ -88,6 +90,7 @@ class Shared {
 #if __CUDA_ARCH__ >= 900
     return Shared(static_cast<T*>(__cluster_map_shared_rank(data_, rank)));
 #else
+    __trap();
     return *this;
 #endif
   }
@@ -115,8 +118,20 @@ struct LaunchShape {
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());  // reported here, and not once more by whoever asks next
     throw std::runtime_error(std::string("bn_ext: ") + what + ": " + cudaGetErrorString(error));
   }
+}
+
+// Kernels may have all the shared memory there is: the same for every launch, whichever thread of the host it is from.
+inline void allow_all_shared_memory(const void* kernel, const char* name) {
+  int device = 0;
+  int bytes = 0;
+  check(cudaGetDevice(&device), name);
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), name);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        name);
 }
 
 // kernel<<<...>>>(args).
@@ -124,13 +139,12 @@ template <class Args>
 void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, const Args& args) {
   constexpr int64_t kUnasked = 48 << 10;  // more shared memory than this has to be asked for
   constexpr int kPortableCluster = 8;     // so has a larger cluster
+  const auto* const symbol = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > kUnasked) {
-    check(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes)),
-        name);
+    allow_all_shared_memory(symbol, name);
   }
   if (shape.cluster > kPortableCluster) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
+    check(cudaFuncSetAttribute(symbol, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), name);
   }
   cudaLaunchAttribute attributes[2] = {};
   attributes[0].id = cudaLaunchAttributeCooperative;

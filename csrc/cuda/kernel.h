@@ -14,15 +14,12 @@
 //   summed(j), applied(j) the j-th tensor where it is read to be summed, to be applied; null where it is not
 //   output()              or null
 //   begin(sums)           what has to be known before a block's first slab
-//   reference(c, x)       a number that u and w refer to, from the first element that a lane has of channel c
+//   reference(c, ...)     a number that u and w refer to, for a lane of channel c and the first batch
 //   factors<B>(...)       u and w of an element, in the type B
 //   settle(...)           turns the sums of a lane into those that all lanes of the channel can add up
 //   finish(c, sums, k)    the coefficients of channel c, k in its slab
 //   apply(x, l, k)        an element from the l-th lane of each tensor
 namespace bn::cuda {
-
-// So that registers, 128 a thread, suffice for one block or two of half the threads.
-constexpr int kMaxThreads = 512;
 
 template <class Pass>
 struct KernelArgs {
@@ -49,7 +46,7 @@ class Block {
   BN_DEVICE void run() {
     pass_.begin(sums_);
     for (int64_t i = sums_.team(); i < g_.slabs; i += g_.teams) {
-      const Slab<T> slab(g_, i, sums_.rank());
+      const OwnSlab slab(g_, i, sums_.rank());
       if (pass_.summed(0) != nullptr) {
         add_up(slab);
       }
@@ -62,21 +59,16 @@ class Block {
   }
 
  private:
+  using OwnSlab = Slab<T, (kSummed > 1)>;
+
   // Of a lane of this thread's packs, which is always the same: in the slab, and of all.
-  BN_DEVICE int lane_in_slab(const Slab<T>& slab, int l) const {
-    return kSummed == 1 ? 0 : slab.channel(slab.place(0).position + l);
-  }
-  BN_DEVICE int64_t channel_of_lane(const Slab<T>& slab, int l) const {
+  BN_DEVICE int lane_in_slab(const OwnSlab& slab, int l) const { return kSummed == 1 ? 0 : slab.channel(l); }
+  BN_DEVICE int64_t channel_of_lane(const OwnSlab& slab, int l) const {
     return slab.first_channel() + lane_in_slab(slab, l);
   }
 
-  BN_DEVICE void add_up(const Slab<T>& slab) {
-    A reference[kSummed];
-    const Pack<T> first = load(pass_.summed(0), slab.place(0));
-#pragma unroll
-    for (int l = 0; l < kSummed; ++l) {
-      reference[l] = pass_.reference(channel_of_lane(slab, l), first.get(l));
-    }
+  BN_DEVICE void add_up(const OwnSlab& slab) {
+    A reference[kSummed] = {};
     LaneSums<kSummed> sums = sum_packs<A, kBatch>(slab, reference);
     if (sizeof(A) < sizeof(double) && !sums.finite()) {
       sums = sum_packs<double, 1>(slab, reference);
@@ -88,9 +80,10 @@ class Block {
     sums_.add_up(sums);
   }
 
-  // Of all packs of this thread, in batches that are summed in the type B; some of them stay on chip.
+  // Of all packs of this thread, in batches that are summed in the type B; some of them stay on chip. The references
+  // are those that the first batch of kBatch packs gives.
   template <class B, int kAtOnce>
-  BN_DEVICE LaneSums<kSummed> sum_packs(const Slab<T>& slab, const A (&reference)[kSummed]) const {
+  BN_DEVICE LaneSums<kSummed> sum_packs(const OwnSlab& slab, A (&reference)[kSummed]) const {
     LaneSums<kSummed> sums;
     for (int i = 0; i < slab.packs(); i += kAtOnce) {
       Pack<T> batch[Pass::kTensors][kAtOnce];
@@ -114,6 +107,12 @@ class Block {
           }
         }
       }
+      if constexpr (kAtOnce == kBatch) {
+#pragma unroll
+        for (int l = 0; i == 0 && l < kSummed; ++l) {
+          reference[l] = pass_.reference(channel_of_lane(slab, l), batch, lanes, l);
+        }
+      }
       const auto factors = [&](int u, int l) {
         return pass_.template factors<B>(batch, u, l, l < lanes[u], reference[l % kSummed]);
       };
@@ -122,7 +121,7 @@ class Block {
     return sums;
   }
 
-  BN_DEVICE void finish(const Slab<T>& slab) {
+  BN_DEVICE void finish(const OwnSlab& slab) {
     for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
       coefficients_.write(k, pass_.finish(slab.first_channel() + k, sums_, k));
     }
@@ -130,7 +129,7 @@ class Block {
   }
 
   // Backwards, from what the cache saw last to what the tile holds.
-  BN_DEVICE void apply(const Slab<T>& slab) const {
+  BN_DEVICE void apply(const OwnSlab& slab) const {
     typename Pass::Coefficients k[kSummed];
 #pragma unroll
     for (int l = 0; l < kSummed; ++l) {
@@ -148,10 +147,10 @@ class Block {
       }
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) {
-        Pack<T> out;
+        Pack<T> out = {};
 #pragma unroll
         for (int l = 0; l < Pack<T>::kLanes; ++l) {
-          out.lane[l] = static_cast<T>(pass_.apply(batch, u, l, k[kSummed == 1 ? 0 : l]));
+          out.set(l, static_cast<T>(pass_.apply(batch, u, l, k[l % kSummed])));
         }
         const auto place = slab.place(i + u);
         store_pack(pass_.output() + place.offset, out, place.lanes, g_.aligned);
@@ -160,8 +159,8 @@ class Block {
   }
 
   // Zeros where there is no tensor.
-  BN_DEVICE Pack<T> load(const T* tensor, const typename Slab<T>::Place& place) const {
-    return load_pack(tensor + place.offset, tensor == nullptr ? 0 : place.lanes, g_.aligned);
+  BN_DEVICE Pack<T> load(const T* tensor, const typename OwnSlab::Place& place) const {
+    return tensor == nullptr ? Pack<T>{} : load_pack(tensor + place.offset, place.lanes, g_.aligned);
   }
 
   BN_DEVICE int tile_index(int i, int j) const { return (i * g_.tensors_held + j) * gpu::threads() + gpu::thread(); }

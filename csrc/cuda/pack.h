@@ -2,19 +2,39 @@
 
 #include "core/dtype.h"
 #include "cuda/gpu.h"
+#include "cuda/plan.h"
 
 namespace bn::cuda {
 
-// What one access to memory moves.
-constexpr int kPackBytes = 16;
-
+// As many elements as one access moves. Those of two bytes lie in pairs in a register, as memory gives them: taken
+// apart on arrival, they would be waited for one access after the other.
 template <class T>
 struct alignas(kPackBytes) Pack {
   static constexpr int kLanes = kPackBytes / sizeof(T);
+  static constexpr bool kPairs = sizeof(T) == 2;
+  using Word = std::conditional_t<kPairs, uint32_t, T>;
 
-  T lane[kLanes];
+  Word word[kPackBytes / sizeof(Word)];
 
-  BN_DEVICE Acc<T> get(int l) const { return static_cast<Acc<T>>(lane[l]); }
+  BN_DEVICE Acc<T> get(int l) const {
+    if constexpr (kPairs) {
+      const auto bits = static_cast<unsigned short>(word[l / 2] >> l % 2 * 16);
+      return static_cast<Acc<T>>(T(bits, T::from_bits()));
+    } else {
+      return word[l];
+    }
+  }
+
+  BN_DEVICE void set(int l, const T& value) {
+    if constexpr (kPairs) {
+      const uint32_t bits = value.x;
+      word[l / 2] = l % 2 == 0 ? (word[l / 2] & 0xffff0000) | bits : (word[l / 2] & 0xffff) | bits << 16;
+    } else {
+      word[l] = value;
+    }
+  }
+
+  BN_DEVICE T element(int l) const { return static_cast<T>(get(l)); }
 };
 
 // The first `lanes` elements at p, and 0 behind them. Where packs are not aligned it takes an access an element, which
@@ -24,10 +44,12 @@ BN_DEVICE Pack<T> load_pack(const T* p, int lanes, bool aligned) {
   if (aligned && lanes == Pack<T>::kLanes) {
     return *reinterpret_cast<const Pack<T>*>(p);
   }
-  Pack<T> pack;
+  Pack<T> pack = {};
 #pragma unroll
   for (int l = 0; l < Pack<T>::kLanes; ++l) {
-    pack.lane[l] = l < lanes ? p[l] : T(0);
+    if (l < lanes) {
+      pack.set(l, p[l]);
+    }
   }
   return pack;
 }
@@ -41,7 +63,7 @@ BN_DEVICE void store_pack(T* p, const Pack<T>& pack, int lanes, bool aligned) {
 #pragma unroll
   for (int l = 0; l < Pack<T>::kLanes; ++l) {
     if (l < lanes) {
-      p[l] = pack.lane[l];
+      p[l] = pack.element(l);
     }
   }
 }

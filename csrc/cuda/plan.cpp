@@ -10,11 +10,8 @@
 namespace bn::cuda {
 namespace {
 
-constexpr int64_t kPack = 16;
-
-// A block by itself on a multiprocessor, and one of two: each thread may then have 128 registers.
-constexpr int kThreadsAlone = 512;
-constexpr int kThreadsOfTwo = 256;
+constexpr int kThreadsAlone = kMaxThreads;
+constexpr int kThreadsOfTwo = kMaxThreads / 2;
 constexpr int kWarp = 32;
 
 // Runs of a row that memory serves without waste.
@@ -30,7 +27,7 @@ constexpr int64_t kPacksPerThread = 8;
 // The system's own share of a block's shared memory.
 constexpr int64_t kReserved = 1024;
 
-// More than any memory holds, and packs are still counted in 31 bits.
+// Packs of a row, and of a block, are counted in 31 bits.
 constexpr int64_t kMaxPacks = int64_t{1} << 30;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
@@ -50,7 +47,7 @@ constexpr int64_t power_of_two(int64_t at_least) {
 class Planner {
  public:
   Planner(const Problem& problem, const Work& work, const Limits& limits)
-      : problem_(problem), work_(work), limits_(limits), lanes_(static_cast<int>(kPack / size_of(problem.dtype))) {
+      : problem_(problem), work_(work), limits_(limits), lanes_(static_cast<int>(kPackBytes / size_of(problem.dtype))) {
     plan_.sums = work.summed > 0;
     plan_.tensors_held = plan_.sums ? work.applied : 0;
   }
@@ -91,16 +88,15 @@ class Planner {
     plan_.slabs = slabs_of(channels);
   }
 
-  // Threads for one block of a team of so many; a thread that has no pack is none.
+  // A team of so many blocks for each slab, and threads for as many packs as a block then has, at the most `threads`.
   void set_team(Team team, int64_t blocks, int threads) {
     plan_.team = team;
     plan_.team_blocks = static_cast<int>(blocks);
-    const int64_t unit = plan_.per_lane ? plan_.width : 1;  // a block begins with a row
-    plan_.share = round_up(divide_up(packs(), blocks), unit);
-    plan_.threads = static_cast<int>(std::min<int64_t>(threads, round_up(std::max(plan_.share, unit), kWarp)));
-    plan_.active = plan_.per_lane ? plan_.threads / plan_.width * plan_.width : plan_.threads;
+    plan_.share = round_up(divide_up(packs(), blocks), unit());
+    plan_.threads = static_cast<int>(std::min<int64_t>(threads, round_up(std::max(plan_.share, unit()), kWarp)));
+    plan_.active = static_cast<int>(active_of(plan_.threads));
     plan_.teams = plan_.slabs;
-    if (plan_.share + plan_.width > 2 * kMaxPacks || plan_.slabs > kMaxBlocks / blocks) {
+    if (plan_.share + plan_.width > 2 * kMaxPacks - kMaxThreads || plan_.slabs > kMaxBlocks / blocks) {
       throw std::length_error("bn_ext: no plan for " + std::to_string(problem_.count()) + " values per channel");
     }
   }
@@ -175,7 +171,7 @@ class Planner {
     plan_.teams = teams;
   }
 
-  int64_t tile_bytes(int64_t channels) const { return problem_.n * width_of(channels) * kPack * work_.tensors; }
+  int64_t tile_bytes(int64_t channels) const { return problem_.n * width_of(channels) * kPackBytes * work_.tensors; }
 
   // Shared memory that is left for a tile in a block that is alone, or one of two.
   int64_t room(int64_t channels, int threads) const {
@@ -187,17 +183,18 @@ class Planner {
 
   // Each thread holds whole packs, so a block holds what its threads can share evenly.
   int64_t packs_held(int threads) const {
-    const int64_t active = plan_.per_lane ? threads / plan_.width * plan_.width : threads;
-    return room(plan_.channels, threads) / (kPack * threads * work_.tensors) * active;
+    return room(plan_.channels, threads) / (kPackBytes * threads * work_.tensors) * active_of(threads);
   }
   int64_t blocks_to_hold(int threads) const { return divide_up(packs(), std::max<int64_t>(packs_held(threads), 1)); }
+  // Where a thread stays in its column, blocks begin with a row and take steps of whole rows.
   int64_t unit() const { return plan_.per_lane ? plan_.width : 1; }
+  int64_t active_of(int64_t threads) const { return threads / unit() * unit(); }
 
   void hold() {
     const int64_t most = divide_up(plan_.share, plan_.active);
-    const int64_t bytes = kPack * plan_.threads * std::max(plan_.tensors_held, 1);
+    const int64_t bytes = kPackBytes * plan_.threads * std::max(plan_.tensors_held, 1);
     const int64_t held = plan_.tensors_held == 0 ? 0 : std::min(most, room(plan_.channels, plan_.threads) / bytes);
-    plan_.held = static_cast<int>(held);
+    plan_.held = static_cast<int>(std::max<int64_t>(held, 0));
     if (work_.applied == 0) {
       plan_.strategy = Strategy::Elementwise;
     } else if (held < most) {
@@ -209,7 +206,7 @@ class Planner {
   }
 
   void count_bytes() {
-    plan_.shared_bytes = plan_.layout(lanes_).tile + kPack * plan_.threads * plan_.held * plan_.tensors_held;
+    plan_.shared_bytes = plan_.layout(lanes_).tile + kPackBytes * plan_.threads * plan_.held * plan_.tensors_held;
     if (plan_.team == Team::Grid) {
       plan_.workspace_bytes = plan_.arrivals_bytes() + int64_t{8} * 4 * plan_.blocks() * plan_.channels;
     }
@@ -220,7 +217,7 @@ class Planner {
     const int64_t at_once = std::min<int64_t>(limits_.shared_per_multiprocessor / (plan_.shared_bytes + kReserved),
                                               kThreadsAlone / plan_.threads);
     const int64_t blocks = std::min(plan_.blocks(), at_once * limits_.multiprocessors);
-    plan_.bytes_on_chip = std::min(kept, blocks * plan_.held * plan_.active * kPack * plan_.tensors_held);
+    plan_.bytes_on_chip = std::min(kept, blocks * plan_.held * plan_.active * kPackBytes * plan_.tensors_held);
   }
 
   const Problem& problem_;

@@ -8,6 +8,12 @@
 // How a problem is laid out on a GPU: a value from a pure function.
 namespace bn::cuda {
 
+// What one access to memory moves.
+constexpr int kPackBytes = 16;
+
+// Registers suffice, 65536 / 512 a thread, for one such block on a multiprocessor, or for two of half the threads.
+constexpr int kMaxThreads = 512;
+
 // What a device has, as far as plans depend on it.
 struct Limits {
   std::string name;

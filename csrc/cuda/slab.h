@@ -32,6 +32,7 @@ struct Geometry {
   int channels;
   int width;
   int active;
+  int rows_at_once;  // that the active threads reach, where each stays in its column
   int held;
   int tensors_held;
   int team_blocks;
@@ -51,6 +52,7 @@ struct Geometry {
         channels(plan.channels),
         width(plan.width),
         active(plan.active),
+        rows_at_once(plan.active / plan.width),
         held(plan.held),
         tensors_held(plan.tensors_held),
         team_blocks(plan.team_blocks),
@@ -60,16 +62,15 @@ struct Geometry {
         by_s(plan.per_lane ? static_cast<uint32_t>(problem.s) : 1) {}
 };
 
-// The part of a slab that is one thread's.
-template <class T>
+// The part of a slab that is one thread's; with `kColumn`, all of it in one column of packs.
+template <class T, bool kColumn>
 class Slab {
  public:
   static constexpr int kLanes = Pack<T>::kLanes;
 
-  // Where a pack lies: its offset in the tensors, its first element's position in the row, the number of elements.
+  // Where a pack lies in the tensors, and how many elements it has.
   struct Place {
     int64_t offset;
-    int64_t position;
     int lanes;
   };
 
@@ -79,10 +80,15 @@ class Slab {
     const int mine = static_cast<int>(rest < 0 ? 0 : rest < g.share ? rest : g.share);
     const int t = gpu::thread();
     packs_ = t < g.active && t < mine ? (mine - t + g.active - 1) / g.active : 0;
-    first_row_ = begin / g.width;
-    first_pack_ = static_cast<int>(begin - first_row_ * g.width) + t;
     const int64_t left = g.c - first_channel_;
     channels_ = left < g.channels ? static_cast<int>(left) : g.channels;
+    const int64_t row = begin / g.width;
+    start_ = row * g.row_stride + first_channel_ * g.s;
+    first_ = static_cast<int>(begin - row * g.width) + t;
+    if constexpr (kColumn) {
+      first_ = g.by_width.quotient(t);  // a row, as those of a column's packs follow each other
+      column_ = t - first_ * g.width;
+    }
   }
 
   BN_DEVICE int64_t first_channel() const { return first_channel_; }
@@ -91,26 +97,34 @@ class Slab {
 
   // Of the thread's i-th pack; beyond its last one there are no elements.
   BN_DEVICE Place place(int i) const {
-    const int pack = first_pack_ + i * g_.active;
-    const int row = g_.by_width.quotient(pack);
-    const int64_t position = int64_t{kLanes} * (pack - row * g_.width);
-    const int64_t length = channels_ * g_.s;
-    const int64_t rest = i < packs_ ? length - position : 0;
+    int row;
+    int column;
+    if constexpr (kColumn) {
+      row = first_ + i * g_.rows_at_once;
+      column = column_;
+    } else {
+      const int pack = first_ + i * g_.active;
+      row = g_.by_width.quotient(pack);
+      column = pack - row * g_.width;
+    }
+    const int64_t position = int64_t{kLanes} * column;
+    const int64_t rest = i < packs_ ? channels_ * g_.s - position : 0;
     const int lanes = static_cast<int>(rest < 0 ? 0 : rest < kLanes ? rest : kLanes);
-    return {(first_row_ + row) * g_.row_stride + first_channel_ * g_.s + position, position, lanes};
+    return {start_ + row * g_.row_stride + position, lanes};
   }
 
-  // The channel, within the slab, of a position in a row.
-  BN_DEVICE int channel(int64_t position) const {
-    const int channel = g_.by_s.quotient(static_cast<int>(position));
+  // Within the slab, of a lane of a thread that stays in its column.
+  BN_DEVICE int channel(int l) const {
+    const int channel = g_.by_s.quotient(kLanes * column_ + l);
     return channel < channels_ ? channel : channels_ - 1;
   }
 
  private:
   const Geometry& g_;
   int64_t first_channel_;
-  int64_t first_row_;
-  int first_pack_;
+  int64_t start_;
+  int first_;
+  int column_ = 0;
   int packs_;
   int channels_;
 };

@@ -55,6 +55,7 @@ class TeamSums {
   }
 
   BN_DEVICE int rank() const { return rank_; }
+  BN_DEVICE bool leads() const { return rank_ == 0; }
   BN_DEVICE int64_t team() const { return team_; }
   BN_DEVICE int64_t teams() const { return g_.teams; }
 
@@ -100,7 +101,7 @@ class TeamSums {
   BN_DEVICE void add_up_block(const double (&mine)[kLanes], int which, const gpu::Shared<double>& out) const {
 #pragma unroll
     for (int l = 0; l < kLanes; ++l) {
-      partial_.write(gpu::thread() * kLanes + l, mine[l]);
+      partial_.write(l * gpu::threads() + gpu::thread(), mine[l]);
     }
     gpu::sync_block();
     const auto write = [&](int k, double sum) { out.write(2 * k + which, sum); };
@@ -108,12 +109,12 @@ class TeamSums {
       sum_entries(1, gpu::threads(), [&](int, int i) { return partial_.read(i); }, write);
     } else {
       const int s = static_cast<int>(g_.s);
-      const int row = g_.width * kLanes;
       const auto read = [&](int k, int i) {
-        const int r = g_.by_s.quotient(i);
-        return partial_.read(r * row + k * s + i - r * s);
+        const int row = g_.by_s.quotient(i);
+        const int position = k * s + i - row * s;
+        return partial_.read(position % kLanes * gpu::threads() + row * g_.width + position / kLanes);
       };
-      sum_entries(g_.channels, g_.active / g_.width * s, read, write);
+      sum_entries(g_.channels, g_.rows_at_once * s, read, write);
     }
     gpu::sync_block();
   }
@@ -129,7 +130,11 @@ class TeamSums {
       for (int k = gpu::thread(); k < sums; k += gpu::threads()) {
         all[rank_ * sums + k] = own.read(k);
       }
-      meetings_ == 0 ? gpu::sync_grid() : gpu::sync_blocks(arrivals_, meetings_ * g_.team_blocks);
+      if (meetings_ == 0) {
+        gpu::sync_grid();
+      } else {
+        gpu::sync_blocks(arrivals_, meetings_ * g_.team_blocks);
+      }
       sum_entries(sums, g_.team_blocks, [&](int k, int i) { return gpu::load_written(all + i * sums + k); }, write);
     }
     ++meetings_;

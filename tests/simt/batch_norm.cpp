@@ -26,7 +26,8 @@ const char* plan_and_launch(const Args& args, const Device& device, const Launch
   return bn::simt::error_of([&] {
     const LaunchPlan plan = bn::cuda::plan(args.problem, bn::cuda::work_of(args), limits_of(device));
     const int64_t in_memory = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
-    const int64_t resident = device.multiprocessors * std::min<int64_t>(in_memory, 512 / plan.threads);
+    const int64_t resident =
+        device.multiprocessors * std::min<int64_t>(in_memory, bn::cuda::kMaxThreads / plan.threads);
     if (plan.shared_bytes > device.shared_per_block || (plan.team == Team::Grid && plan.blocks() > resident)) {
       throw std::runtime_error("the device is too small for " + to_string(plan));
     }
