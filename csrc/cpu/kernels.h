@@ -7,9 +7,6 @@ namespace bn::cpu {
 // The widest tile a kernel takes, by layout: what its accumulators hold on the stack.
 constexpr int64_t kMaxTile[kLayouts] = {64, 2048};
 
-// Planes shorter than this are joined: vectors run along all planes of an image's tile.
-constexpr int64_t kJoinBelow = 256;
-
 // Values of an image's short planes that are handled together, so that memory is passed over in runs of kilobytes.
 constexpr int64_t kPlanarRun = 2048;
 

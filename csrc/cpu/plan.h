@@ -29,6 +29,7 @@ struct Blocks {
   int64_t count;      // blocks in all
   int64_t per_chunk;  // blocks of a chunk
   int64_t chunks;
+  bool joined;  // vectors run along all planes of an image's tile
 
   BN_HD constexpr Extent extent(int64_t block) const {
     const int64_t n0 = block / segments * rows;

@@ -14,7 +14,7 @@ struct Planar {
   static constexpr int64_t kMaxLanes = kPlanarRun + kWidth<T>;
 
   const Tile& tile;
-  const bool joined = tile.blocks.s < kJoinBelow;
+  const bool joined = tile.blocks.joined;
 
   // Per channel of the tile, the sums over a block of u and of u * w; `shift` per channel of the tile.
   template <class Term>
