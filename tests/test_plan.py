@@ -294,7 +294,7 @@ def test_a_plan_is_a_value() -> None:
     assert plan() != launch_plan(32, 64, 3136, direction="backward")
     assert repr(plan()) == (
         "LaunchPlan(resident: 64 slabs of 1 channels, 64 teams of 8 blocks (cluster) of 256 threads, "
-        "13 of 13 packs held, 55376 bytes shared, 51380224 bytes moved, 14057472 on chip)"
+        "13 of 13 packs held, 55360 bytes shared, 51380224 bytes moved, 14057472 on chip)"
     )
     assert plan() == launch_plan(32, 64, 3136, gpu="h100", dtype="float32", layout="planar", direction="forward")
 

@@ -17,7 +17,7 @@ constexpr int kWarp = 32;
 // Runs of a row that memory serves without waste.
 constexpr int64_t kLine = 64;
 
-// A slab's sums and coefficients take 80 bytes a channel of every block's shared memory.
+// A slab's sums and coefficients take 64 bytes a channel of every block's shared memory.
 constexpr int64_t kMaxChannels = 256;
 
 // Packs a thread should have: enough loads under way to cover the latency of memory, and enough work to pay for the

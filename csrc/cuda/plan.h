@@ -54,7 +54,7 @@ enum class Strategy {
 // Where a block keeps what in its shared memory, in bytes; every part begins at a multiple of 16.
 struct SharedLayout {
   int64_t partial;       // a double for each thread and lane
-  int64_t totals;        // two for each channel: the block's sums, twice, for slabs by turns
+  int64_t totals;        // two for each channel: the block's sums
   int64_t sums;          // two for each channel: the team's
   int64_t coefficients;  // up to four for each channel
   int64_t tile;          // packs that are held
@@ -71,7 +71,7 @@ BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_
     return at;
   }
   at.totals = at.partial + round_up_16(int64_t{8} * threads * lanes_summed);
-  at.sums = at.totals + int64_t{8} * 4 * channels;
+  at.sums = at.totals + int64_t{8} * 2 * channels;
   at.coefficients = at.sums + int64_t{8} * 2 * channels;
   at.tile = at.coefficients + int64_t{8} * 4 * channels;
   return at;

@@ -37,15 +37,15 @@ class TeamSums {
  public:
   struct Workspace {
     unsigned* arrivals;  // for each team
-    double* totals;      // for each team, twice, for each block and channel: two
+    double* totals;      // for each team, twice, for each block and channel: two; meetings take the halves by turns
   };
 
   BN_DEVICE TeamSums(const Geometry& g, const SharedLayout& at, const Workspace& workspace)
       : g_(g),
-        at_(at),
         rank_(gpu::block() % g.team_blocks),
         team_(gpu::block() / g.team_blocks),
         partial_(gpu::shared_array<double>(at.partial)),
+        totals_(gpu::shared_array<double>(at.totals)),
         sums_(gpu::shared_array<double>(at.sums)),
         arrivals_(workspace.arrivals + team_),
         exchanged_(workspace.totals + team_ * exchange_size()) {
@@ -75,8 +75,7 @@ class TeamSums {
   template <int kLanes>
   BN_DEVICE void add_up(const LaneSums<kLanes>& mine) {
     const bool alone = g_.team == Team::Block;
-    const int64_t turn = int64_t{8} * 2 * g_.channels * (meetings_ % 2);
-    const auto own = alone ? sums_ : gpu::shared_array<double>(at_.totals + turn);
+    const auto own = alone ? sums_ : totals_;
     add_up_block(mine.sum, 0, own);
     add_up_block(mine.product, 1, own);
     if (!alone) {
@@ -122,7 +121,7 @@ class TeamSums {
   BN_DEVICE void exchange(const gpu::Shared<double>& own) {
     const int sums = 2 * g_.channels;
     const auto write = [&](int k, double sum) { sums_.write(k, sum); };
-    if (g_.team == Team::Cluster) {
+    if (g_.team == Team::Cluster) {  // meets once: a cluster has one slab
       gpu::sync_cluster();
       sum_entries(sums, g_.team_blocks, [&](int k, int i) { return own.of_block(i).read(k); }, write);
     } else {
@@ -143,10 +142,10 @@ class TeamSums {
   BN_DEVICE int64_t exchange_size() const { return int64_t{4} * g_.team_blocks * g_.channels; }
 
   const Geometry& g_;
-  const SharedLayout at_;
   int rank_;
   int64_t team_;
   gpu::Shared<double> partial_;
+  gpu::Shared<double> totals_;
   gpu::Shared<double> sums_;
   unsigned* arrivals_;
   double* exchanged_;

@@ -14,7 +14,7 @@
 namespace bn::simt {
 
 struct Settings {
-  uint64_t seed = 0;                 // of the order of blocks and threads; 0: by index
+  uint64_t seed = 0;                 // of the order of blocks and threads, one block lagging behind; 0: by index
   int preempt = 0;                   // another thread goes on before one in so many accesses to shared memory; 0: none
   int64_t resident_blocks = 132;     // that a cooperative launch may have
   int64_t shared_bytes = 227 << 10;  // that a block may have

@@ -55,6 +55,9 @@ Residents::Residents(const Launch& launch, int64_t first_block, int64_t count, c
                        .memory = SharedMemory(shape.shared_bytes),
                        .running = shape.threads});
   }
+  if (settings.seed != 0) {
+    lagging_ = &blocks_[static_cast<size_t>(random_below(count))];
+  }
   while (fibers.size() < threads_.size()) {
     fibers.push_back(std::make_unique<Fiber>());
   }
@@ -65,7 +68,7 @@ Residents::Residents(const Launch& launch, int64_t first_block, int64_t count, c
     thread.index = static_cast<int>(i % threads);
     thread.fiber = fibers[i].get();
     thread.fiber->start(thread_main);
-    ready_.push_back(&thread);
+    queue_of(thread).push_back(&thread);
   }
 }
 
@@ -88,7 +91,8 @@ Thread* Residents::next() {
   if (ready_.empty()) {
     wake_counting();
   }
-  if (ready_.empty()) {
+  std::deque<Thread*>& queue = ready_.empty() ? late_ : ready_;
+  if (queue.empty()) {
     return nullptr;
   }
   if (--patience_ < 0) {
@@ -96,10 +100,10 @@ Thread* Residents::next() {
     return nullptr;
   }
   if (settings.seed != 0) {
-    std::swap(ready_.front(), ready_[static_cast<size_t>(random_below(static_cast<int64_t>(ready_.size())))]);
+    std::swap(queue.front(), queue[static_cast<size_t>(random_below(static_cast<int64_t>(queue.size())))]);
   }
-  Thread* thread = ready_.front();
-  ready_.pop_front();
+  Thread* thread = queue.front();
+  queue.pop_front();
   return thread;
 }
 
@@ -120,7 +124,7 @@ void Residents::finish() {
 }
 
 void Residents::yield() {
-  ready_.push_back(running_);
+  queue_of(*running_).push_back(running_);
   running_->fiber->suspend();
 }
 
@@ -134,7 +138,7 @@ void Residents::wake(Thread& thread) {
   thread.call = nullptr;
   thread.lanes = 0;
   thread.counter = nullptr;
-  ready_.push_back(&thread);
+  queue_of(thread).push_back(&thread);
   patience_ = kPatience;
 }
 

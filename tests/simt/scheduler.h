@@ -81,6 +81,7 @@ class Residents {
   static void thread_main();
   void finish();
   [[noreturn]] void fail_diverged(const Thread& from);
+  std::deque<Thread*>& queue_of(const Thread& thread) { return thread.block == lagging_ ? late_ : ready_; }
   void wake(Thread& thread);
   void wake_counting();
   Thread* next();
@@ -91,6 +92,8 @@ class Residents {
   std::vector<Group> groups_;
   std::vector<Thread> threads_;
   std::deque<Thread*> ready_;
+  std::deque<Thread*> late_;  // ready too, but of the block that lags behind: they go on when nobody else can
+  const Block* lagging_ = nullptr;
   std::vector<Thread*> counting_;  // wait for a counter
   Thread* running_ = nullptr;
   size_t returned_ = 0;
