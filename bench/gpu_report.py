@@ -18,7 +18,7 @@ from bench.measure import COPY
 from bench.peers import OURS
 from bench.problems import LEAST_MOVES, sizes_of
 from bench.record import RESULTS
-from bench.report import LAYOUT_NAMES, PASS_NAMES, Results, Target, markdown, place, put_into
+from bench.report import LAYOUT_NAMES, PASS_NAMES, Results, Target, markdown, name_shapes, place, put_into
 
 MARKS = ("<!-- bench-gpu:begin -->", "<!-- bench-gpu:end -->")
 COLORS = {"float32": "#0b6e99", "float16": "#e0a030", "bfloat16": "#7a4f9a"}
@@ -117,10 +117,7 @@ def _panel(axis: Any, results: Results, shapes: list[str], name: str, layout: st
         if target.where["pass"] == name:
             axis.axhline(target.least, color="black", linewidth=0.8, linestyle="-" if target.mean else ":")
     axis.margins(x=0.01)
-    axis.set_xticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes])
-    axis.tick_params(axis="x", labelrotation=25, labelsize=8, length=0)
-    axis.tick_params(axis="y", labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
+    name_shapes(axis, shapes, rotation=25)
 
 
 def picture(results: Results, path: Path) -> None:

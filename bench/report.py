@@ -215,8 +215,13 @@ def _panel(axis: Any, results: Results, shapes: list[str], **where: Any) -> None
     axis.set_yscale("log", base=2)  # twice as fast and half as fast are equally far from 1
     axis.yaxis.set_major_formatter("{x:g}")
     axis.margins(x=0.01, y=0.12)
+    name_shapes(axis, shapes, rotation=20)
+
+
+def name_shapes(axis: Any, shapes: list[str], rotation: float) -> None:
+    """Below the groups of bars, and nothing around them."""
     axis.set_xticks(range(len(shapes)), [shape.replace("x", "×") for shape in shapes])
-    axis.tick_params(axis="x", labelrotation=20, labelsize=8, length=0)
+    axis.tick_params(axis="x", labelrotation=rotation, labelsize=8, length=0)
     axis.tick_params(axis="y", labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

@@ -89,7 +89,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("team", [](const LaunchPlan& p) { return name_of(p.team); })
       .def_readonly("channels", &LaunchPlan::channels)
       .def_readonly("width", &LaunchPlan::width)
-      .def_readonly("per_lane", &LaunchPlan::per_lane)
+      .def_property_readonly("per_lane", &LaunchPlan::per_lane)
       .def_readonly("threads", &LaunchPlan::threads)
       .def_readonly("active", &LaunchPlan::active)
       .def_readonly("slabs", &LaunchPlan::slabs)

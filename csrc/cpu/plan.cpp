@@ -36,10 +36,6 @@ constexpr int64_t kSerial = 32768;
 constexpr int64_t kBypassBytes = 4 << 20;
 constexpr int64_t kLine = 64;
 
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return divide_up(a, b) * b;
-}
-
 // Short planes are joined, unless they are whole vectors and so few that sums and coefficients for each of their values
 // cost more than they spare (measured, a call with 2 x 32 x 8 x 8 floats: forward 1.2, backward 1.07 times faster).
 constexpr bool joins(const Problem& p) {

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/host_device.h"
+#include "core/numbers.h"
 #include "core/problem.h"
 
 #include <algorithm>
@@ -48,10 +49,6 @@ struct Blocks {
 
   BN_HD constexpr int64_t offset(int64_t n_, int64_t c_, int64_t s_) const { return (n_ * c + c_) * s + s_; }
 };
-
-BN_HD constexpr int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 struct Plan {
   Blocks blocks;

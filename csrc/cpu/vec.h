@@ -3,6 +3,8 @@
 // Vectors of the accumulation type, loaded from and stored to tensors of any type. Included only by the
 // units that are compiled once per instruction set.
 
+#include "core/dtype.h"
+
 #include <ATen/cpu/vec/vec.h>
 
 #include <cstdint>
@@ -14,9 +16,6 @@
 
 namespace bn::cpu {
 namespace {
-
-template <class T>
-using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 using Vec = at::vec::Vectorized<Acc<T>>;

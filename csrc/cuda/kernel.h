@@ -193,7 +193,7 @@ void launch_batch_norm(const Pass& pass,
                                reinterpret_cast<double*>(static_cast<char*>(workspace) + plan.arrivals_bytes())}};
   const gpu::LaunchShape shape{plan.blocks(), plan.threads, plan.shared_bytes,
                                plan.team == Team::Cluster ? plan.team_blocks : 1, plan.team == Team::Grid};
-  const auto kernel = plan.per_lane ? batch_norm_kernel<Pass, kLanes> : batch_norm_kernel<Pass, 1>;
+  const auto kernel = plan.per_lane() ? batch_norm_kernel<Pass, kLanes> : batch_norm_kernel<Pass, 1>;
   gpu::launch(Pass::kName, kernel, shape, stream, args);
 }
 

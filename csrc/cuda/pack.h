@@ -16,14 +16,15 @@ struct alignas(kPackBytes) Pack {
 
   Word word[kPackBytes / sizeof(Word)];
 
-  BN_DEVICE Acc<T> get(int l) const {
+  BN_DEVICE T element(int l) const {
     if constexpr (kPairs) {
-      const auto bits = static_cast<unsigned short>(word[l / 2] >> l % 2 * 16);
-      return static_cast<Acc<T>>(T(bits, T::from_bits()));
+      return T(static_cast<unsigned short>(word[l / 2] >> l % 2 * 16), T::from_bits());
     } else {
       return word[l];
     }
   }
+
+  BN_DEVICE Acc<T> get(int l) const { return static_cast<Acc<T>>(element(l)); }
 
   BN_DEVICE void set(int l, const T& value) {
     if constexpr (kPairs) {
@@ -33,8 +34,6 @@ struct alignas(kPackBytes) Pack {
       word[l] = value;
     }
   }
-
-  BN_DEVICE T element(int l) const { return static_cast<T>(get(l)); }
 };
 
 // The first `lanes` elements at p, and 0 behind them. Where packs are not aligned it takes an access an element, which

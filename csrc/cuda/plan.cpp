@@ -31,14 +31,6 @@ constexpr int64_t kReserved = 1024;
 constexpr int64_t kMaxPacks = int64_t{1} << 30;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
-constexpr int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return divide_up(a, b) * b;
-}
-
 constexpr int64_t power_of_two(int64_t at_least) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
 }
@@ -83,7 +75,6 @@ class Planner {
       throw std::length_error("bn_ext: no plan for planes of " + std::to_string(problem_.s) + " values");
     }
     plan_.channels = static_cast<int>(channels);
-    plan_.per_lane = channels > 1;
     plan_.width = static_cast<int>(width);
     plan_.slabs = slabs_of(channels);
   }
@@ -187,7 +178,7 @@ class Planner {
   }
   int64_t blocks_to_hold(int threads) const { return divide_up(packs(), std::max<int64_t>(packs_held(threads), 1)); }
   // Where a thread stays in its column, blocks begin with a row and take steps of whole rows.
-  int64_t unit() const { return plan_.per_lane ? plan_.width : 1; }
+  int64_t unit() const { return plan_.per_lane() ? plan_.width : 1; }
   int64_t active_of(int64_t threads) const { return threads / unit() * unit(); }
 
   void hold() {

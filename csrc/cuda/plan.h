@@ -1,5 +1,6 @@
 #pragma once
 
+#include "core/numbers.h"
 #include "core/problem.h"
 
 #include <cstdint>
@@ -60,17 +61,13 @@ struct SharedLayout {
   int64_t tile;          // packs that are held
 };
 
-BN_HD constexpr int64_t round_up_16(int64_t bytes) {
-  return (bytes + 15) / 16 * 16;
-}
-
 BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_summed, bool sums) {
   SharedLayout at{};
   if (!sums) {
     at.tile = int64_t{8} * 4 * channels;
     return at;
   }
-  at.totals = at.partial + round_up_16(int64_t{8} * threads * lanes_summed);
+  at.totals = at.partial + round_up(int64_t{8} * threads * lanes_summed, 16);
   at.sums = at.totals + int64_t{8} * 2 * channels;
   at.coefficients = at.sums + int64_t{8} * 2 * channels;
   at.tile = at.coefficients + int64_t{8} * 4 * channels;
@@ -83,10 +80,9 @@ BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_
 struct LaunchPlan {
   Strategy strategy{};
   Team team{};
-  bool sums = true;       // over each channel
-  int channels = 1;       // of a slab
-  int width = 1;          // packs of a row
-  bool per_lane = false;  // a thread stays in one column of packs, each lane of which sums a channel of its own
+  bool sums = true;  // over each channel
+  int channels = 1;  // of a slab
+  int width = 1;     // packs of a row
   int threads = 0;
   int active = 0;
   int64_t slabs = 0;
@@ -102,9 +98,11 @@ struct LaunchPlan {
 
   bool operator==(const LaunchPlan&) const = default;
   int64_t blocks() const { return teams * team_blocks; }
+  // A thread stays in one column of packs, each lane of which sums a channel of its own.
+  bool per_lane() const { return channels > 1; }
   // The workspace begins with a count for each team.
-  int64_t arrivals_bytes() const { return round_up_16(int64_t{4} * teams); }
-  SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane ? lanes : 1, sums); }
+  int64_t arrivals_bytes() const { return round_up(int64_t{4} * teams, 16); }
+  SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane() ? lanes : 1, sums); }
 };
 
 // Throws std::length_error for a problem that is beyond all memories.

@@ -59,7 +59,7 @@ struct Geometry {
         team(plan.team),
         aligned(aligned),
         by_width(plan.width),
-        by_s(plan.per_lane ? static_cast<uint32_t>(problem.s) : 1) {}
+        by_s(plan.per_lane() ? static_cast<uint32_t>(problem.s) : 1) {}
 };
 
 // The part of a slab that is one thread's; with `kColumn`, all of it in one column of packs.

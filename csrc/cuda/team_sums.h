@@ -49,7 +49,7 @@ class TeamSums {
         sums_(gpu::shared_array<double>(at.sums)),
         arrivals_(workspace.arrivals + team_),
         exchanged_(workspace.totals + team_ * exchange_size()) {
-    if (g_.team == Team::Grid && rank_ == 0 && gpu::thread() == 0) {
+    if (g_.team == Team::Grid && leads() && gpu::thread() == 0) {
       *arrivals_ = 0;  // seen by the others behind the first meeting, which is the whole grid's
     }
   }

@@ -78,13 +78,8 @@ class BackwardArgs(ctypes.Structure):
 def problem_of(x: Tensor) -> Problem:
     """That of a tensor that is dense in one of the two layouts."""
     n, c, s = x.size(0), x.size(1), x[0, 0].numel()
-    interleaved = not x.is_contiguous() or s == 1
     assert x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-    if c == 1:
-        n, s, interleaved = 1, n * s, False
-    elif interleaved:
-        n, s = n * s, 1
-    return Problem(interleaved, DTYPES.index(x.dtype), n, c, s)
+    return Problem(not x.is_contiguous(), DTYPES.index(x.dtype), n, c, s)
 
 
 def per_channel(t: Tensor | None) -> PerChannel:
