@@ -9,6 +9,7 @@ from torch.compiler import is_exporting
 from torch.jit import is_scripting, is_tracing
 
 from bn_ext import _load  # noqa: F401, for the operator
+from bn_ext import activation as activations
 
 operator = torch.ops.bn_ext.batch_norm
 
@@ -16,6 +17,11 @@ operator = torch.ops.bn_ext.batch_norm
 def exporting() -> bool:
     """Whether a graph is being made for others to run: it should hold standard operators."""
     return is_exporting() or (is_tracing() and torch.onnx.is_in_onnx_export())
+
+
+def finished(output: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None) -> Tensor:
+    """What follows the normalization, in standard operators."""
+    return activations.apply(output if residual is None else output + residual, activation, activation_param)
 
 
 def batch_norm(
@@ -27,9 +33,12 @@ def batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    activation_param: float | None = None,
 ) -> Tensor:
     """Batch normalization, as :func:`torch.nn.functional.batch_norm`: each channel to mean 0 and variance 1, then
-    ``* weight + bias``.
+    ``* weight + bias``; then ``+ residual`` and the activation, in the same pass.
 
     Args:
         input: (N, C, *) of float64, float32, bfloat16 or float16, of any strides.
@@ -40,13 +49,18 @@ def batch_norm(
         training: normalize by the statistics of this batch, the variance biased.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
+        residual: (N, C, *) of the input's dtype. Another that can be added gives the same as separate calls, at
+            their speed.
+        activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
+        activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
 
     Returns:
         (N, C, *), of the dtype of ``input``, its channels last in memory if those of ``input`` are (in three
         dimensions too, unlike torch's).
 
     Raises:
-        ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone.
+        ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an
+            unknown activation, or a parameter for one that has none.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
         TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
@@ -56,6 +70,11 @@ def batch_norm(
     if not is_scripting():
         if momentum is None:  # to the operator it means a cumulative average
             raise TypeError("batch_norm(): momentum must be a number, got None")
+        activations.check(activation, activation_param)
         if exporting():
-            return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-    return operator(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+            output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+            return finished(output, residual, activation, activation_param)
+    output = operator(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
+    if not is_scripting():
+        output = finished(output, residual, activation, activation_param)
+    return output

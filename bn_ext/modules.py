@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.jit import is_scripting
 
-from bn_ext.functional import exporting, operator
+from bn_ext import activation as activations
+from bn_ext.functional import exporting, finished, operator
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
-    """Statistics, normalization, running statistics and the batch counter in one operator call."""
+    """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    # Of a module that has none, it is no attribute of its own.
+    activation = cast("str | None", None)
+    activation_param = cast("float | None", None)
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str | None = None,
+        activation_param: float | None = None,
+        **options: Any,
+    ) -> None:
+        activations.check(activation, activation_param)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        if activation is not None:
+            self.activation = activation
+        if activation_param is not None:
+            self.activation_param = activation_param
+
+    def extra_repr(self) -> str:
+        of_activation = "" if self.activation is None else f", activation={self.activation}"
+        of_param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
+        return super().extra_repr() + of_activation + of_param
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not is_scripting():
             if isinstance(input, Proxy):  # fx makes leaves of torch.nn's modules only
-                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+                inputs = (input,) if residual is None else (input, residual)
+                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), inputs, {})
             if exporting():
-                return super().forward(input)
+                return finished(super().forward(input), residual, self.activation, self.activation_param)
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         num_batches_tracked: Tensor | None = None
@@ -33,7 +67,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
                 running_mean = running_var = None
         if num_batches_tracked is None and momentum is None:
             momentum = 0.0
-        return operator(
+        output = operator(
             input,
             self.weight,
             self.bias,
@@ -44,6 +78,9 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
         )
+        if not is_scripting():
+            output = finished(output, residual, self.activation, self.activation_param)
+        return output
 
 
 class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):
@@ -51,7 +88,11 @@ class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):
 
 
 class BatchNorm2d(_FusedForward, torch.nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` on fused kernels: (N, C, H, W), contiguous or channels-last."""
+    """:class:`torch.nn.BatchNorm2d` on fused kernels: (N, C, H, W), contiguous or channels-last.
+
+    ``activation`` and ``activation_param`` are those of :func:`bn_ext.functional.batch_norm`; called as
+    ``module(input, residual)`` it gives ``activation(batch_norm(input) + residual)``.
+    """
 
 
 class BatchNorm3d(_FusedForward, torch.nn.BatchNorm3d):
