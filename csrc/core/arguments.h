@@ -1,6 +1,8 @@
 #pragma once
 
+#include "core/activation.h"
 #include "core/dtype.h"
+#include "core/numbers.h"
 #include "core/problem.h"
 
 // What a backend is asked to do: raw pointers, all of one device.
@@ -32,6 +34,20 @@ struct PerChannel {
   }
 };
 
+// What follows the normalization: y = activation(z), z = normalized + residual.
+struct Epilogue {
+  Activation activation;
+  const void* residual = nullptr;  // laid out as x, or null
+  // A bit for each element, in the order of memory: the branch of the activation that z is on. A forward writes it, a
+  // backward then needs no z. Or null.
+  uint8_t* mask = nullptr;
+};
+
+// Whole words of 32 bits.
+BN_HD constexpr int64_t mask_bytes(const Problem& p) {
+  return divide_up(p.count() * p.c, 32) * 4;
+}
+
 // Normalize by the batch's own statistics and update the running ones (training), or by the running ones.
 struct ForwardArgs {
   Problem problem;
@@ -45,6 +61,7 @@ struct ForwardArgs {
   bool cumulative;  // the running statistics are averages over num_batches_tracked batches, else
   double momentum;
   double eps;
+  Epilogue epilogue;
   void* y;
   double* mean;
   double* invstd;
@@ -56,10 +73,13 @@ struct BackwardArgs {
   const void* dy;
   const void* x;
   PerChannel weight;
+  PerChannel bias;
   const double* mean;
   const double* invstd;
   bool training;
+  Epilogue epilogue;
   void* dx;
+  void* dresidual;
   PerChannel dweight;
   PerChannel dbias;
 };

@@ -26,20 +26,28 @@ BN_HD Forward<A> finish_forward(
   return forward_coefficients<A>(mean, invstd, args.weight.get(c, 1), args.bias.get(c, 0));
 }
 
-// `sum_dy_shifted` is that of dy * (x - shift), the shift being SplitMean's.
+// Those of the forward that a backward belongs to.
+template <class A>
+BN_HD Forward<A> repeat_forward(const BackwardArgs& args, int64_t c) {
+  return forward_coefficients<A>(args.mean[c], args.invstd[c], args.weight.get(c, 1), args.bias.get(c, 0));
+}
+
+// Of the gradient dz of what was normalized; `sum_dz_shifted` is the sum of dz * (x - shift), with the forward's shift.
 template <class A>
 BN_HD Backward<A> finish_backward(
-    const BackwardArgs& args, int64_t c, double sum_dy, double sum_dy_shifted, bool writes) {
-  const GradientSums sums = centred<A>(args.mean[c], sum_dy, sum_dy_shifted);
+    const BackwardArgs& args, int64_t c, double sum_dz, double sum_dz_shifted, bool writes) {
+  const double mean = args.mean[c];
+  const double invstd = args.invstd[c];
+  const double weight = args.weight.get(c, 1);
+  const GradientSums sums = centred<A>(mean, weight * invstd, sum_dz, sum_dz_shifted);
   if (writes && args.dweight) {
-    args.dweight.set(c, sums.dy_xmu * args.invstd[c]);
+    args.dweight.set(c, sums.dz_xmu * invstd);
   }
   if (writes && args.dbias) {
-    args.dbias.set(c, sums.dy);
+    args.dbias.set(c, sums.dz);
   }
   const auto count = static_cast<double>(args.problem.count());
-  return backward_coefficients<A>(args.mean[c], args.invstd[c], args.weight.get(c, 1), count,
-                                  args.training ? sums : GradientSums{});
+  return backward_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
 }
 
 }  // namespace bn

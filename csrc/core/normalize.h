@@ -9,14 +9,16 @@
 // expression applied to every element, for scalars and for vectors of them.
 namespace bn {
 
-// The mean as a number of type A plus what its rounding left over.
+// The mean as a number of type A plus what its rounding left over. Where the scale is not finite all of it is left
+// over, so that (x - shift) * scale + offset has NaN where x * scale + (bias - mean * scale) has it.
 template <class A>
 struct SplitMean {
   A shift;
   double rest;
 
-  BN_HD explicit SplitMean(double mean)
-      : shift(static_cast<A>(mean)), rest(finite_or_zero(mean - static_cast<double>(shift))) {}
+  BN_HD SplitMean(double mean, double scale)
+      : shift(is_finite(scale) ? static_cast<A>(mean) : 0),
+        rest(is_finite(scale) ? finite_or_zero(mean - static_cast<double>(shift)) : mean) {}
 };
 
 // Forward: y = (x - shift) * scale + offset. x - shift is exact near the mean, so a mean far larger than
@@ -31,10 +33,7 @@ struct Forward {
 template <class A>
 BN_HD Forward<A> forward_coefficients(double mean, double invstd, double weight, double bias) {
   const double scale = weight * invstd;
-  if (!is_finite(scale)) {  // NaN where x * scale + (bias - mean * scale) has it
-    return {0, static_cast<A>(scale), static_cast<A>(bias - mean * scale)};
-  }
-  const SplitMean<A> split(mean);
+  const SplitMean<A> split(mean, scale);
   return {split.shift, static_cast<A>(scale), static_cast<A>(bias - split.rest * scale)};
 }
 
@@ -45,39 +44,37 @@ BN_HD V normalize(const V& x, const V& shift, const V& scale, const V& offset) {
 
 // The two sums that a backward needs of each channel; xmu = x - mean.
 struct GradientSums {
-  double dy = 0;
-  double dy_xmu = 0;
+  double dz = 0;
+  double dz_xmu = 0;
 };
 
-// From the sum of dy * (x - shift) to that of dy * (x - mean).
+// From the sum of dz * (x - shift) to that of dz * (x - mean).
 template <class A>
-BN_HD GradientSums centred(double mean, double sum_dy, double sum_dy_shifted) {
-  return {sum_dy, sum_dy_shifted - finite_or_zero(SplitMean<A>(mean).rest * sum_dy)};
+BN_HD GradientSums centred(double mean, double scale, double sum_dz, double sum_dz_shifted) {
+  return {sum_dz, sum_dz_shifted - finite_or_zero(SplitMean<A>(mean, scale).rest * sum_dz)};
 }
 
-// Backward: dx = (dy + ((x - shift) * slope + offset)) * scale. With constant statistics slope and offset are 0.
+// Backward: dx = (dz + ((x - shift) * slope + offset)) * scale, shift and scale being those of the forward. With
+// constant statistics slope and offset are 0.
 template <class A>
 struct Backward {
-  A shift;
-  A scale;
   A slope;
   A offset;
 };
 
-// dx = weight * invstd * (dy - mean(dy) - x_hat * mean(dy * x_hat)), x_hat = (x - mean) * invstd. In this
+// dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), x_hat = (x - mean) * invstd. In this
 // order, and with nothing subtracted from infinity, NaN and Inf go where torch puts them.
 template <class A>
 BN_HD Backward<A> backward_coefficients(
     double mean, double invstd, double weight, double count, const GradientSums& sums) {
-  const SplitMean<A> split(mean);
-  const double slope = -invstd * invstd * (sums.dy_xmu / count);
-  const double offset = -(sums.dy / count) - finite_or_zero(slope * split.rest);
-  return {split.shift, static_cast<A>(weight * invstd), static_cast<A>(slope), static_cast<A>(offset)};
+  const double slope = -invstd * invstd * (sums.dz_xmu / count);
+  const double rest = SplitMean<A>(mean, weight * invstd).rest;
+  return {static_cast<A>(slope), static_cast<A>(-(sums.dz / count) - finite_or_zero(slope * rest))};
 }
 
 template <class V>
-BN_HD V input_gradient(const V& dy, const V& x, const V& shift, const V& scale, const V& slope, const V& offset) {
-  return (dy + ((x - shift) * slope + offset)) * scale;
+BN_HD V input_gradient(const V& dz, const V& x, const V& shift, const V& scale, const V& slope, const V& offset) {
+  return (dz + ((x - shift) * slope + offset)) * scale;
 }
 
 }  // namespace bn
