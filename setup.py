@@ -51,7 +51,8 @@ class Build(BuildExtension):
     def _compile_kernels(self, capability: str) -> str:
         folder = Path(self.build_temp, capability)
         built = folder / KERNELS.replace(".cpp", ".o")
-        newest = max(Path(f).stat().st_mtime for f in [KERNELS, *HEADERS, __file__])
+        headers = [f for f in HEADERS if f.startswith(("csrc/core", "csrc/cpu"))]
+        newest = max(Path(f).stat().st_mtime for f in [KERNELS, *headers, __file__])
         if built.exists() and built.stat().st_mtime > newest:
             return str(built)
         (compiled,) = self.compiler.compile(

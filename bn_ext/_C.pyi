@@ -1,5 +1,8 @@
 from typing import Literal
 
+def activations() -> list[tuple[str, float | None]]:
+    """The names of the activations, each with its parameter unless given, if it has one."""
+
 def instruction_set() -> str:
     """The instruction set whose CPU kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""
 

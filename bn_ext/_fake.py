@@ -25,9 +25,14 @@ def _batch_norm_forward(
     training: bool,
     momentum: float | None,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    residual: Tensor | None,
+    activation: str | None,
+    activation_param: float | None,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     mean = input.new_empty(input.size(1), dtype=torch.float64)
-    return _empty_like(input), mean, torch.empty_like(mean)
+    mask = input.new_empty((input.numel() + 31) // 32 * 4 if with_mask else 0, dtype=torch.uint8)
+    return _empty_like(input), mean, torch.empty_like(mean), mask
 
 
 @torch.library.register_fake("bn_ext::batch_norm_backward")
@@ -35,13 +40,19 @@ def _batch_norm_backward(
     dy: Tensor,
     input: Tensor,
     weight: Tensor | None,
+    bias: Tensor | None,
     mean: Tensor,
     invstd: Tensor,
     training: bool,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: str | None,
+    activation_param: float | None,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
-    dx = _empty_like(input) if output_mask[0] else input.new_empty(0)
-    dweight, dbias = (input.new_empty(input.size(1) if wanted else 0, dtype=dtype) for wanted in output_mask[1:])
-    return dx, dweight, dbias
+    wants_dx, *wants_parameters, wants_dresidual = output_mask
+    dx, dresidual = (_empty_like(input) if wanted else input.new_empty(0) for wanted in (wants_dx, wants_dresidual))
+    dweight, dbias = (input.new_empty(input.size(1) if wanted else 0, dtype=dtype) for wanted in wants_parameters)
+    return dx, dweight, dbias, dresidual

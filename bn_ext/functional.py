@@ -70,11 +70,21 @@ def batch_norm(
     if not is_scripting():
         if momentum is None:  # to the operator it means a cumulative average
             raise TypeError("batch_norm(): momentum must be a number, got None")
-        activations.check(activation, activation_param)
         if exporting():
+            activations.check(activation, activation_param)
             output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
             return finished(output, residual, activation, activation_param)
-    output = operator(input, weight, bias, running_mean, running_var, None, training, momentum, eps)
-    if not is_scripting():
-        output = finished(output, residual, activation, activation_param)
-    return output
+    return operator(
+        input,
+        weight,
+        bias,
+        running_mean,
+        running_var,
+        None,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        activation_param,
+    )

@@ -67,7 +67,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
                 running_mean = running_var = None
         if num_batches_tracked is None and momentum is None:
             momentum = 0.0
-        output = operator(
+        return operator(
             input,
             self.weight,
             self.bias,
@@ -77,10 +77,10 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             training,
             momentum,
             self.eps,
+            residual,
+            self.activation,
+            self.activation_param,
         )
-        if not is_scripting():
-            output = finished(output, residual, self.activation, self.activation_param)
-        return output
 
 
 class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):

@@ -1,4 +1,4 @@
-"""Batch normalization in explicit float64 formulas: what every kernel here is measured against.
+"""Batch normalization, and what follows it, in explicit float64 formulas: what every kernel is measured against.
 
 Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 1, with the biased variance in the
 transform and the unbiased one in the running average. Everything returned is float64; shapes are
@@ -7,6 +7,10 @@ transform and the unbiased one in the running average. Everything returned is fl
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
 
@@ -35,6 +39,45 @@ def unbiased(input: Tensor, var: Tensor) -> Tensor:
     """The biased variance ``var`` (C,) of ``input`` (N, C, *) with m - 1 in place of m."""
     count = input.numel() // input.size(1)
     return var * (count / (count - 1))
+
+
+# Value and derivative at z, the parameter being that of leaky_relu and elu. At a kink, the derivative that torch takes.
+_Function = Callable[[Tensor, float], Tensor]
+ACTIVATIONS: dict[str, tuple[_Function, _Function]] = {
+    "identity": (lambda z, p: z, lambda z, p: torch.ones_like(z)),
+    "relu": (lambda z, p: z.clamp(min=0), lambda z, p: (z > 0).double()),
+    "relu6": (lambda z, p: z.clamp(0, 6), lambda z, p: ((z > 0) & (z < 6)).double()),
+    "leaky_relu": (lambda z, p: torch.where(z > 0, z, p * z), lambda z, p: torch.where(z > 0, 1.0, p).double()),
+    "elu": (
+        lambda z, p: torch.where(z > 0, z, p * z.expm1()),
+        lambda z, p: torch.where(z > 0, 1.0, p * z.exp()),
+    ),
+    "silu": (
+        lambda z, p: z * z.sigmoid(),
+        lambda z, p: z.sigmoid() * (1 + z * (-z).sigmoid()),
+    ),
+    "gelu": (
+        lambda z, p: z * torch.special.ndtr(z),
+        lambda z, p: torch.special.ndtr(z) + z * (-z * z / 2).exp() / math.sqrt(2 * math.pi),
+    ),
+    "hardswish": (
+        lambda z, p: z * (z + 3).clamp(0, 6) / 6,
+        lambda z, p: torch.where(z <= -3, 0.0, torch.where(z >= 3, 1.0, z / 3 + 0.5)),
+    ),
+    "hardsigmoid": (lambda z, p: (z + 3).clamp(0, 6) / 6, lambda z, p: (z.abs() < 3).double() / 6),
+    "sigmoid": (lambda z, p: z.sigmoid(), lambda z, p: z.sigmoid() * (-z).sigmoid()),
+    "tanh": (lambda z, p: z.tanh(), lambda z, p: z.cosh().square().reciprocal()),
+}
+
+
+def activated(z: Tensor, activation: str | None, param: float) -> Tensor:
+    """What follows the normalization and the residual, of their sum ``z``."""
+    return ACTIVATIONS[activation or "identity"][0](z, param)
+
+
+def behind(dy: Tensor, z: Tensor, activation: str | None, param: float) -> Tensor:
+    """The gradient with respect to ``z``, from that with respect to the activation's output."""
+    return dy.double() * ACTIVATIONS[activation or "identity"][1](z, param)
 
 
 def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -2,8 +2,10 @@
 
 #include "cpu/batch_norm.h"
 #include "cuda/plan.h"
+#include "ops/batch_norm.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -13,24 +15,30 @@ TORCH_LIBRARY(bn_ext, m) {
   m.set_python_module("bn_ext._fake");
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
 
-  // Normalizes, differentiably; in training updates running_mean, running_var and num_batches_tracked.
-  // Without a momentum the running statistics are cumulative averages over num_batches_tracked batches.
+  // activation(normalized + residual), differentiably; in training updates running_mean, running_var and
+  // num_batches_tracked. Without a momentum the running statistics are cumulative averages over num_batches_tracked
+  // batches.
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
-      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) -> Tensor",
+      "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, Tensor? residual=None, "
+      "str? activation=None, float? activation_param=None) -> Tensor",
       tags);
 
-  // The same below autograd. mean and invstd, (C,) in float64, are those that were used.
+  // The same below autograd. mean and invstd, (C,) in float64, are those that were used. The mask, of bytes, has a bit
+  // for each element in the order of memory: the branch of the activation; without with_mask it has no elements.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps) "
-      "-> (Tensor output, Tensor mean, Tensor invstd)",
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+      "Tensor? residual, str? activation, float? activation_param, bool with_mask) "
+      "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
 
-  // Gradients with respect to input, weight and bias; those not in the mask have no elements.
+  // Gradients with respect to input, weight, bias and residual; those not in output_mask have no elements. The residual
+  // is needed where there was one, unless there is a mask.
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
-      "bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+      "bool training, Tensor? residual, Tensor? mask, str? activation, float? activation_param, bool[4] output_mask) "
+      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       tags);
 }
 
@@ -82,6 +90,7 @@ LaunchPlan launch_plan(int64_t n,
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
+  m.def("activations", &bn::ops::activations);
   m.def("instruction_set", &bn::cpu::instruction_set);
 
   py::class_<LaunchPlan>(m, "LaunchPlan")

@@ -158,9 +158,14 @@ class Problem:
     eps: float = 1e-5
     offset: float = 2.0  # the largest ratio of a channel's mean to its deviation
     dy_layout: Callable[[Tensor], Tensor] | None = None  # the input's unless given
+    residual: bool = False
+    residual_layout: Callable[[Tensor], Tensor] | None = None  # the input's unless given
+    activation: str | None = None
+    activation_param: float | None = None
 
     def __str__(self) -> str:
-        return f"{'x'.join(map(str, self.shape))}-{self.layout.__name__}-{self.types}"
+        fused = "-residual" * self.residual + ("" if self.activation is None else f"-{self.activation}")
+        return f"{'x'.join(map(str, self.shape))}-{self.layout.__name__}-{self.types}{fused}"
 
     def arguments(self, device: str) -> Arguments:
         """Random tensors of this problem: channels of differing mean and deviation."""
@@ -176,7 +181,7 @@ class Problem:
         input = normal(*self.shape) * deviation.view(per_channel) + mean.view(per_channel)
         input = (input / GRAIN).round() * GRAIN
         running = self.mode.running
-        return Arguments(
+        made = Arguments(
             input=self.layout(input.to(self.types.input)),
             running_mean=(mean + normal(channels) / 4).to(self.types.stat) if running else None,
             running_var=(deviation.square() + 0.1).to(self.types.stat) if running else None,
@@ -186,7 +191,15 @@ class Problem:
             momentum=self.momentum,
             eps=self.eps,
             dy=(self.dy_layout or self.layout)((normal(*self.shape) + 0.25).to(self.types.input)),
+            residual=(self.residual_layout or self.layout)((2 * normal(*self.shape)).to(self.types.input))
+            if self.residual
+            else None,
+            activation=self.activation,
+            activation_param=self.activation_param,
         )
+        if self.activation is not None and self.layout is not expanded:
+            made.dy[near_kinks(made)] = 0
+        return made
 
 
 def _grid(shapes: list[tuple[int, ...]], layouts: list[Callable], every_types: list[Types]) -> list[Problem]:
@@ -214,6 +227,14 @@ class Arguments:
     momentum: float
     eps: float
     dy: Tensor
+    residual: Tensor | None = None
+    activation: str | None = None
+    activation_param: float | None = None
+
+    @property
+    def param(self) -> float:
+        default = bn_ext.activation.DEFAULTS[self.activation or "identity"]
+        return self.activation_param if self.activation_param is not None else default or 0.0
 
     def to(self, device: str) -> Arguments:
         tensors = {k: t.to(device) for k, t in vars(self).items() if isinstance(t, Tensor)}
@@ -229,6 +250,7 @@ class Result(NamedTuple):
     dx: Tensor | None = None
     dweight: Tensor | None = None
     dbias: Tensor | None = None
+    dresidual: Tensor | None = None
 
 
 def _copy(t: Tensor | None) -> Tensor | None:
@@ -237,11 +259,15 @@ def _copy(t: Tensor | None) -> Tensor | None:
 
 def run(batch_norm: Callable[..., Tensor], a: Arguments, backward: bool = False) -> Result:
     """Runs ``batch_norm`` on ``a``, with copies of the running statistics."""
-    leaves = [None if t is None else t.detach().requires_grad_(backward) for t in (a.input, a.weight, a.bias)]
-    input, weight, bias = leaves
+    tensors = (a.input, a.weight, a.bias, a.residual)
+    leaves = [None if t is None else t.detach().requires_grad_(backward) for t in tensors]
+    input, weight, bias, residual = leaves
+    fused = (residual, a.activation, a.activation_param)
+    if fused == (None, None, None):
+        fused = ()
     running = _copy(a.running_mean), _copy(a.running_var)
     with torch.set_grad_enabled(backward):
-        output = batch_norm(input, *running, weight, bias, a.training, a.momentum, a.eps)
+        output = batch_norm(input, *running, weight, bias, a.training, a.momentum, a.eps, *fused)
     if not backward:
         return Result(output, *running)
     wanted = [t for t in leaves if t is not None]
@@ -253,11 +279,14 @@ def run_ours(a: Arguments, backward: bool = False) -> Result:
     return run(bn_ext.functional.batch_norm, a, backward)
 
 
-def _torchs(input, running_mean, running_var, weight, bias, training, momentum, eps) -> Tensor:
+def _torchs(
+    input, running_mean, running_var, weight, bias, training, momentum, eps, residual=None, activation=None, param=None
+) -> Tensor:
     """Below torch.nn.functional, which in torch 2.11 refuses an eps of 0 in evaluation too."""
-    return torch.batch_norm(
+    output = torch.batch_norm(
         input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled=False
     )
+    return bn_ext.activation.apply(output if residual is None else output + residual, activation, param)
 
 
 def run_torch(a: Arguments, backward: bool = False) -> Result:
@@ -300,22 +329,52 @@ def run_reference(a: Arguments, backward: bool = False) -> Expected:
             )
     else:
         mean, var = a.running_mean.double() - bulk, a.running_var.double()
-    result = Result(reference.forward(input, a.weight, a.bias, mean, var, a.eps), *running)
+    z = reference.forward(input, a.weight, a.bias, mean, var, a.eps)
+    z = z if a.residual is None else z + a.residual.double()
+    result = Result(reference.activated(z, a.activation, a.param), *running)
+    scale = result._replace(output=torch.maximum(result.output.abs(), largest(z, a)))
     if not backward:
-        return Expected(result, result)
-    dx, dweight, dbias = reference.backward(a.dy, input, a.weight, mean, var, a.eps, a.training)
+        return Expected(result, scale)
+    dz = reference.behind(a.dy, z, a.activation, a.param)
+    dx, dweight, dbias = reference.backward(dz, input, a.weight, mean, var, a.eps, a.training)
+    # A slope that varies may be small by chance: what z is off changes it as if it were not.
+    straight = a.activation in (None, "identity", "relu", "relu6", "leaky_relu", "hardsigmoid")
+    steepest = dz if straight else a.dy.double() * largest(z, a).clamp(min=1)
     # A sum may cancel to next to nothing: it counts as no smaller than terms of random sign would make it.
-    dy, x_hat = a.dy.double(), reference.forward(input, None, None, mean, var, a.eps)
-    dweight_size, dbias_size = ((dy * u).square().sum(others).sqrt() for u in (x_hat, 1))
+    x_hat = reference.forward(input, None, None, mean, var, a.eps)
+    dweight_size, dbias_size = ((steepest * u).square().sum(others).sqrt() for u in (x_hat, 1))
+    dresidual = None if a.residual is None else dz
     scale = Result(
-        result.output,
+        scale.output,
         *running,
-        dx=reference.backward(dy, input, a.weight, mean, var, a.eps, training=False)[0],
+        dx=reference.backward(steepest, input, a.weight, mean, var, a.eps, training=False)[0],
         dweight=torch.maximum(dweight.abs(), dweight_size),
         dbias=torch.maximum(dbias.abs(), dbias_size),
+        dresidual=None if a.residual is None else steepest,
     )
     if a.input.dtype == torch.float64:  # the mean is rounded to the same float64, and that error is times dbias
         scale = scale._replace(dweight=scale.dweight + ((bulk + mean) * dbias * (var + a.eps).rsqrt()).abs())
     has_weight, has_bias = a.weight is not None, a.bias is not None
-    result = result._replace(dx=dx, dweight=dweight if has_weight else None, dbias=dbias if has_bias else None)
-    return Expected(result, scale)
+    dweight, dbias = dweight if has_weight else None, dbias if has_bias else None
+    return Expected(result._replace(dx=dx, dweight=dweight, dbias=dbias, dresidual=dresidual), scale)
+
+
+def largest(z: Tensor, a: Arguments) -> Tensor:
+    """Of z and the two that it is the sum of, the largest."""
+    residual = torch.zeros_like(z) if a.residual is None else a.residual.double()
+    return torch.stack([z.abs(), residual.abs(), (z - residual).abs()]).amax(0)
+
+
+KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3), "hardsigmoid": (-3, 3)}
+
+
+def near_kinks(a: Arguments) -> Tensor:
+    """Where rounding could decide on which side of a kink z is."""
+    mean, var = reference.statistics(a.input) if a.training else (a.running_mean, a.running_var)
+    z = reference.forward(a.input, a.weight, a.bias, mean, var, a.eps)
+    z = z if a.residual is None else z + a.residual.double()
+    close = 16 * torch.finfo(a.input.dtype).eps * z.abs().amax()
+    near = torch.zeros_like(z, dtype=torch.bool)
+    for kink in KINKS.get(a.activation or "", ()):
+        near |= (z - kink).abs() < close
+    return near

@@ -30,12 +30,14 @@ from bn_ext import reference
 
 OPS = torch.ops.bn_ext
 MUTABLE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
-FORWARD = f"(Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}, bool training, float? momentum, float eps)"
+NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}, bool training, float? momentum, float eps"
 SCHEMAS = {
-    "batch_norm": f"{FORWARD} -> Tensor",
-    "batch_norm_forward": f"{FORWARD} -> (Tensor output, Tensor mean, Tensor invstd)",
-    "batch_norm_backward": "(Tensor dy, Tensor input, Tensor? weight, Tensor mean, Tensor invstd, bool training, "
-    "bool[3] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    "batch_norm": f"({NORM}, Tensor? residual=None, str? activation=None, float? activation_param=None) -> Tensor",
+    "batch_norm_forward": f"({NORM}, Tensor? residual, str? activation, float? activation_param, bool with_mask) "
+    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
+    "batch_norm_backward": "(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+    "bool training, Tensor? residual, Tensor? mask, str? activation, float? activation_param, bool[4] output_mask) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
 }
 
 
@@ -46,17 +48,31 @@ def test_schema(name: str) -> None:
     assert torch.Tag.pt2_compliant_tag in op.tags
 
 
-def forward_arguments(problem: Problem, device: str, gradients: bool = False, momentum: float | None = 0.1) -> tuple:
+def arguments_of(problem: Problem, device: str, gradients: bool = False, momentum: float | None = 0.1) -> tuple:
+    """Those of batch_norm."""
     a = problem.arguments(device)
     counter = torch.tensor(3, device=device) if problem.mode.running else None
-    input, weight, bias = (None if t is None else t.requires_grad_(gradients) for t in (a.input, a.weight, a.bias))
-    return input, weight, bias, a.running_mean, a.running_var, counter, a.training, momentum, a.eps
+    input, weight, bias, residual = (
+        None if t is None else t.requires_grad_(gradients) for t in (a.input, a.weight, a.bias, a.residual)
+    )
+    norm = input, weight, bias, a.running_mean, a.running_var, counter, a.training, momentum, a.eps
+    return *norm, residual, a.activation, a.activation_param
 
 
-def backward_arguments(problem: Problem, device: str, mask: tuple[bool, bool, bool] = (True, True, True)) -> tuple:
+def forward_arguments(problem: Problem, device: str) -> tuple:
+    return *arguments_of(problem, device), has_mask(problem)
+
+
+def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, ...] = (True,) * 4) -> tuple:
     a = problem.arguments(device)
-    statistics = OPS.batch_norm_forward(*forward_arguments(problem, device))[1:]
-    return a.dy, a.input, a.weight, *statistics, a.training, list(mask)
+    _, mean, invstd, mask = OPS.batch_norm_forward(*forward_arguments(problem, device))
+    kept = (None, mask) if has_mask(problem) else (a.residual, None)
+    fused = *kept, a.activation, a.activation_param
+    return a.dy, a.input, a.weight, a.bias, mean, invstd, a.training, *fused, list(output_mask)
+
+
+def has_mask(problem: Problem) -> bool:
+    return problem.residual and problem.activation in ("relu", "relu6", "leaky_relu", "hardsigmoid")
 
 
 TRAINING, BATCH, EVALUATION = MODES
@@ -72,6 +88,11 @@ PROBLEMS = [
     Problem((3, 4, 2, 3), transposed, FLOAT, EVALUATION),
     Problem((2, 4, 2, 3, 2), channels_last, BFLOAT, EVALUATION, weight=False, bias=False),
     Problem((2, 4, 2, 3, 2), unaligned, FLOAT, TRAINING),
+    Problem((3, 4, 2, 3), activation="silu"),
+    Problem((3, 4, 2, 3), channels_last, BFLOAT, residual=True, activation="relu"),
+    Problem((3, 4, 5), mode=EVALUATION, residual=True, activation="leaky_relu", activation_param=0.2),
+    Problem((3, 4, 2, 3), residual=True, activation="gelu", residual_layout=channels_last),
+    Problem((5, 3), residual=True),
 ]
 
 
@@ -82,18 +103,18 @@ def named(p: Problem) -> str:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
 @pytest.mark.parametrize("gradients", [True, False])
 def test_opcheck_batch_norm(problem: Problem, gradients: bool, device: str) -> None:
-    torch.library.opcheck(OPS.batch_norm.default, forward_arguments(problem, device, gradients))
+    torch.library.opcheck(OPS.batch_norm.default, arguments_of(problem, device, gradients))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
 def test_opcheck_lower_operators(problem: Problem, device: str) -> None:
     torch.library.opcheck(OPS.batch_norm_forward.default, forward_arguments(problem, device))
-    mask = (True, problem.weight, problem.bias)
+    mask = (True, problem.weight, problem.bias, problem.residual)
     torch.library.opcheck(OPS.batch_norm_backward.default, backward_arguments(problem, device, mask))
 
 
 def test_opcheck_cumulative_average(device: str) -> None:
-    torch.library.opcheck(OPS.batch_norm.default, forward_arguments(PROBLEMS[0], device, True, momentum=None))
+    torch.library.opcheck(OPS.batch_norm.default, arguments_of(PROBLEMS[0], device, True, momentum=None))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -102,8 +123,9 @@ def test_opcheck_cumulative_average(device: str) -> None:
 def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
     """Those of the batch to float32's precision of the deviation, whatever the mean; the running ones exactly."""
     problem = Problem((5, 19, 33, 7), layout, mode=mode, offset=offset)
-    input, *_, running_mean, running_var, _, _, _, eps = arguments = forward_arguments(problem, device)
-    _, mean, invstd = OPS.batch_norm_forward(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
+    arguments = forward_arguments(problem, device)
+    input, _, _, running_mean, running_var, _, _, _, eps, *_ = arguments
+    _, mean, invstd, _ = OPS.batch_norm_forward(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
     assert mean.dtype == invstd.dtype == torch.float64
     assert mean.shape == invstd.shape == (19,)
     if not mode.training:
@@ -116,14 +138,18 @@ def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
     torch.testing.assert_close(invstd, (exact_var + eps).rsqrt(), rtol=2**-22, atol=0)
 
 
-@pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=4)), ids=str)
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.weight and p.bias], ids=named)
-def test_output_mask(problem: Problem, mask: tuple[bool, bool, bool], device: str) -> None:
+def test_output_mask(problem: Problem, mask: tuple[bool, ...], device: str) -> None:
     """What is asked for is the same whatever else is; what is not has no elements."""
     arguments = backward_arguments(problem, device)
     every = OPS.batch_norm_backward(*arguments)
     for name, wanted, one, other in zip(
-        ("dx", "dweight", "dbias"), mask, OPS.batch_norm_backward(*arguments[:-1], list(mask)), every, strict=True
+        ("dx", "dweight", "dbias", "dresidual"),
+        mask,
+        OPS.batch_norm_backward(*arguments[:-1], list(mask)),
+        every,
+        strict=True,
     ):
         if wanted:
             assert_same_sums(one, other, name)
@@ -132,7 +158,7 @@ def test_output_mask(problem: Problem, mask: tuple[bool, bool, bool], device: st
 
 
 def test_counter(device: str) -> None:
-    arguments = list(forward_arguments(Problem((5, 3)), device))
+    arguments = list(arguments_of(Problem((5, 3)), device))
     counter = arguments[5]
     OPS.batch_norm(*arguments)
     assert counter.item() == 4
@@ -152,14 +178,14 @@ def assert_alike(one: Tensor, other: Tensor) -> None:
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
 def test_fake_tensors(problem: Problem, device: str) -> None:
     """Shapes, dtypes and strides as of real ones, also of the gradients; the counter is not read."""
-    arguments = forward_arguments(problem, device, gradients=True, momentum=None if problem.mode.running else 0.1)
+    arguments = arguments_of(problem, device, gradients=True, momentum=None if problem.mode.running else 0.1)
     real = OPS.batch_norm(*arguments)
-    leaves = [t for t in arguments[:3] if t is not None]
+    leaves = [arguments[i] for i in (0, 1, 2, 9) if arguments[i] is not None]
     real_grads = torch.autograd.grad(real.sum(), leaves)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments]
         fake = OPS.batch_norm(*fakes)
-        fake_grads = torch.autograd.grad(fake.sum(), [t for t in fakes[:3] if t is not None])
+        fake_grads = torch.autograd.grad(fake.sum(), [fakes[i] for i in (0, 1, 2, 9) if fakes[i] is not None])
     assert_alike(fake, real)
     for one, other in zip(fake_grads, real_grads, strict=True):
         assert_alike(one, other)
@@ -189,7 +215,7 @@ WRONG = {
 @pytest.mark.parametrize("where", ["real", "meta", "fake", "symbolic"])
 def test_mistakes_are_seen_without_data(wrong: str, where: str, device: str) -> None:
     i, change, message = WRONG[wrong]
-    arguments = list(forward_arguments(Problem((3, 4, 2, 3)), "meta" if where == "meta" else device))
+    arguments = list(arguments_of(Problem((3, 4, 2, 3)), "meta" if where == "meta" else device))
     if where in ("fake", "symbolic"):
         mode = FakeTensorMode(shape_env=ShapeEnv() if where == "symbolic" else None, static_shapes=where == "fake")
         arguments = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments]
@@ -207,7 +233,7 @@ def test_mistakes_are_seen_without_data(wrong: str, where: str, device: str) -> 
 def test_strided_parameters_and_statistics(types, layout, training: bool, device: str) -> None:
     """Every second element of a longer vector; the others are neither read nor written."""
     problem = Problem((3, 7, 4, 5), layout, types, Mode(training, True))
-    arguments = list(forward_arguments(problem, device))
+    arguments = list(arguments_of(problem, device))
     expected = [t.clone() if isinstance(t, Tensor) else t for t in arguments]
     reference_output = OPS.batch_norm(*expected)
     wide = {}

@@ -162,7 +162,7 @@ struct SiLU : Curved {
 // z * cdf(z) of the normal distribution.
 struct GELU : Curved {
   template <class V>
-  static BN_HD V cdf(const V& z) {
+  BN_HD static V cdf(const V& z) {
     return constant<V>(0.5) * (V(1) + Math<V>::erf(z * constant<V>(0.70710678118654752440)));
   }
   template <class V>
@@ -254,7 +254,7 @@ BN_HD V gradient(const Functor& f, const V& dy, const V& z) {
 
 // Any of them, found out at each element: a branch that is always the same costs little where memory is waited for, and
 // one kernel serves all.
-struct Any {
+struct Any : Curved {
   Activation which;
 
   template <class V>
@@ -290,19 +290,20 @@ struct Any {
 }  // namespace activation
 
 // Whether one bit of z is all that the gradient depends on.
-inline bool has_branches(const Activation& a) {
+BN_HD bool has_branches(const Activation& a) {
   return activation::with_functor(a, [](const auto& f) { return std::decay_t<decltype(f)>::kBranches; });
 }
 
 // Calls f with the functor that kernels are compiled for: the commonest two have kernels of their own.
 template <class F>
-void with_compiled(const Activation& a, const F& f) {
-  if (a.kind == ActivationKind::Identity) {
-    f(activation::Identity{});
-  } else if (a.kind == ActivationKind::ReLU) {
-    f(activation::ReLU{});
-  } else {
-    f(activation::Any{a});
+BN_HD decltype(auto) with_compiled(const Activation& a, const F& f) {
+  switch (a.kind) {
+    case ActivationKind::Identity:
+      return f(activation::Identity{});
+    case ActivationKind::ReLU:
+      return f(activation::ReLU{});
+    default:
+      return f(activation::Any{{}, a});
   }
 }
 

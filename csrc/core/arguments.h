@@ -43,9 +43,9 @@ struct Epilogue {
   uint8_t* mask = nullptr;
 };
 
-// Whole words of 32 bits.
-BN_HD constexpr int64_t mask_bytes(const Problem& p) {
-  return divide_up(p.count() * p.c, 32) * 4;
+// Of a mask for so many elements: whole words of 32 bits.
+BN_HD constexpr int64_t mask_bytes(int64_t elements) {
+  return divide_up(elements, 32) * 4;
 }
 
 // Normalize by the batch's own statistics and update the running ones (training), or by the running ones.

@@ -12,11 +12,11 @@ struct Math {
   using Scalar = V;
   using Mask = bool;  // what a comparison gives; masks combine with | and &
 
-  static BN_HD V select(bool where, V a, V b) { return where ? a : b; }
-  static BN_HD V exp(V x) { return std::exp(x); }
-  static BN_HD V expm1(V x) { return std::expm1(x); }
-  static BN_HD V tanh(V x) { return std::tanh(x); }
-  static BN_HD V erf(V x) { return std::erf(x); }
+  BN_HD static V select(bool where, V a, V b) { return where ? a : b; }
+  BN_HD static V exp(V x) { return std::exp(x); }
+  BN_HD static V expm1(V x) { return std::expm1(x); }
+  BN_HD static V tanh(V x) { return std::tanh(x); }
+  BN_HD static V erf(V x) { return std::erf(x); }
 };
 
 }  // namespace bn

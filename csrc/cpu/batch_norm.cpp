@@ -15,7 +15,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  const Kernels& (*kernels)(Layout, DType);
+  const Kernels& (*kernels)(Layout, DType, const Activation&);
 };
 
 InstructionSet choose_instruction_set() {
@@ -99,6 +99,11 @@ std::unique_ptr<T[]> workspace(int64_t size) {
   return std::unique_ptr<T[]>(new T[size]);
 }
 
+// Whether vectors at multiples of their width are aligned.
+bool streamable(const void* tensor) {
+  return reinterpret_cast<uintptr_t>(tensor) % 64 == 0;
+}
+
 template <class A>
 void forward(const ForwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
@@ -150,8 +155,9 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
       offset[i] = k.offset;
     }
   };
+  const bool bypass_cache = plan.bypass_cache && streamable(args.y);
   const auto apply = [&](const Tile& tile) {
-    kernels.normalize(tile, args.x, shift, scale, offset, args.y, plan.bypass_cache);
+    kernels.normalize(tile, args.x, args.epilogue, {shift, scale, offset}, args.y, bypass_cache);
   };
   run(plan, args.training, true, reduce, finish, apply);
 }
@@ -159,30 +165,39 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
 template <class A>
 void backward(const BackwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
+  const bool applies = args.dx != nullptr || args.dresidual != nullptr;
   const bool through_statistics = args.training && args.dx != nullptr;
+  const bool activated = args.epilogue.activation.kind != ActivationKind::Identity;
   const bool reduces = through_statistics || args.dweight || args.dbias;
-  const void* const x_to_reduce = through_statistics || args.dweight ? args.x : nullptr;
-  const void* const x_to_apply = through_statistics ? args.x : nullptr;
+  const void* const x_to_reduce = through_statistics || args.dweight || activated ? args.x : nullptr;
   const Plan plan = cpu::plan(args.problem, reduces, at::get_num_threads());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
-  double* const partial_dy = partial.get();
-  double* const partial_dy_shifted = partial_dy + blocks.chunks * c;
-  const auto coefficients = workspace<A>(4 * c);
+  double* const partial_dz = partial.get();
+  double* const partial_dz_shifted = partial_dz + blocks.chunks * c;
+  const auto coefficients = workspace<A>(5 * c);
   A* const shift = coefficients.get();
   A* const scale = shift + c;
-  A* const slope = scale + c;
+  A* const forward_offset = scale + c;
+  A* const slope = forward_offset + c;
   A* const offset = slope + c;
+  for (int64_t i = 0; i < c; ++i) {
+    const auto k = repeat_forward<A>(args, i);
+    shift[i] = k.shift;
+    scale[i] = k.scale;
+    forward_offset[i] = k.offset;
+  }
+  const Forward<const void*> forward{shift, scale, forward_offset};
 
   const auto reduce = [&](const Tile& tile, int64_t chunk) {
-    kernels.gradient_sums(tile, args.dy, x_to_reduce, args.mean, partial_dy + chunk * c,
-                          partial_dy_shifted + chunk * c);
+    kernels.gradient_sums(tile, args.dy, x_to_reduce, args.epilogue, forward, partial_dz + chunk * c,
+                          partial_dz_shifted + chunk * c);
   };
   const auto add_chunks = [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
       for (int64_t i = begin; i < end; ++i) {
-        partial_dy[i] += partial_dy[chunk * c + i];
-        partial_dy_shifted[i] += partial_dy_shifted[chunk * c + i];
+        partial_dz[i] += partial_dz[chunk * c + i];
+        partial_dz_shifted[i] += partial_dz_shifted[chunk * c + i];
       }
     }
   };
@@ -191,29 +206,30 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
       add_chunks(begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const auto k = finish_backward<A>(args, i, reduces ? partial_dy[i] : 0, reduces ? partial_dy_shifted[i] : 0,
+      const auto k = finish_backward<A>(args, i, reduces ? partial_dz[i] : 0, reduces ? partial_dz_shifted[i] : 0,
                                         /*writes=*/true);
-      shift[i] = k.shift;
-      scale[i] = k.scale;
       slope[i] = k.slope;
       offset[i] = k.offset;
     }
   };
+  const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);
   const auto apply = [&](const Tile& tile) {
-    kernels.input_gradient(tile, args.dy, x_to_apply, shift, scale, slope, offset, args.dx, plan.bypass_cache);
+    kernels.input_gradient(tile, args.dy, args.x, args.epilogue, forward,
+                           through_statistics ? Backward<const void*>{slope, offset} : Backward<const void*>{}, args.dx,
+                           args.dresidual, bypass_cache);
   };
-  run(plan, reduces, args.dx != nullptr, reduce, finish, apply);
+  run(plan, reduces, applies, reduce, finish, apply);
 }
 
 }  // namespace
 
 void batch_norm_forward(const ForwardArgs& args) {
-  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype);
+  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
   args.problem.dtype == DType::Float64 ? forward<double>(args, kernels) : forward<float>(args, kernels);
 }
 
 void batch_norm_backward(const BackwardArgs& args) {
-  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype);
+  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
   args.problem.dtype == DType::Float64 ? backward<double>(args, kernels) : backward<float>(args, kernels);
 }
 

@@ -17,17 +17,18 @@ struct Interleaved {
   // The fewest rows that fill whole vectors: a power of two no larger than a vector.
   const int64_t copies = fold(tile);
 
-  // Per channel of the tile, the sums over a block of u and of u * w; `shift` per channel of the tile.
-  template <class Term>
-  void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
-    alignas(64) Acc<T> shifts[kMaxLanes];
+  // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
+  template <int K, class Term>
+  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[K], double* sum, double* sum_product)
+      const {
+    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
     alignas(64) double u[kMaxLanes];
     alignas(64) double uw[kMaxLanes];
     const int64_t used = copies * tile.channels() + kWidth<T>;
     std::fill_n(u, used, 0.0);
     std::fill_n(uw, used, 0.0);
-    repeat(shift, shifts);
-    for_each_part(e, [&](const LaneRows& rows) { sum_lanes<T>(term, rows, shifts, u, uw); });
+    repeat(coefficients, lanes_of);
+    for_each_part(e, [&](const LaneRows& rows) { sum_lanes<T>(term, rows, lanes_of, u, uw); });
     for (int64_t c = 0; c < tile.channels(); ++c) {
       sum[c] = 0;
       sum_product[c] = 0;
@@ -38,20 +39,16 @@ struct Interleaved {
         sum_product[c] += uw[k * tile.channels() + c];
       }
     }
-    repair_sums<T>(tile, e, term, shift, sum, sum_product);
+    repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
   }
 
-  // out[i] = f(i, count, k) for every element of the tile, k being its channel's values of the K
-  // coefficients, each given per channel of the tile.
+  // f(spot, k) for every element of the tile, k being its channel's values of the K coefficients.
   template <int K, class F>
-  void map(const Acc<T>* const (&coefficients)[K], const F& f, T* out, bool bypass_cache) const {
+  void map(const Acc<T>* const (&coefficients)[K], const F& f, const Writes& writes) const {
     alignas(64) Acc<T> lanes_of[K][kMaxLanes];
-    for (int j = 0; j < K; ++j) {
-      repeat(coefficients[j], lanes_of[j]);
-    }
+    repeat(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      for_each_part(tile.blocks.extent(b),
-                    [&](const LaneRows& rows) { map_lanes<T>(f, rows, lanes_of, out, bypass_cache); });
+      for_each_part(tile.blocks.extent(b), [&](const LaneRows& rows) { map_lanes<T>(f, rows, lanes_of, writes); });
     }
   }
 
@@ -66,11 +63,14 @@ struct Interleaved {
     return k;
   }
 
-  void repeat(const Acc<T>* values, Acc<T>* lanes) const {
-    for (int64_t k = 0; k < copies; ++k) {
-      std::memcpy(lanes + k * tile.channels(), values, tile.channels() * sizeof(Acc<T>));
+  template <int K>
+  void repeat(const Acc<T>* const (&coefficients)[K], Acc<T> (&lanes_of)[K][kMaxLanes]) const {
+    for (int j = 0; j < K; ++j) {
+      for (int64_t k = 0; k < copies; ++k) {
+        std::memcpy(lanes_of[j] + k * tile.channels(), coefficients[j], tile.channels() * sizeof(Acc<T>));
+      }
+      std::fill_n(lanes_of[j] + copies * tile.channels(), kWidth<T>, Acc<T>(0));
     }
-    std::fill_n(lanes + copies * tile.channels(), kWidth<T>, Acc<T>(0));
   }
 
   // Visits a block's folded rows, then those left over.

@@ -24,6 +24,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   const Rows<T> rows{tile};
   double origin[Rows<T>::kMaxChannels];
   Acc<T> shift[Rows<T>::kMaxChannels];
+  const Acc<T>* const about[] = {shift};
   double sum[Rows<T>::kMaxChannels];
   double sum_sq[Rows<T>::kMaxChannels];
   mean += tile.c0;
@@ -45,7 +46,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
     const auto block_count = static_cast<double>(e.count());
     set_shift(count);
     if (b == tile.b0) {
-      rows.sums(e.quarter(), MomentTerm<T>{x}, shift, sum, sum_sq);
+      rows.sums(e.quarter(), MomentTerm<T>{x}, about, sum, sum_sq);
       const auto quarter_count = static_cast<double>(e.quarter().count());
       for (int64_t c = 0; c < tile.channels(); ++c) {
         const Moments quarter = shifted_moments(quarter_count, shift[c] - origin[c], sum[c], sum_sq[c]);
@@ -55,7 +56,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
       set_shift(quarter_count);
       std::fill_n(m2, tile.channels(), 0.0);
     }
-    rows.sums(e, MomentTerm<T>{x}, shift, sum, sum_sq);
+    rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq);
     for (int64_t c = 0; c < tile.channels(); ++c) {
       const Moments block = shifted_moments(block_count, shift[c] - origin[c], sum[c], sum_sq[c]);
       const Moments all = merge({count, mean[c], m2[c]}, block);
@@ -66,102 +67,149 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   }
 }
 
-template <template <class> class Rows, class T>
-void normalize(const Tile& tile,
-               const void* x_,
-               const void* shift,
-               const void* scale,
-               const void* offset,
-               void* y,
-               bool bypass_cache) {
-  const auto* x = static_cast<const T*>(x_);
-  const Acc<T>* const coefficients[] = {static_cast<const Acc<T>*>(shift) + tile.c0,
-                                        static_cast<const Acc<T>*>(scale) + tile.c0,
-                                        static_cast<const Acc<T>*>(offset) + tile.c0};
+// Those of a tile's first channel, and on.
+template <class T>
+const Acc<T>* of_tile(const Tile& tile, const void* coefficients) {
+  return static_cast<const Acc<T>*>(coefficients) + tile.c0;
+}
+
+template <bool kAdds, template <class> class Rows, class T, class Functor>
+void normalize_and_add(const Tile& tile,
+                       const T* x,
+                       const Epilogue& epilogue,
+                       const Forward<const void*>& forward,
+                       T* y,
+                       bool bypass_cache) {
+  const auto* residual = static_cast<const T*>(epilogue.residual);
+  uint8_t* const mask = epilogue.mask;
+  const auto functor = functor_of<Functor>(epilogue.activation);
+  const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
+                                        of_tile<T>(tile, forward.offset)};
   Rows<T>{tile}.map(
       coefficients,
-      [x, ahead = tile.ahead](int64_t i, int64_t count, const Vec<T>(&k)[3]) {
-        prefetch(x + i + ahead);
-        return bn::normalize(load_vec(x + i, count), k[0], k[1], k[2]);
+      [=](const Spot<T>& at, const Vec<T>(&k)[3]) {
+        Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
+        if constexpr (kAdds) {
+          z = z + at.read(residual);
+        }
+        if constexpr (kAdds && Gradient<T, Functor>::kActivated) {
+          if (mask != nullptr) {
+            at.write(mask, functor.branch(z));
+          }
+        }
+        at.write(y, functor.value(z));
       },
-      static_cast<T*>(y), bypass_cache);
+      {bypass_cache || mask != nullptr, bypass_cache, tile.ahead});
+}
+
+template <template <class> class Rows, class T, class Functor>
+void normalize(const Tile& tile,
+               const void* x,
+               const Epilogue& epilogue,
+               const Forward<const void*>& forward,
+               void* y,
+               bool bypass_cache) {
+  const auto run = epilogue.residual != nullptr ? normalize_and_add<true, Rows, T, Functor>
+                                                : normalize_and_add<false, Rows, T, Functor>;
+  run(tile, static_cast<const T*>(x), epilogue, forward, static_cast<T*>(y), bypass_cache);
   fence();
 }
 
-template <template <class> class Rows, class T>
-void gradient_sums(
-    const Tile& tile, const void* dy_, const void* x_, const double* mean, double* sum_dy, double* sum_dy_shifted) {
-  const auto* dy = static_cast<const T*>(dy_);
-  const auto* x = static_cast<const T*>(x_);
+template <template <class> class Rows, class T, class Functor>
+void gradient_sums(const Tile& tile,
+                   const void* dy,
+                   const void* x,
+                   const Epilogue& epilogue,
+                   const Forward<const void*>& forward,
+                   double* sum_dz,
+                   double* sum_dz_shifted) {
   const Rows<T> rows{tile};
-  Acc<T> shift[Rows<T>::kMaxChannels];
+  const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
+                                        of_tile<T>(tile, forward.offset)};
+  const Acc<T>* const none[] = {coefficients[0]};
   double sum[Rows<T>::kMaxChannels];
   double sum_shifted[Rows<T>::kMaxChannels];
-  for (int64_t c = 0; c < tile.channels(); ++c) {
-    shift[c] = x != nullptr ? SplitMean<Acc<T>>(mean[tile.c0 + c]).shift : 0;
-    sum_dy[tile.c0 + c] = 0;
-    sum_dy_shifted[tile.c0 + c] = 0;
-  }
+  std::fill_n(sum_dz + tile.c0, tile.channels(), 0.0);
+  std::fill_n(sum_dz_shifted + tile.c0, tile.channels(), 0.0);
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     const Extent e = tile.blocks.extent(b);
     if (x != nullptr) {
-      rows.sums(e, GradientTerm<T>{dy, x}, shift, sum, sum_shifted);
+      rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted);
     } else {
-      rows.sums(e, SumTerm<T>{dy}, shift, sum, sum_shifted);
+      rows.sums(e, SumTerm<T>{static_cast<const T*>(dy)}, none, sum, sum_shifted);
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      sum_dy[tile.c0 + c] += sum[c];
-      sum_dy_shifted[tile.c0 + c] += sum_shifted[c];
+      sum_dz[tile.c0 + c] += sum[c];
+      sum_dz_shifted[tile.c0 + c] += sum_shifted[c];
     }
   }
 }
 
-template <template <class> class Rows, class T>
+template <template <class> class Rows, class T, class Functor>
 void input_gradient(const Tile& tile,
-                    const void* dy_,
-                    const void* x_,
-                    const void* shift,
-                    const void* scale,
-                    const void* slope,
-                    const void* offset,
-                    void* dx,
+                    const void* dy,
+                    const void* x,
+                    const Epilogue& epilogue,
+                    const Forward<const void*>& forward,
+                    const Backward<const void*>& backward,
+                    void* dx_,
+                    void* dresidual_,
                     bool bypass_cache) {
-  const auto* dy = static_cast<const T*>(dy_);
-  const auto* scales = static_cast<const Acc<T>*>(scale) + tile.c0;
+  const Gradient<T, Functor> gradient(dy, x, epilogue);
+  auto* const dx = static_cast<T*>(dx_);
+  auto* const dresidual = static_cast<T*>(dresidual_);
   const Rows<T> rows{tile};
-  if (const auto* x = static_cast<const T*>(x_)) {
-    const Acc<T>* const coefficients[] = {static_cast<const Acc<T>*>(shift) + tile.c0, scales,
-                                          static_cast<const Acc<T>*>(slope) + tile.c0,
-                                          static_cast<const Acc<T>*>(offset) + tile.c0};
+  const Writes writes{bypass_cache, bypass_cache, tile.ahead};
+  const auto write = [=](const Spot<T>& at, const Vec<T>& dz, const auto& gradient_of) {
+    if (Gradient<T, Functor>::kActivated && dresidual != nullptr) {
+      at.write(dresidual, dz);
+    }
+    if (!Gradient<T, Functor>::kActivated || dx != nullptr) {
+      at.write(dx, gradient_of(dz));
+    }
+  };
+  if (backward.slope != nullptr) {
+    const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
+                                          of_tile<T>(tile, forward.offset), of_tile<T>(tile, backward.slope),
+                                          of_tile<T>(tile, backward.offset)};
     rows.map(
         coefficients,
-        [dy, x, ahead = tile.ahead](int64_t i, int64_t count, const Vec<T>(&k)[4]) {
-          prefetch(dy + i + ahead);
-          prefetch(x + i + ahead);
-          return bn::input_gradient(load_vec(dy + i, count), load_vec(x + i, count), k[0], k[1], k[2], k[3]);
+        [=](const Spot<T>& at, const Vec<T>(&k)[5]) {
+          const Vec<T> x = at.read(gradient.x);
+          write(at, gradient.behind(at, x, k),
+                [&](const Vec<T>& dz) { return bn::input_gradient(dz, x, k[0], k[1], k[3], k[4]); });
         },
-        static_cast<T*>(dx), bypass_cache);
+        writes);
   } else {
-    const Acc<T>* const coefficients[] = {scales};
+    const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
+                                          of_tile<T>(tile, forward.offset)};
     rows.map(
-        coefficients, [dy](int64_t i, int64_t count, const Vec<T>(&k)[1]) { return load_vec(dy + i, count) * k[0]; },
-        static_cast<T*>(dx), bypass_cache);
+        coefficients,
+        [=](const Spot<T>& at, const Vec<T>(&k)[3]) {
+          const Vec<T> x = gradient.repeats_forward() ? at.read(gradient.x) : Vec<T>(0);
+          write(at, gradient.behind(at, x, k), [&](const Vec<T>& dz) { return dz * k[1]; });
+        },
+        writes);
   }
   fence();
 }
 
-template <template <class> class Rows, class T>
-constexpr Kernels kKernels = {moments<Rows, T>, normalize<Rows, T>, gradient_sums<Rows, T>, input_gradient<Rows, T>};
+template <template <class> class Rows, class T, class Functor>
+constexpr Kernels kKernels = {moments<Rows, T>, normalize<Rows, T, Functor>, gradient_sums<Rows, T, Functor>,
+                              input_gradient<Rows, T, Functor>};
 
-template <template <class> class Rows>
-constexpr Kernels kOfDType[kDTypes] = {kKernels<Rows, double>, kKernels<Rows, float>, kKernels<Rows, c10::Half>,
-                                       kKernels<Rows, c10::BFloat16>};
+template <template <class> class Rows, class Functor>
+constexpr Kernels kOfDType[kDTypes] = {kKernels<Rows, double, Functor>, kKernels<Rows, float, Functor>,
+                                       kKernels<Rows, c10::Half, Functor>, kKernels<Rows, c10::BFloat16, Functor>};
 
 }  // namespace
 
-const Kernels& BN_KERNELS(Layout layout, DType dtype) {
-  const int i = static_cast<int>(dtype);
-  return layout == Layout::Planar ? kOfDType<Planar>[i] : kOfDType<Interleaved>[i];
+const Kernels& BN_KERNELS(Layout layout, DType dtype, const Activation& activation) {
+  return with_compiled(activation, [&](const auto& functor) -> const Kernels& {
+    using Functor = std::decay_t<decltype(functor)>;
+    const int i = static_cast<int>(dtype);
+    return layout == Layout::Planar ? kOfDType<Planar, Functor>[i] : kOfDType<Interleaved, Functor>[i];
+  });
 }
 
 }  // namespace bn::cpu

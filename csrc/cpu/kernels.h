@@ -1,5 +1,7 @@
 #pragma once
 
+#include "core/arguments.h"
+#include "core/normalize.h"
 #include "cpu/plan.h"
 
 namespace bn::cpu {
@@ -27,34 +29,39 @@ struct Tile {
   BN_HD constexpr int64_t channels() const { return c1 - c0; }
 };
 
-// The serial kernels of one instruction set for one layout and dtype. Tensors are whole, contiguous in
-// their layout and of the problem's dtype; everything per channel starts at channel 0. `shift`, `scale`,
-// `slope` and `offset` are of the accumulation type: float, or double for float64.
+// The serial kernels of one instruction set for one layout, dtype and activation. Tensors are whole, contiguous in
+// their layout and of the problem's dtype; everything per channel starts at channel 0. Coefficients, an array of each,
+// are of the accumulation type: float, or double for float64.
 struct Kernels {
   // mean is the distance from the channel's first value, or, where that is not finite, from 0.
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
   void (*normalize)(
-      const Tile&, const void* x, const void* shift, const void* scale, const void* offset, void* y, bool bypass_cache);
-  // Without x, only the first of the two sums.
-  void (*gradient_sums)(
-      const Tile&, const void* dy, const void* x, const double* mean, double* sum_dy, double* sum_dy_shifted);
-  // Without x, dx = dy * scale.
+      const Tile&, const void* x, const Epilogue&, const Forward<const void*>&, void* y, bool bypass_cache);
+  // Of dz and dz * (x - shift). Without x, which takes no activation, only the first of the two sums.
+  void (*gradient_sums)(const Tile&,
+                        const void* dy,
+                        const void* x,
+                        const Epilogue&,
+                        const Forward<const void*>&,
+                        double* sum_dz,
+                        double* sum_dz_shifted);
+  // dx and dresidual, or either. Without a slope, which constant statistics have not, dx = dz * scale.
   void (*input_gradient)(const Tile&,
                          const void* dy,
                          const void* x,
-                         const void* shift,
-                         const void* scale,
-                         const void* slope,
-                         const void* offset,
+                         const Epilogue&,
+                         const Forward<const void*>&,
+                         const Backward<const void*>&,
                          void* dx,
+                         void* dresidual,
                          bool bypass_cache);
 };
 
 // kernels.cpp, compiled once per instruction set.
-const Kernels& kernels_default(Layout layout, DType dtype);
+const Kernels& kernels_default(Layout layout, DType dtype, const Activation& activation);
 #if defined(__x86_64__)
-const Kernels& kernels_avx2(Layout layout, DType dtype);
-const Kernels& kernels_avx512(Layout layout, DType dtype);
+const Kernels& kernels_avx2(Layout layout, DType dtype, const Activation& activation);
+const Kernels& kernels_avx512(Layout layout, DType dtype, const Activation& activation);
 #endif
 
 }  // namespace bn::cpu

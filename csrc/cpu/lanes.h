@@ -20,16 +20,23 @@ struct LaneRows {
 
 // sum[l] += u and sum_product[l] += u * w over `rows`, vector by vector, so that sums stay in registers; the rows
 // behind them are fetched meanwhile.
-template <class T, class Term>
-void add_rows(const Term& term, const LaneRows& rows, const Acc<T>* shifts, double* sum, double* sum_product) {
+template <class T, class Term, int K, int64_t kMaxLanes>
+void add_rows(const Term& term,
+              const LaneRows& rows,
+              const Acc<T> (&coefficients)[K][kMaxLanes],
+              double* sum,
+              double* sum_product) {
   const auto add_column = [&](int64_t i, const auto& place) {
-    const auto shift = Vec<T>::loadu(shifts + i);
+    Vec<T> k[K];
+    for (int j = 0; j < K; ++j) {
+      k[j] = Vec<T>::loadu(coefficients[j] + i);
+    }
     DoubleLanes<T> u(sum + i), uw(sum_product + i);
     int64_t r = 0;
     const auto add_chain = [&](int64_t length) {
       Vec<T> u_chain(0), uw_chain(0);
-      for (int64_t k = 0; k < length; ++k) {
-        term.add(place(rows.start + (r + k) * rows.stride + i), shift, u_chain, uw_chain);
+      for (int64_t n = 0; n < length; ++n) {
+        term.add(place(rows.start + (r + n) * rows.stride + i), k, u_chain, uw_chain);
       }
       u.add(u_chain);
       uw.add(uw_chain);
@@ -56,28 +63,54 @@ void add_rows(const Term& term, const LaneRows& rows, const Acc<T>* shifts, doub
 }
 
 // The same over any number of rows, some kilobytes at a time.
-template <class T, class Term>
-void sum_lanes(const Term& term, const LaneRows& rows, const Acc<T>* shifts, double* sum, double* sum_product) {
+template <class T, class Term, int K, int64_t kMaxLanes>
+void sum_lanes(const Term& term,
+               const LaneRows& rows,
+               const Acc<T> (&coefficients)[K][kMaxLanes],
+               double* sum,
+               double* sum_product) {
   const int64_t at_once = std::max<int64_t>(kValuesAtOnce / rows.lanes / kRowsAtOnce, 1) * kRowsAtOnce;
   for (int64_t r = 0; r < rows.count; r += at_once) {
     const LaneRows some{rows.start + r * rows.stride, std::min(at_once, rows.count - r), rows.stride, rows.lanes};
-    add_rows<T>(term, some, shifts, sum, sum_product);
+    add_rows<T>(term, some, coefficients, sum, sum_product);
   }
 }
 
-// out[i] = f(i, count, k) for all elements of all rows, k being the values of K coefficients, given per lane.
+// How a map writes, beside writing as vectors come.
+struct Writes {
+  bool aligned;   // whole vectors, at multiples of their width
+  bool streamed;  // past the cache, where whole vectors are; asks for `aligned` and tensors that are
+  int64_t ahead;  // Tile::ahead
+};
+
+// A vector of elements that is written at a time; what is read for it is fetched `ahead`.
+template <class T>
+struct Spot {
+  int64_t i;
+  int64_t count;
+  bool streamed;
+  int64_t ahead;
+
+  Vec<T> read(const T* p) const {
+    prefetch(p + i + ahead);
+    return load_vec(p + i, count);
+  }
+  Vec<T> read(const uint8_t* mask) const { return lanes_of<T>(read_bits(mask, i, count)); }
+  void write(T* p, const Vec<T>& v) const { streamed ? stream_vec(p + i, v) : store_vec(p + i, v, count); }
+  void write(uint8_t* mask, const Vec<T>& lanes) const { write_bits(mask, i, count, bits_of<T>(lanes)); }
+};
+
+// f(spot, k) for all elements of all rows, k being the values of K coefficients, given per lane.
 template <class T, int K, int64_t kMaxLanes, class F>
-void map_lanes(
-    const F& f, const LaneRows& rows, const Acc<T> (&coefficients)[K][kMaxLanes], T* out, bool bypass_cache) {
+void map_lanes(const F& f, const LaneRows& rows, const Acc<T> (&coefficients)[K][kMaxLanes], const Writes& writes) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t start = rows.start + r * rows.stride;
-    write_row(out + start, rows.lanes, bypass_cache, [&](int64_t i, int64_t count, bool streamed) {
+    write_row<T>(start, rows.lanes, writes.aligned, writes.streamed, [&](int64_t i, int64_t count, bool streamed) {
       Vec<T> k[K];
       for (int j = 0; j < K; ++j) {
         k[j] = Vec<T>::loadu(coefficients[j] + i);
       }
-      const Vec<T> result = f(start + i, count, k);
-      streamed ? stream_vec(out + start + i, result) : store_vec(out + start + i, result, count);
+      f(Spot<T>{start + i, count, streamed, writes.ahead}, k);
     });
   }
 }

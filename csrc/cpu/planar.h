@@ -16,34 +16,36 @@ struct Planar {
   const Tile& tile;
   const bool joined = tile.blocks.joined;
 
-  // Per channel of the tile, the sums over a block of u and of u * w; `shift` per channel of the tile.
-  template <class Term>
-  void sums(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
-    joined ? sums_of_lanes(e, term, shift, sum, sum_product) : sums_of_rows(e, term, shift, sum, sum_product);
-    repair_sums<T>(tile, e, term, shift, sum, sum_product);
+  // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
+  template <int K, class Term>
+  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[K], double* sum, double* sum_product)
+      const {
+    joined ? sums_of_lanes(e, term, coefficients, sum, sum_product)
+           : sums_of_rows(e, term, coefficients, sum, sum_product);
+    repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
   }
 
-  // out[i] = f(i, count, k) for every element of the tile, k being its channel's values of the K
-  // coefficients, each given per channel of the tile.
+  // f(spot, k) for every element of the tile, k being its channel's values of the K coefficients.
   template <int K, class F>
-  void map(const Acc<T>* const (&coefficients)[K], const F& f, T* out, bool bypass_cache) const {
+  void map(const Acc<T>* const (&coefficients)[K], const F& f, const Writes& writes) const {
     alignas(64) Acc<T> lanes_of[K][kMaxLanes];
-    for (int j = 0; joined && j < K; ++j) {
-      spread(coefficients[j], lanes_of[j]);
+    if (joined) {
+      spread(coefficients, lanes_of);
     }
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
       const Extent e = tile.blocks.extent(b);
       if (joined) {
-        map_lanes<T>(f, joined_rows(e), lanes_of, out, bypass_cache);
+        map_lanes<T>(f, joined_rows(e), lanes_of, writes);
         continue;
       }
       for (int64_t n = e.n0; n < e.n1; ++n) {
         for (int64_t c = 0; c < tile.channels(); ++c) {
-          Vec<T> k[K];
-          for (int j = 0; j < K; ++j) {
-            k[j] = Vec<T>(coefficients[j][c]);
-          }
-          map_row(f, tile.blocks.offset(n, tile.c0 + c, e.s0), e.s1 - e.s0, k, out, bypass_cache);
+          const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);
+          const auto k = of_channel(coefficients, c);
+          write_row<T>(start, e.s1 - e.s0, writes.aligned, writes.streamed,
+                       [&](int64_t i, int64_t count, bool streamed) {
+                         f(Spot<T>{start + i, count, streamed, writes.ahead}, k.of);
+                       });
         }
       }
     }
@@ -55,31 +57,57 @@ struct Planar {
             tile.channels() * tile.blocks.s};
   }
 
-  void spread(const Acc<T>* values, Acc<T>* lanes) const {
-    for (int64_t c = 0; c < tile.channels(); ++c) {
-      lanes = std::fill_n(lanes, tile.blocks.s, values[c]);
+  template <int K>
+  struct OfChannel {
+    Vec<T> of[K];
+  };
+
+  template <int K>
+  static OfChannel<K> of_channel(const Acc<T>* const (&coefficients)[K], int64_t c) {
+    OfChannel<K> k;
+    for (int j = 0; j < K; ++j) {
+      k.of[j] = Vec<T>(coefficients[j][c]);
     }
-    std::fill_n(lanes, kWidth<T>, Acc<T>(0));
+    return k;
   }
 
-  template <class Term>
-  void sums_of_lanes(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
-    alignas(64) Acc<T> shifts[kMaxLanes];
+  template <int K>
+  void spread(const Acc<T>* const (&coefficients)[K], Acc<T> (&lanes_of)[K][kMaxLanes]) const {
+    for (int j = 0; j < K; ++j) {
+      Acc<T>* lanes = lanes_of[j];
+      for (int64_t c = 0; c < tile.channels(); ++c) {
+        lanes = std::fill_n(lanes, tile.blocks.s, coefficients[j][c]);
+      }
+      std::fill_n(lanes, kWidth<T>, Acc<T>(0));
+    }
+  }
+
+  template <int K, class Term>
+  void sums_of_lanes(const Extent& e,
+                     const Term& term,
+                     const Acc<T>* const (&coefficients)[K],
+                     double* sum,
+                     double* sum_product) const {
+    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
     alignas(64) double u[kMaxLanes];
     alignas(64) double uw[kMaxLanes];
     const LaneRows rows = joined_rows(e);
     std::fill_n(u, rows.lanes + kWidth<T>, 0.0);
     std::fill_n(uw, rows.lanes + kWidth<T>, 0.0);
-    spread(shift, shifts);
-    sum_lanes<T>(term, rows, shifts, u, uw);
+    spread(coefficients, lanes_of);
+    sum_lanes<T>(term, rows, lanes_of, u, uw);
     for (int64_t c = 0; c < tile.channels(); ++c) {
       sum[c] = sum_of(u + c * tile.blocks.s, tile.blocks.s);
       sum_product[c] = sum_of(uw + c * tile.blocks.s, tile.blocks.s);
     }
   }
 
-  template <class Term>
-  void sums_of_rows(const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) const {
+  template <int K, class Term>
+  void sums_of_rows(const Extent& e,
+                    const Term& term,
+                    const Acc<T>* const (&coefficients)[K],
+                    double* sum,
+                    double* sum_product) const {
     alignas(64) double u[kMaxChannels][kWidth<T>];
     alignas(64) double uw[kMaxChannels][kWidth<T>];
     std::memset(u, 0, tile.channels() * sizeof(u[0]));
@@ -88,7 +116,8 @@ struct Planar {
     const Vec<T> mask = lane_mask<T>(length % kWidth<T>);
     for (int64_t n = e.n0; n < e.n1; ++n) {
       for (int64_t c = 0; c < tile.channels(); ++c) {
-        add_row(term, tile.blocks.offset(n, tile.c0 + c, e.s0), length, mask, Vec<T>(shift[c]), u[c], uw[c]);
+        const auto k = of_channel(coefficients, c);
+        add_row(term, tile.blocks.offset(n, tile.c0 + c, e.s0), length, mask, k.of, u[c], uw[c]);
       }
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
@@ -98,12 +127,12 @@ struct Planar {
   }
 
   // Chains of at most four additions, four of them side by side to hide their latency, end in double lanes.
-  template <class Term>
+  template <int K, class Term>
   static void add_row(Term term,
                       int64_t start,
                       int64_t length,
                       const Vec<T>& mask,
-                      const Vec<T>& shift,
+                      const Vec<T> (&k)[K],
                       double* sums,
                       double* sums_of_products) {
     constexpr int64_t w = kWidth<T>;
@@ -113,10 +142,10 @@ struct Planar {
       const int64_t end = std::min(i + 16 * w, length);
       Vec<T> u0(0), u1(0), u2(0), u3(0), uw0(0), uw1(0), uw2(0), uw3(0);
       for (; i + 4 * w <= end; i += 4 * w) {
-        term.add(Whole<T>{start + i}, shift, u0, uw0);
-        term.add(Whole<T>{start + i + w}, shift, u1, uw1);
-        term.add(Whole<T>{start + i + 2 * w}, shift, u2, uw2);
-        term.add(Whole<T>{start + i + 3 * w}, shift, u3, uw3);
+        term.add(Whole<T>{start + i}, k, u0, uw0);
+        term.add(Whole<T>{start + i + w}, k, u1, uw1);
+        term.add(Whole<T>{start + i + 2 * w}, k, u2, uw2);
+        term.add(Whole<T>{start + i + 3 * w}, k, u3, uw3);
       }
       sum.add((u0 + u1) + (u2 + u3));
       sum_product.add((uw0 + uw1) + (uw2 + uw3));
@@ -124,24 +153,16 @@ struct Planar {
     if (i < length) {
       Vec<T> u(0), uw(0);
       for (; i + w <= length; i += w) {
-        term.add(Whole<T>{start + i}, shift, u, uw);
+        term.add(Whole<T>{start + i}, k, u, uw);
       }
       if (i < length) {
-        term.add(Part<T>{start + i, length - i, mask}, shift, u, uw);
+        term.add(Part<T>{start + i, length - i, mask}, k, u, uw);
       }
       sum.add(u);
       sum_product.add(uw);
     }
     sum.store(sums);
     sum_product.store(sums_of_products);
-  }
-
-  template <int K, class F>
-  static void map_row(F f, int64_t start, int64_t length, const Vec<T> (&k)[K], T* out, bool bypass_cache) {
-    write_row(out + start, length, bypass_cache, [&](int64_t i, int64_t count, bool streamed) {
-      const Vec<T> result = f(start + i, count, k);
-      streamed ? stream_vec(out + start + i, result) : store_vec(out + start + i, result, count);
-    });
   }
 };
 

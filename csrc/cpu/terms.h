@@ -1,11 +1,11 @@
 #pragma once
 
 #include "core/numbers.h"
+#include "cpu/gradient.h"
 #include "cpu/plan.h"
-#include "cpu/vec.h"
 
-// Every reduction here is a sum of u and a sum of u * w over a channel; a term says what u and w are: `add`
-// for a vector of elements, `exact` for one element in double precision.
+// Every reduction here is a sum of u and a sum of u * w over a channel; a term says what u and w are, by K coefficients
+// of the channel: `add` for a vector of elements, `exact` for one element in double precision.
 namespace bn::cpu {
 namespace {
 
@@ -15,6 +15,7 @@ struct Whole {
   int64_t i;
 
   Vec<T> read(const T* p) const { return load_vec(p + i); }
+  Vec<T> read(const uint8_t* mask) const { return lanes_of<T>(read_bits(mask, i, kWidth<T>)); }
   Vec<T> keep(const Vec<T>& u) const { return u; }
 };
 
@@ -28,6 +29,7 @@ struct WholeAndAhead {
     prefetch(p + i + ahead);
     return load_vec(p + i);
   }
+  Vec<T> read(const uint8_t* mask) const { return lanes_of<T>(read_bits(mask, i, kWidth<T>)); }
   Vec<T> keep(const Vec<T>& u) const { return u; }
 };
 
@@ -39,7 +41,17 @@ struct Part {
   const Vec<T>& mask;
 
   Vec<T> read(const T* p) const { return load_vec(p + i, count); }
+  Vec<T> read(const uint8_t* bits) const { return lanes_of<T>(read_bits(bits, i, count)); }
   Vec<T> keep(const Vec<T>& u) const { return u & mask; }
+};
+
+// One element.
+template <class T>
+struct Single {
+  int64_t i;
+
+  Acc<T> read(const T* p) const { return static_cast<Acc<T>>(p[i]); }
+  bool read(const uint8_t* mask) const { return read_bits(mask, i, 1) & 1; }
 };
 
 struct Pair {
@@ -50,54 +62,61 @@ struct Pair {
 // u = w = x - shift.
 template <class T>
 struct MomentTerm {
+  static constexpr int kCoefficients = 1;
   const T* x;
 
   template <class Place>
-  void add(const Place& at, const Vec<T>& shift, Vec<T>& sum, Vec<T>& sum_product) const {
-    const Vec<T> d = at.keep(at.read(x) - shift);
+  void add(const Place& at, const Vec<T> (&k)[1], Vec<T>& sum, Vec<T>& sum_product) const {
+    const Vec<T> d = at.keep(at.read(x) - k[0]);
     sum = sum + d;
     sum_product = at::vec::fmadd(d, d, sum_product);
   }
-  Pair exact(int64_t i, double shift) const {
-    const double d = static_cast<double>(x[i]) - shift;
+  Pair exact(int64_t i, const Acc<T> (&k)[1]) const {
+    const double d = static_cast<double>(x[i]) - k[0];
     return {d, d};
   }
 };
 
-// u = dy, w = x - shift.
-template <class T>
+// u = dz, w = x - shift; the coefficients are the forward's.
+template <class T, class Functor>
 struct GradientTerm {
-  const T* dy;
-  const T* x;
+  static constexpr int kCoefficients = 3;
+  Gradient<T, Functor> gradient;
 
   template <class Place>
-  void add(const Place& at, const Vec<T>& shift, Vec<T>& sum, Vec<T>& sum_product) const {
-    const Vec<T> g = at.keep(at.read(dy));
-    sum = sum + g;
-    sum_product = at::vec::fmadd(g, at.read(x) - shift, sum_product);
+  void add(const Place& at, const Vec<T> (&k)[3], Vec<T>& sum, Vec<T>& sum_product) const {
+    const Vec<T> x = at.read(gradient.x);
+    const Vec<T> dz = at.keep(gradient.behind(at, x, k));
+    sum = sum + dz;
+    sum_product = at::vec::fmadd(dz, x - k[0], sum_product);
   }
-  Pair exact(int64_t i, double shift) const { return {static_cast<double>(dy[i]), static_cast<double>(x[i]) - shift}; }
+  Pair exact(int64_t i, const Acc<T> (&k)[3]) const {
+    const Single<T> at{i};
+    const Acc<T> x = at.read(gradient.x);
+    return {gradient.behind(at, x, k), static_cast<double>(x) - k[0]};
+  }
 };
 
-// u = value - shift, and no w.
+// u = value, and no w.
 template <class T>
 struct SumTerm {
+  static constexpr int kCoefficients = 1;
   const T* value;
 
   template <class Place>
-  void add(const Place& at, const Vec<T>& shift, Vec<T>& sum, Vec<T>&) const {
-    sum = sum + at.keep(at.read(value) - shift);
+  void add(const Place& at, const Vec<T> (&)[1], Vec<T>& sum, Vec<T>&) const {
+    sum = sum + at.keep(at.read(value));
   }
-  Pair exact(int64_t i, double shift) const { return {static_cast<double>(value[i]) - shift, 0}; }
+  Pair exact(int64_t i, const Acc<T> (&)[1]) const { return {static_cast<double>(value[i]), 0}; }
 };
 
 // The sums of one channel of a block, element by element in double precision.
-template <class Term>
-Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& term, double shift) {
+template <class Term, class A, int K>
+Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& term, const A (&k)[K]) {
   Pair total{0, 0};
   for (int64_t n = e.n0; n < e.n1; ++n) {
     for (int64_t s = e.s0; s < e.s1; ++s) {
-      const auto [u, w] = term.exact(blocks.offset(n, c, s), shift);
+      const auto [u, w] = term.exact(blocks.offset(n, c, s), k);
       total.u += u;
       total.w += u * w;
     }
@@ -106,9 +125,13 @@ Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& te
 }
 
 // Replaces the sums that overflowed a float or met NaN or Inf.
-template <class T, class Term>
-void repair_sums(
-    const Tile& tile, const Extent& e, const Term& term, const Acc<T>* shift, double* sum, double* sum_product) {
+template <class T, int K, class Term>
+void repair_sums(const Tile& tile,
+                 const Extent& e,
+                 const Term& term,
+                 const Acc<T>* const (&coefficients)[K],
+                 double* sum,
+                 double* sum_product) {
   if constexpr (std::is_same_v<Acc<T>, float>) {
     const auto both_finite = [&](int64_t c) { return is_finite(sum[c]) && is_finite(sum_product[c]); };
     int all_finite = 1;
@@ -120,7 +143,11 @@ void repair_sums(
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
       if (!both_finite(c)) {
-        const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, shift[c]);
+        Acc<T> k[K];
+        for (int j = 0; j < K; ++j) {
+          k[j] = coefficients[j][c];
+        }
+        const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, k);
         sum[c] = u;
         sum_product[c] = w;
       }

@@ -4,6 +4,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/SymBool.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -13,76 +14,115 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-ThreeTensors batch_norm_forward(const Arguments& a) {
+FourTensors batch_norm_forward(const Arguments& a, bool with_mask) {
   static const auto op =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
-          .typed<ThreeTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                              const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double)>();
+          .typed<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double,
+                             const OptionalTensor&, Name, Param, bool)>();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked, a.training,
-                 a.momentum, a.eps);
+                 a.momentum, a.eps, a.residual, name_of(a.activation), param_of(a.activation), with_mask);
 }
 
-ThreeTensors batch_norm_backward(const BackwardArguments& a) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("bn_ext::batch_norm_backward", "")
-                             .typed<ThreeTensors(const Tensor&, const Tensor&, const OptionalTensor&, const Tensor&,
-                                                 const Tensor&, bool, std::array<bool, 3>)>();
+FourTensors batch_norm_backward(const BackwardArguments& a) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bn_ext::batch_norm_backward", "")
+          .typed<FourTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
+                             const Tensor&, bool, const OptionalTensor&, const OptionalTensor&, Name, Param,
+                             std::array<bool, 4>)>();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(a.dy, a.input, a.weight, a.mean, a.invstd, a.training, a.output_mask);
+  return op.call(a.dy, a.input, a.weight, a.bias, a.mean, a.invstd, a.training, a.residual, a.mask,
+                 name_of(a.activation), param_of(a.activation), a.output_mask);
 }
 
 bool has_tangent(const Tensor& t) {
   return t._fw_grad(/*level=*/0).defined();
 }
 
+// What a backward needs of the residual: nothing, a bit an element, or all of it.
+struct Kept {
+  bool mask;
+  bool residual;
+};
+
+Kept kept(const Arguments& a) {
+  const bool needed = a.residual.has_value() && a.activation.kind != ActivationKind::Identity;
+  return {needed && has_branches(a.activation), needed && !has_branches(a.activation)};
+}
+
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static constexpr bool is_traceable = true;
 
-  // The three that can have gradients stand apart, where autograd finds them.
+  // Those that can have gradients stand apart, where autograd finds them.
   static Tensor forward(AutogradContext* ctx,
                         const Tensor& input,
                         const OptionalTensor& weight,
                         const OptionalTensor& bias,
+                        const OptionalTensor& residual,
                         const Arguments& a) {
-    const auto [output, mean, invstd] = batch_norm_forward(a);
-    ctx->save_for_backward({input, weight.value_or(Tensor()), mean, invstd});
+    const Kept keep = kept(a);
+    const auto [output, mean, invstd, mask] = batch_norm_forward(a, keep.mask);
+    const bool activated = a.activation.kind != ActivationKind::Identity;
+    ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
+                            invstd, keep.residual ? *residual : Tensor(), keep.mask ? mask : Tensor()});
     ctx->saved_data["biased"] = bias.has_value();
+    ctx->saved_data["added"] = residual.has_value();
     ctx->saved_data["training"] = a.training;
     ctx->saved_data["eps"] = a.eps;
+    ctx->saved_data["activation"] = static_cast<int64_t>(a.activation.kind);
+    ctx->saved_data["activation_param"] = a.activation.param;
     return output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& gradients) {
     const Tensor& dy = gradients[0];
     if (!dy.defined()) {
-      return variable_list(4);
+      return variable_list(5);
     }
     const variable_list saved = ctx->get_saved_variables();
-    const OptionalTensor weight = saved[1].defined() ? OptionalTensor(saved[1]) : std::nullopt;
+    const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
+    const OptionalTensor weight = optional(1), bias = optional(2), residual = optional(5), mask = optional(6);
+    const Activation activation{static_cast<ActivationKind>(ctx->saved_data["activation"].toInt()),
+                                ctx->saved_data["activation_param"].toDouble()};
     // Autograd numbers the tensors that are there.
     size_t edge = 0;
-    std::array<bool, 3> wanted{};
-    wanted[0] = ctx->needs_input_grad(edge++);
-    wanted[1] = weight.has_value() && ctx->needs_input_grad(edge++);
-    wanted[2] = ctx->saved_data["biased"].toBool() && ctx->needs_input_grad(edge++);
-    const BackwardArguments a{dy, saved[0], weight, saved[2], saved[3], ctx->saved_data["training"].toBool(), wanted};
+    const auto wants = [&](bool there) { return there && ctx->needs_input_grad(edge++); };
+    const bool wants_dx = wants(true);
+    const bool wants_dweight = wants(weight.has_value());
+    const bool wants_dbias = wants(ctx->saved_data["biased"].toBool());
+    const bool wants_dresidual = wants(ctx->saved_data["added"].toBool());
+    const bool passes_on = activation.kind == ActivationKind::Identity;  // dresidual is dy
+    const BackwardArguments a{dy,
+                              saved[0],
+                              weight,
+                              bias,
+                              saved[3],
+                              saved[4],
+                              ctx->saved_data["training"].toBool(),
+                              residual,
+                              mask,
+                              activation,
+                              {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
     // Whatever has to see through the gradient gets it by standard operators.
+    const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
     const bool transformed =
         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) || has_tangent(dy) ||
-        has_tangent(a.input) || (weight.has_value() && has_tangent(*weight));
+        has_tangent(a.input) || tangent(weight) || tangent(bias) || tangent(residual);
     const bool differentiable = at::GradMode::is_enabled() || transformed;
-    const auto [dx, dweight, dbias] =
+    const auto [dx, dweight, dbias, dresidual] =
         differentiable ? decomposed_backward(a, ctx->saved_data["eps"].toDouble()) : batch_norm_backward(a);
-    return {wanted[0] ? dx : Tensor(), wanted[1] ? dweight : Tensor(), wanted[2] ? dbias : Tensor(), Tensor()};
+    return {wants_dx ? dx : Tensor(), wants_dweight ? dweight : Tensor(), wants_dbias ? dbias : Tensor(),
+            wants_dresidual ? (passes_on ? dy : dresidual) : Tensor(), Tensor()};
   }
 };
 
 bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
-  return property(a.input) || (a.weight.has_value() && property(*a.weight)) ||
-         (a.bias.has_value() && property(*a.bias));
+  const auto has = [&](const OptionalTensor& t) { return t.has_value() && property(*t); };
+  return property(a.input) || has(a.weight) || has(a.bias) || has(a.residual);
 }
 
 bool requires_grad(const Tensor& t) {
@@ -96,11 +136,26 @@ bool compiled_for_gpus() {
   return compiled;
 }
 
+// Whether a residual is one that kernels add: elsewhere torch's rules of broadcasting and promotion hold.
+bool is_like(const Tensor& residual, const Tensor& input) {
+  if (residual.dim() != input.dim() || residual.scalar_type() != input.scalar_type() ||
+      residual.device() != input.device() || residual.layout() != at::kStrided) {
+    return false;
+  }
+  for (int64_t d = 0; d < input.dim(); ++d) {
+    if (!TORCH_GUARD_OR_FALSE(residual.sym_size(d).sym_eq(input.sym_size(d)))) {
+      return false;
+    }
+  }
+  return true;
+}
+
 // Whether there are kernels for this; torch answers for what is not like that, with results or errors.
 bool has_kernels(const Arguments& a) {
   const bool on_device = a.input.is_cpu() || a.input.is_meta() || (a.input.is_cuda() && compiled_for_gpus());
   return on_device && a.input.layout() == at::kStrided && a.input.dim() >= 2 &&
-         (!a.num_batches_tracked.has_value() || a.num_batches_tracked->scalar_type() == at::kLong);
+         (!a.num_batches_tracked.has_value() || a.num_batches_tracked->scalar_type() == at::kLong) &&
+         (!a.residual.has_value() || is_like(*a.residual, a.input));
 }
 
 bool is_inference(const OptionalTensor& t) {
@@ -116,8 +171,10 @@ void check_gradients(const Arguments& a, bool recorded) {
                 "Inplace update to inference tensor outside InferenceMode is not allowed: clone running_mean and "
                 "running_var");
   }
-  TORCH_CHECK(!recorded || !(a.input.is_inference() || is_inference(a.weight)),
-              "Inference tensors cannot be saved for backward: clone input and weight");
+  const bool activated = a.activation.kind != ActivationKind::Identity;
+  TORCH_CHECK(!recorded || !(a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
+                             (kept(a).residual && is_inference(a.residual))),
+              "Inference tensors cannot be saved for backward: clone input, weight, bias and residual");
 }
 
 Tensor batch_norm(const Tensor& input,
@@ -128,8 +185,21 @@ Tensor batch_norm(const Tensor& input,
                   const OptionalTensor& num_batches_tracked,
                   bool training,
                   std::optional<double> momentum,
-                  double eps) {
-  const Arguments a{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps};
+                  double eps,
+                  const OptionalTensor& residual,
+                  Name activation,
+                  Param activation_param) {
+  const Arguments a{input,
+                    weight,
+                    bias,
+                    running_mean,
+                    running_var,
+                    num_batches_tracked,
+                    training,
+                    momentum,
+                    eps,
+                    residual,
+                    activation_of(activation, activation_param)};
   TORCH_CHECK_TYPE(input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
   if (!has_kernels(a) || any_of(a, has_tangent)) {
     return decomposed(a);
@@ -137,7 +207,8 @@ Tensor batch_norm(const Tensor& input,
   check_inputs(a);  // here too: fake kernels do not
   const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
   check_gradients(a, recorded);
-  return recorded ? BatchNorm::apply(input, weight, bias, a) : std::get<0>(batch_norm_forward(a));
+  return recorded ? BatchNorm::apply(input, weight, bias, residual, a)
+                  : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));
 }
 
 // Under functorch's transforms, which the C++ autograd function does not know.
@@ -149,8 +220,12 @@ Tensor batch_norm_transformed(const Tensor& input,
                               const OptionalTensor& num_batches_tracked,
                               bool training,
                               std::optional<double> momentum,
-                              double eps) {
-  return decomposed({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps});
+                              double eps,
+                              const OptionalTensor& residual,
+                              Name activation,
+                              Param activation_param) {
+  return decomposed({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                     residual, activation_of(activation, activation_param)});
 }
 
 }  // namespace

@@ -1,10 +1,16 @@
 #pragma once
 
+#include "core/activation.h"
+
 #include <ATen/core/Tensor.h>
 
 #include <array>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 // The operators as C++ values and functions, and what their implementations share. One file per dispatch
 // key implements them.
@@ -12,9 +18,13 @@ namespace bn::ops {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// What batch_norm and batch_norm_forward take, in the order of their schemas.
+// activation and activation_param of the schemas.
+using Name = std::optional<std::string_view>;
+using Param = std::optional<double>;
+
+// What batch_norm takes, in the order of its schema, and, but for with_mask, batch_norm_forward.
 struct Arguments {
   const Tensor& input;
   const OptionalTensor& weight;
@@ -25,6 +35,8 @@ struct Arguments {
   bool training;
   std::optional<double> momentum;
   double eps;
+  const OptionalTensor& residual;
+  Activation activation;
 };
 
 // What batch_norm_backward takes.
@@ -32,16 +44,28 @@ struct BackwardArguments {
   const Tensor& dy;
   const Tensor& input;
   const OptionalTensor& weight;
+  const OptionalTensor& bias;
   const Tensor& mean;
   const Tensor& invstd;
   bool training;
-  std::array<bool, 3> output_mask;
+  const OptionalTensor& residual;
+  const OptionalTensor& mask;
+  Activation activation;
+  std::array<bool, 4> output_mask;
 };
+
+// Throws ValueError for a name that is none, or a parameter for an activation that has none.
+Activation activation_of(const Name& name, const Param& param);
+const char* name_of(const Activation& activation);
+Param param_of(const Activation& activation);
+
+// The names, each with its parameter unless given, if it has one.
+std::vector<std::pair<std::string, Param>> activations();
 
 // batch_norm by standard operators: for transforms that have to see through it, for devices without kernels.
 Tensor decomposed(const Arguments& a);
 
 // batch_norm_backward by standard operators, which can be differentiated again.
-ThreeTensors decomposed_backward(const BackwardArguments& a, double eps);
+FourTensors decomposed_backward(const BackwardArguments& a, double eps);
 
 }  // namespace bn::ops

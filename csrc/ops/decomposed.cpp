@@ -3,8 +3,30 @@
 #include <ATen/Context.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/batch_norm.h>
+#include <ATen/ops/elu.h>
+#include <ATen/ops/elu_backward.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
+#include <ATen/ops/hardsigmoid.h>
+#include <ATen/ops/hardswish.h>
+#include <ATen/ops/hardswish_backward.h>
+#include <ATen/ops/hardtanh_backward.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/leaky_relu_backward.h>
+#include <ATen/ops/relu.h>
+#include <ATen/ops/relu6.h>
+#include <ATen/ops/scalar_tensor.h>
+#include <ATen/ops/sigmoid.h>
+#include <ATen/ops/sigmoid_backward.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/tanh.h>
+#include <ATen/ops/tanh_backward.h>
+#include <ATen/ops/threshold_backward.h>
+#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
 
 namespace bn::ops {
 namespace {
@@ -69,9 +91,93 @@ Tensor by_torch(const Arguments& a, double momentum) {
                              : converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
 }
 
+// The activation of z.
+Tensor activated(const Tensor& z, const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::ReLU:
+      return at::relu(z);
+    case ActivationKind::ReLU6:
+      return at::relu6(z);
+    case ActivationKind::LeakyReLU:
+      return at::leaky_relu(z, activation.param);
+    case ActivationKind::ELU:
+      return at::elu(z, activation.param);
+    case ActivationKind::SiLU:
+      return at::silu(z);
+    case ActivationKind::GELU:
+      return at::gelu(z);
+    case ActivationKind::Hardswish:
+      return at::hardswish(z);
+    case ActivationKind::Hardsigmoid:
+      return at::hardsigmoid(z);
+    case ActivationKind::Sigmoid:
+      return at::sigmoid(z);
+    case ActivationKind::Tanh:
+      return at::tanh(z);
+    default:
+      return z;
+  }
+}
+
+// The gradient of z.
+Tensor behind(const Tensor& dy, const Tensor& z, const Activation& activation) {
+  switch (activation.kind) {
+    case ActivationKind::ReLU:
+      return at::threshold_backward(dy, z, 0);
+    case ActivationKind::ReLU6:
+      return at::hardtanh_backward(dy, z, 0, 6);
+    case ActivationKind::LeakyReLU:
+      return at::leaky_relu_backward(dy, z, activation.param, /*self_is_result=*/false);
+    case ActivationKind::ELU:
+      return at::elu_backward(dy, activation.param, /*scale=*/1, /*input_scale=*/1, /*is_result=*/false, z);
+    case ActivationKind::SiLU: {  // torch's own operator cannot be differentiated
+      const Tensor s = at::sigmoid(z);
+      return dy * (s * (1 + z * (1 - s)));
+    }
+    case ActivationKind::GELU:
+      return at::gelu_backward(dy, z);
+    case ActivationKind::Hardswish:
+      return at::hardswish_backward(dy, z);
+    case ActivationKind::Hardsigmoid:
+      return at::where((z > -3).logical_and(z < 3), dy / 6, at::zeros_like(dy));  // as above
+    case ActivationKind::Sigmoid:
+      return at::sigmoid_backward(dy, at::sigmoid(z));
+    case ActivationKind::Tanh:
+      return at::tanh_backward(dy, at::tanh(z));
+    default:
+      return dy;
+  }
+}
+
+// Some z on the branch of each element.
+Tensor on_branches(const Tensor& mask, const Tensor& input, const Activation& activation, at::ScalarType type) {
+  const View x = view_as_problem(input);
+  const Tensor bit = at::arange(8, mask.options());
+  Tensor bits = mask.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, input.numel());
+  bits = bits.as_strided(x.tensor.sizes(), x.tensor.strides()).to(at::kBool);
+  const auto z = [&](double value) { return at::scalar_tensor(value, input.options().dtype(type)); };
+  switch (activation.kind) {
+    case ActivationKind::LeakyReLU:
+      return at::where(bits, z(1), z(-1));
+    case ActivationKind::Hardsigmoid:
+      return at::where(bits, z(0), z(-4));
+    default:
+      return at::where(bits, z(-1), z(1));
+  }
+}
+
+Tensor normalized(const Arguments& a);
+
 }  // namespace
 
 Tensor decomposed(const Arguments& a) {
+  const Tensor output = normalized(a);
+  return activated(a.residual.has_value() ? output + *a.residual : output, a.activation);
+}
+
+namespace {
+
+Tensor normalized(const Arguments& a) {
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
     check_inputs(a);
   }
@@ -85,7 +191,9 @@ Tensor decomposed(const Arguments& a) {
   return output;
 }
 
-ThreeTensors decomposed_backward(const BackwardArguments& a, double eps) {
+}  // namespace
+
+FourTensors decomposed_backward(const BackwardArguments& a, double eps) {
   const auto type = at::toOpMathType(a.input.scalar_type());
   std::vector<int64_t> others;
   std::vector<int64_t> per_channel(a.input.dim(), 1);
@@ -95,7 +203,6 @@ ThreeTensors decomposed_backward(const BackwardArguments& a, double eps) {
       others.push_back(d);
     }
   }
-  const Tensor dy = a.dy.to(type);
   // The mean is taken off in double precision, as a constant: no derivative knows of it.
   Tensor xmu = (a.input.to(at::kDouble) - a.mean.view(per_channel)).to(type);
   Tensor invstd = a.invstd.to(type).view(per_channel);
@@ -104,16 +211,25 @@ ThreeTensors decomposed_backward(const BackwardArguments& a, double eps) {
     invstd = xmu.square().mean(others, true).add(eps).rsqrt();
   }
   const Tensor x_hat = xmu * invstd;
-  const Tensor dy_x_hat = dy * x_hat;
-  Tensor dx = dy;
+  Tensor dz = a.dy.to(type);
+  if (a.mask.has_value()) {
+    dz = behind(dz, on_branches(*a.mask, a.input, a.activation, type), a.activation);
+  } else if (a.activation.kind != ActivationKind::Identity) {
+    Tensor z = a.weight.has_value() ? x_hat * a.weight->to(type).view(per_channel) : x_hat;
+    z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
+    z = a.residual.has_value() ? z + a.residual->to(type) : z;
+    dz = behind(dz, z, a.activation);
+  }
+  const Tensor dz_x_hat = dz * x_hat;
+  Tensor dx = dz;
   if (a.training) {
-    dx = dy - dy.mean(others, true) - x_hat * dy_x_hat.mean(others, true);
+    dx = dz - dz.mean(others, true) - x_hat * dz_x_hat.mean(others, true);
   }
   dx = dx * invstd;
   if (a.weight.has_value()) {
     dx = dx * a.weight->to(type).view(per_channel);
   }
-  return {dx.to(a.input.scalar_type()), dy_x_hat.sum(others), dy.sum(others)};
+  return {dx.to(a.input.scalar_type()), dz_x_hat.sum(others), dz.sum(others), dz.to(a.input.scalar_type())};
 }
 
 }  // namespace bn::ops

@@ -1,5 +1,7 @@
 #include "ops/inputs.h"
 
+#include "core/arguments.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/InferenceMode.h>
@@ -59,6 +61,12 @@ void check_statistics(const char* name, const Tensor& t, const Tensor& input) {
       ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
 }
 
+void check_like_input(const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK(t.sizes() == input.sizes() && t.scalar_type() == input.scalar_type() && t.device() == input.device(),
+              "batch_norm: expected ", name, " like the input, ", input.sizes(), " of type ", input.scalar_type(),
+              " on ", input.device(), ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+}
+
 }  // namespace
 
 void check_inputs(const Arguments& a) {
@@ -96,13 +104,27 @@ void check_inputs(const Arguments& a) {
 
 void check_inputs(const BackwardArguments& a) {
   check_input(a.input);
-  TORCH_CHECK(a.dy.sizes() == a.input.sizes() && a.dy.scalar_type() == a.input.scalar_type() &&
-                  a.dy.device() == a.input.device(),
-              "batch_norm_backward: expected dy like the input, ", a.input.sizes(), " of type ", a.input.scalar_type(),
-              ", got ", a.dy.sizes(), " of type ", a.dy.scalar_type());
+  check_like_input("dy", a.dy, a.input);
   check_per_channel("weight", a.weight, a.input);
+  check_per_channel("bias", a.bias, a.input);
   check_statistics("mean", a.mean, a.input);
   check_statistics("invstd", a.invstd, a.input);
+  check_residual(a.residual, a.input);
+  if (a.mask.has_value()) {
+    const Tensor& mask = *a.mask;
+    const int64_t bytes = mask_bytes(a.input.numel());
+    TORCH_CHECK(has_branches(a.activation), "batch_norm_backward: ", name_of(a.activation), " takes no mask");
+    TORCH_CHECK(mask.scalar_type() == at::kByte && mask.numel() == bytes && mask.is_contiguous() &&
+                    mask.device() == a.input.device(),
+                "batch_norm_backward: mask should hold ", bytes, " values of type Byte on ", a.input.device(), ", got ",
+                mask.sizes(), " of type ", mask.scalar_type(), " on ", mask.device());
+  }
+}
+
+void check_residual(const OptionalTensor& residual, const Tensor& input) {
+  if (residual.has_value()) {
+    check_like_input("residual", *residual, input);
+  }
 }
 
 View view_as_problem(const Tensor& input) {

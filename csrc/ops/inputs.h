@@ -9,6 +9,7 @@ namespace bn::ops {
 // Throws what torch throws for the same mistake. Nothing has been written by then.
 void check_inputs(const Arguments& a);
 void check_inputs(const BackwardArguments& a);
+void check_residual(const OptionalTensor& residual, const Tensor& input);
 
 // A tensor that is dense in one of the two layouts, and its sizes as a problem.
 struct View {

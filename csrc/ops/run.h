@@ -5,6 +5,7 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 
 // batch_norm_forward and batch_norm_backward for any backend: check, view as a problem, allocate, run. A backend has
 // two static functions, forward(args, input) and backward(args, input), for inputs with elements.
@@ -33,21 +34,44 @@ inline void bump_version(const OptionalTensor& t) {
   }
 }
 
+// A tensor of the input's sizes, or none, in the layout of the view.
+class Operand {
+ public:
+  Operand(const OptionalTensor& tensor, const View& view)
+      : tensor_(tensor.has_value() ? laid_out_like(*tensor, view) : Tensor()) {}
+
+  const void* data() const { return tensor_.defined() ? tensor_.const_data_ptr() : nullptr; }
+
+ private:
+  Tensor tensor_;
+};
+
 template <class Backend>
-ThreeTensors batch_norm_forward(const Tensor& input,
-                                const OptionalTensor& weight,
-                                const OptionalTensor& bias,
-                                const OptionalTensor& running_mean,
-                                const OptionalTensor& running_var,
-                                const OptionalTensor& num_batches_tracked,
-                                bool training,
-                                std::optional<double> momentum,
-                                double eps) {
-  check_inputs(Arguments{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps});
+FourTensors batch_norm_forward(const Tensor& input,
+                               const OptionalTensor& weight,
+                               const OptionalTensor& bias,
+                               const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var,
+                               const OptionalTensor& num_batches_tracked,
+                               bool training,
+                               std::optional<double> momentum,
+                               double eps,
+                               const OptionalTensor& residual,
+                               Name activation_name,
+                               Param activation_param,
+                               bool with_mask) {
+  const Activation activation = activation_of(activation_name, activation_param);
+  check_inputs(Arguments{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                         residual, activation});
+  check_residual(residual, input);
+  TORCH_CHECK(!with_mask || (residual.has_value() && has_branches(activation)),
+              "batch_norm_forward: a mask is of a residual and an activation of straight branches, got ",
+              name_of(activation));
   const View x = view_as_problem(input);
   Tensor output = empty_like(x);
   Tensor mean = empty_statistics(input);
   Tensor invstd = empty_statistics(input);
+  Tensor mask = at::zeros({with_mask ? mask_bytes(input.numel()) : 0}, input.options().dtype(at::kByte));
   const bool counts = training && num_batches_tracked.has_value();
   if (input.numel() == 0) {
     mean.zero_();
@@ -55,51 +79,71 @@ ThreeTensors batch_norm_forward(const Tensor& input,
     if (counts) {
       num_batches_tracked->add_(1);
     }
-    return {output, mean, invstd};
+    return {output, mean, invstd, mask};
   }
+  const Operand r(residual, x);
   Backend::forward({x.problem, x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
                     training ? per_channel_to_write(running_mean) : per_channel(running_mean),
                     training ? per_channel_to_write(running_var) : per_channel(running_var),
                     counts ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr, training,
-                    counts && !momentum.has_value(), momentum.value_or(0), eps, output.mutable_data_ptr(),
-                    mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>()},
+                    counts && !momentum.has_value(), momentum.value_or(0), eps,
+                    Epilogue{activation, r.data(), with_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr},
+                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>()},
                    input);
   if (training) {
     bump_version(num_batches_tracked);
     bump_version(running_mean);
     bump_version(running_var);
   }
-  return {output, mean, invstd};
+  return {output, mean, invstd, mask};
 }
 
 template <class Backend>
-ThreeTensors batch_norm_backward(const Tensor& dy,
-                                 const Tensor& input,
-                                 const OptionalTensor& weight,
-                                 const Tensor& mean,
-                                 const Tensor& invstd,
-                                 bool training,
-                                 std::array<bool, 3> output_mask) {
-  check_inputs(BackwardArguments{dy, input, weight, mean, invstd, training, output_mask});
+FourTensors batch_norm_backward(const Tensor& dy,
+                                const Tensor& input,
+                                const OptionalTensor& weight,
+                                const OptionalTensor& bias,
+                                const Tensor& mean,
+                                const Tensor& invstd,
+                                bool training,
+                                const OptionalTensor& residual,
+                                const OptionalTensor& mask,
+                                Name activation_name,
+                                Param activation_param,
+                                std::array<bool, 4> output_mask) {
+  const Activation activation = activation_of(activation_name, activation_param);
+  check_inputs(
+      BackwardArguments{dy, input, weight, bias, mean, invstd, training, residual, mask, activation, output_mask});
+  const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;
   const View x = view_as_problem(input);
-  const Tensor g = laid_out_like(dy, x);
+  const Operand g(dy, x);
   const auto parameter =
       mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type()));
-  Tensor dx = output_mask[0] ? empty_like(x) : at::empty({0}, input.options());
-  Tensor dweight = at::empty({output_mask[1] ? input.size(1) : 0}, parameter);
-  Tensor dbias = at::empty({output_mask[2] ? input.size(1) : 0}, parameter);
+  const auto like_input = [&](bool wanted) { return wanted ? empty_like(x) : at::empty({0}, input.options()); };
+  Tensor dx = like_input(wants_dx);
+  Tensor dweight = at::empty({wants_dweight ? input.size(1) : 0}, parameter);
+  Tensor dbias = at::empty({wants_dbias ? input.size(1) : 0}, parameter);
+  Tensor dresidual = like_input(wants_dresidual);
   if (input.numel() == 0) {
     dweight.zero_();
     dbias.zero_();
-    return {dx, dweight, dbias};
+    return {dx, dweight, dbias, dresidual};
   }
-  Backend::backward(
-      {x.problem, g.const_data_ptr(), x.tensor.const_data_ptr(), per_channel(weight), mean.const_data_ptr<double>(),
-       invstd.const_data_ptr<double>(), training, output_mask[0] ? dx.mutable_data_ptr() : nullptr,
-       output_mask[1] ? per_channel_to_write(dweight) : PerChannel{},
-       output_mask[2] ? per_channel_to_write(dbias) : PerChannel{}},
-      input);
-  return {dx, dweight, dbias};
+  const bool passes_on = activation.kind == ActivationKind::Identity;
+  if (wants_dresidual && passes_on) {
+    dresidual.copy_(dy);
+  }
+  const Operand r(residual, x);
+  Backend::backward({x.problem, g.data(), x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
+                     mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
+                     Epilogue{activation, r.data(),
+                              mask.has_value() ? const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>()) : nullptr},
+                     wants_dx ? dx.mutable_data_ptr() : nullptr,
+                     wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
+                     wants_dweight ? per_channel_to_write(dweight) : PerChannel{},
+                     wants_dbias ? per_channel_to_write(dbias) : PerChannel{}},
+                    input);
+  return {dx, dweight, dbias, dresidual};
 }
 
 }  // namespace bn::ops

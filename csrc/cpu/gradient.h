@@ -1,0 +1,56 @@
+#pragma once
+
+#include "core/arguments.h"
+#include "core/normalize.h"
+#include "cpu/mask.h"
+
+namespace bn::cpu {
+namespace {
+
+template <class Functor>
+Functor functor_of(const Activation& activation) {
+  if constexpr (std::is_same_v<Functor, activation::Any>) {
+    return Functor{{}, activation};
+  } else {
+    return {};
+  }
+}
+
+// dz, the gradient behind the activation.
+template <class T, class Functor>
+struct Gradient {
+  static constexpr bool kActivated = !std::is_same_v<Functor, activation::Identity>;
+
+  const T* dy;
+  const T* x;
+  const T* residual;    // or null
+  const uint8_t* mask;  // or null
+  Functor functor;
+
+  Gradient(const void* dy, const void* x, const Epilogue& epilogue)
+      : dy(static_cast<const T*>(dy)),
+        x(static_cast<const T*>(x)),
+        residual(static_cast<const T*>(epilogue.residual)),
+        mask(epilogue.mask),
+        functor(functor_of<Functor>(epilogue.activation)) {}
+
+  // Whether z is needed, and so x.
+  bool repeats_forward() const { return kActivated && mask == nullptr; }
+
+  // At a place where x has been read; k is shift, scale and offset of the forward.
+  template <class Place, class V, int K>
+  V behind(const Place& at, const V& x, const V (&k)[K]) const {
+    const V g = at.read(dy);
+    if constexpr (!kActivated) {
+      return g;
+    } else if (mask != nullptr) {
+      return functor.gradient_on(at.read(mask), g);
+    } else {
+      const V z = normalize(x, k[0], k[1], k[2]);
+      return activation::gradient(functor, g, residual != nullptr ? z + at.read(residual) : z);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace bn::cpu

@@ -1,0 +1,338 @@
+"""Residual and activation in the same call: every activation, alone and behind a residual, in every mode, layout and
+number type, against torch's separate operators and the float64 formulas."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from compare import assert_same_sums, check
+from problems import (
+    BFLOAT,
+    DOUBLE,
+    FLOAT,
+    LAYOUTS,
+    MODES,
+    TYPES,
+    Problem,
+    Types,
+    channels_last,
+    contiguous,
+    run_ours,
+    run_torch,
+    transposed,
+    unaligned,
+)
+from torch import Tensor
+
+import bn_ext
+from bn_ext.activation import DEFAULTS, NAMES
+from bn_ext.functional import batch_norm
+
+OPS = torch.ops.bn_ext
+check = partial(check, slack=2.0)  # of thousands of problems some are off by chance
+STRAIGHT = ("relu", "relu6", "leaky_relu", "hardsigmoid")
+# Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
+SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
+LARGE = [(5003, 7), (4, 2, 70001), (16, 33, 14, 14), (32, 64, 32, 32)]
+
+every_activation = pytest.mark.parametrize("activation", NAMES)
+with_and_without_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("types", TYPES, ids=str)
+@every_activation
+@with_and_without_residual
+def test_types(activation: str, residual: bool, types: Types, layout, device: str) -> None:
+    for mode in MODES:
+        check(Problem((5, 19, 6, 7), layout, types, mode, residual=residual, activation=activation), device, True)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu"])
+@with_and_without_residual
+def test_shapes(shape, layout, activation: str, residual: bool, device: str) -> None:
+    for types, mode in itertools.product((FLOAT, DOUBLE, BFLOAT), MODES):
+        check(Problem(shape, layout, types, mode, residual=residual, activation=activation), device, True)
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+@with_and_without_residual
+def test_large(shape, layout, activation: str, residual: bool, device: str) -> None:
+    for types in (FLOAT, BFLOAT):
+        check(Problem(shape, layout, types, residual=residual, activation=activation), device, True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("residual_layout", LAYOUTS)
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_residual_of_another_layout(layout, residual_layout, activation: str, device: str) -> None:
+    problem = Problem((3, 19, 5, 7), layout, residual=True, residual_layout=residual_layout, activation=activation)
+    check(problem, device, backward=layout is not LAYOUTS[-1])
+
+
+@pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+@with_and_without_residual
+def test_without_weight_or_bias(affine, activation: str, residual: bool, device: str) -> None:
+    for mode in MODES:
+        problem = Problem((3, 19, 5, 7), channels_last, FLOAT, mode, *affine, residual=residual, activation=activation)
+        check(problem, device, backward=True)
+
+
+@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+@pytest.mark.parametrize("param", [0.0, 0.3, 1.7, -0.5])
+@with_and_without_residual
+def test_parameter(activation: str, param: float, residual: bool, device: str) -> None:
+    problem = Problem((3, 19, 5, 7), residual=residual, activation=activation, activation_param=param)
+    check(problem, device, backward=True)
+
+
+SUBSETS = [subset for subset in itertools.product((False, True), repeat=4) if any(subset)]
+
+
+@pytest.mark.parametrize("wanted", SUBSETS, ids=str)
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_subsets_of_the_gradients(wanted, activation: str, layout, device: str) -> None:
+    """What is asked for is the same whatever else is."""
+    for mode, types in itertools.product(MODES, (FLOAT, BFLOAT)):
+        a = Problem((5, 19, 6, 7), layout, types, mode, residual=True, activation=activation).arguments(device)
+        every = run_ours(a, backward=True)
+        leaves = (a.input, a.weight, a.bias, a.residual)
+        input, weight, bias, residual = (t.detach().requires_grad_(w) for t, w in zip(leaves, wanted, strict=True))
+        running = [None if t is None else t.clone() for t in (a.running_mean, a.running_var)]
+        rest = a.training, a.momentum, a.eps, residual, a.activation
+        batch_norm(input, *running, weight, bias, *rest).backward(a.dy)
+        for name, leaf, want in zip(every._fields[3:], (input, weight, bias, residual), wanted, strict=True):
+            if want:
+                assert_same_sums(leaf.grad, getattr(every, name), name)
+            else:
+                assert leaf.grad is None, f"{name} was not asked for"
+
+
+# ---------------------------------------------------------------------------------------------- kinks, NaN, infinity
+
+
+def at_values(values: Tensor, activation: str, residual: bool, ours: bool, param: float | None) -> tuple[Tensor, ...]:
+    """Output and gradient of z where z takes exactly these values: of the input, or of the residual alone."""
+    input = torch.zeros(len(values), 3).copy_(values[:, None]).requires_grad_()
+    added = input if residual else None
+    mean, var, eps = torch.zeros(3), torch.ones(3), 0.0
+    input_of_norm = torch.zeros_like(input) if residual else input
+    if ours:
+        output = batch_norm(
+            input_of_norm, mean, var, eps=eps, residual=added, activation=activation, activation_param=param
+        )
+    else:
+        output = bn_ext.activation.apply(input + 0, activation, param)
+    return output.detach(), torch.autograd.grad(output, input, torch.full_like(output, 2))[0]
+
+
+@every_activation
+@with_and_without_residual
+def test_gradient_at_kinks_and_beyond_numbers(activation: str, residual: bool) -> None:
+    """torch's, at every value where a formula changes, at infinity and for NaN; where torch's vectors give one thing
+    and what is left at their end another, either of them."""
+    param = None if DEFAULTS[activation] is None else 0.3
+    infinite = [] if activation == "gelu" else [torch.inf, -torch.inf]  # torch's own gelu of infinity is NaN
+    for value in (-6.0, -3.0, -0.0, 0.0, 3.0, 6.0, 1e-30, -1e-30, 5e-45, -5e-45, torch.nan, *infinite):
+        values = torch.full((17,), value)
+        ours, torchs = (at_values(values, activation, residual, side, param) for side in (True, False))
+        for mine, theirs in zip(ours, torchs, strict=True):
+            either = [torch.isclose(mine, t, rtol=1e-6, atol=5e-7, equal_nan=True) for t in theirs.flatten()[[0, -1]]]
+            assert (either[0] | either[1]).all(), f"at {value}: {mine[0, 0]}, torch's {theirs[0, 0]}"
+
+
+@pytest.mark.parametrize("layout", [contiguous, channels_last, unaligned])
+@pytest.mark.parametrize("types", [FLOAT, BFLOAT, DOUBLE], ids=str)
+@with_and_without_residual
+def test_gradient_is_that_of_the_output(layout, types: Types, residual: bool, device: str) -> None:
+    """Where relu let nothing through, no gradient comes back; elsewhere all of it: z is the same number both ways."""
+    mode = MODES[2]
+    a = Problem((9, 37, 15, 14), layout, types, mode, residual=residual, activation="relu").arguments(device)
+    a.dy, a.weight = torch.ones_like(a.dy), a.weight.abs() + 0.5
+    r = run_ours(a, backward=True)
+    passed = r.output > 0
+    assert torch.equal(r.dx != 0, passed)
+    if residual:
+        assert torch.equal(r.dresidual, passed.to(a.dy.dtype))
+
+
+@pytest.mark.parametrize("activation", STRAIGHT)
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+@pytest.mark.parametrize("shape", [(2, 16, 33, 32), (3, 65, 7, 7), (5, 3)], ids=str)
+def test_mask(activation: str, layout, shape, device: str) -> None:
+    """A bit an element in the order of memory, and none beyond them."""
+    a = Problem(shape, layout, DOUBLE, residual=True, activation=activation).arguments(device)
+    output, _, _, mask = OPS.batch_norm_forward(
+        a.input, a.weight, a.bias, None, None, None, True, 0.1, a.eps, a.residual, activation, None, True
+    )
+    assert mask.numel() == (a.input.numel() + 31) // 32 * 4
+    bits = (mask[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
+    stored = output if output.is_contiguous() else output.movedim(1, -1)
+    branch = {
+        "relu": lambda y: y <= 0,
+        "relu6": lambda y: (y <= 0) | (y >= 6),
+        "leaky_relu": lambda y: y > 0,
+        "hardsigmoid": lambda y: (y > 0) & (y < 1),
+    }
+    assert torch.equal(bits[: output.numel()], branch[activation](stored.flatten()))
+    assert not bits[output.numel() :].any()
+
+
+def test_large_values_that_overflow_a_sum(device: str) -> None:
+    a = Problem((64, 5, 8, 8), residual=True, activation="relu").arguments(device)
+    a.dy = a.dy * 1e37
+    ours, torchs = run_ours(a, backward=True), run_torch(replace(a, dy=a.dy), backward=True)
+    torch.testing.assert_close(ours.dresidual, torchs.dresidual)
+    assert torch.isfinite(ours.dbias).all() == torch.isfinite(torchs.dbias).all()
+
+
+# ---------------------------------------------------------------------------------------------- what is kept
+
+
+class Kept:
+    """Bytes of the tensors that autograd keeps, but for those given."""
+
+    def __init__(self, *known: Tensor | None) -> None:
+        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
+        self.bytes: dict[int, int] = {}
+
+    def pack(self, t: Tensor) -> Tensor:
+        if t.untyped_storage().data_ptr() not in self.known:
+            self.bytes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    def __enter__(self) -> Kept:
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.hooks.__exit__(*error)
+
+
+@every_activation
+@with_and_without_residual
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_of_the_input_s_size_is_kept(activation: str, residual: bool, training: bool, device: str) -> None:
+    a = Problem((8, 16, 32, 32), residual=residual, activation=activation).arguments(device)
+    leaves = [t.requires_grad_() for t in (a.input, a.weight, a.bias, a.residual) if t is not None]
+    with Kept(*leaves) as kept:
+        output = batch_norm(
+            a.input,
+            a.running_mean,
+            a.running_var,
+            a.weight,
+            a.bias,
+            training,
+            residual=a.residual,
+            activation=activation,
+        )
+    mask = output.numel() // 8 if residual and activation in STRAIGHT else 0
+    assert sum(kept.bytes.values()) == mask + 2 * 8 * 16, "mask and statistics are all that may be kept"
+
+
+def test_residual_is_kept_only_where_z_is_needed(device: str) -> None:
+    for activation in NAMES:
+        a = Problem((4, 8, 6, 6), residual=True, activation=activation).arguments(device)
+        input, residual = a.input.requires_grad_(), a.residual.requires_grad_() * 1
+        output = batch_norm(input, None, None, training=True, residual=residual, activation=activation)
+        with torch.no_grad():
+            residual.mul_(2)
+        if activation == "identity" or activation in STRAIGHT:
+            output.sum().backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                output.sum().backward()
+
+
+# ---------------------------------------------------------------------------------------------- derivatives
+
+
+@every_activation
+@with_and_without_residual
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("layout", [contiguous, channels_last, transposed])
+def test_first_and_second_derivatives(activation: str, residual: bool, training: bool, layout, device: str) -> None:
+    problem = Problem(
+        (3, 2, 2, 3), layout, DOUBLE, MODES[0 if training else 2], residual=residual, activation=activation
+    )
+    a = problem.arguments(device)
+    leaves = [t.detach().requires_grad_() for t in (a.input, a.weight, a.bias, a.residual) if t is not None]
+
+    def call(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
+        running = [t.clone() for t in (a.running_mean, a.running_var)]
+        rest = a.training, a.momentum, 0.1, residual, activation
+        return batch_norm(input, *running, weight, bias, *rest)
+
+    assert torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(call, leaves)
+    output = call(*leaves)
+    plain = torch.autograd.grad(output, leaves, a.dy, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(output, leaves, a.dy, create_graph=True), plain)
+
+
+# ---------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
+@pytest.mark.parametrize("change", [lambda r: r[:, :, :1], lambda r: r[0], lambda r: r.double()], ids=["1", "2", "3"])
+def test_residual_that_torch_would_broadcast_or_promote(activation, change, device: str) -> None:
+    a = Problem((3, 4, 5, 6), residual=True).arguments(device)
+    residual = change(a.residual).requires_grad_()
+    input = a.input.requires_grad_()
+    mine = batch_norm(input, None, None, a.weight, a.bias, True, residual=residual, activation=activation)
+    normalized = torch.nn.functional.batch_norm(input, None, None, a.weight, a.bias, True)
+    theirs = bn_ext.activation.apply(normalized + residual, activation, None)
+    torch.testing.assert_close(mine, theirs)
+    dy = torch.randn_like(theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y, (input, residual), dy) for y in (mine, theirs)))
+
+
+def test_residual_that_is_the_input(device: str) -> None:
+    a = Problem((4, 5, 6, 6), types=DOUBLE, activation="relu").arguments(device)
+    x = a.input.requires_grad_()
+    mine = batch_norm(x, None, None, a.weight, a.bias, True, residual=x, activation="relu")
+    theirs = torch.relu(torch.nn.functional.batch_norm(x, None, None, a.weight, a.bias, True) + x)
+    torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, a.dy) for y in (mine, theirs)))
+
+
+def test_mistakes(device: str) -> None:
+    x = torch.randn(2, 3, 4, 4, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    with pytest.raises(ValueError, match=r"activation should be None or one of identity, relu, .*tanh, got mish"):
+        batch_norm(x, mean, var, training=True, activation="mish")
+    with pytest.raises(ValueError, match=r"activation_param is for leaky_relu and elu, got 0.1 with activation relu"):
+        batch_norm(x, mean, var, training=True, activation="relu", activation_param=0.1)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        batch_norm(x, mean, var, training=False, residual=x[:, :, :3])
+    for options, message in ((("swish", None), "got 'swish'"), (("gelu", 1.0), "got 1.0 with activation='gelu'")):
+        with pytest.raises(ValueError, match=message):
+            bn_ext.BatchNorm2d(3, activation=options[0], activation_param=options[1])
+    assert torch.equal(mean, torch.zeros_like(mean)), "a rejected call changes nothing"
+
+
+def test_names_and_parameters() -> None:
+    assert tuple(bn_ext.reference.ACTIVATIONS) == NAMES
+    assert {name for name, param in DEFAULTS.items() if param is not None} == {"leaky_relu", "elu"}
+
+
+def test_module(device: str) -> None:
+    module = bn_ext.BatchNorm2d(3, device=device, activation="leaky_relu", activation_param=0.2)
+    assert repr(module).endswith("activation=leaky_relu, activation_param=0.2)")
+    x, r = torch.randn(2, 2, 3, 4, 4, device=device)
+    expected = torch.nn.functional.leaky_relu(torch.nn.BatchNorm2d(3, device=device)(x) + r, 0.2)
+    torch.testing.assert_close(module(x, r), expected)
+    scripted = torch.jit.script(module.eval())
+    assert torch.equal(scripted(x, r), module(x, r))
+    assert torch.equal(scripted(x), module(x))
