@@ -2,7 +2,8 @@
 
 from bn_ext import functional
 from bn_ext.convert import convert, revert
+from bn_ext.fuse import fuse
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "functional", "revert"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert", "functional", "fuse", "revert"]
 __version__ = "0.1.0"
