@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from networks import NETWORKS, assert_same_training
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 import bn_ext
 
@@ -79,11 +83,89 @@ def test_left_alone(make: type) -> None:
         assert type(change(nn.Sequential(module))[0]) is make
 
 
-def test_lazy_modules_are_left_alone() -> None:
-    model = bn_ext.convert(nn.Sequential(nn.LazyBatchNorm2d()))
-    assert type(model[0]) is nn.LazyBatchNorm2d
-    model(torch.randn(2, 3, 4, 4))
-    assert type(bn_ext.convert(model)[0]) is bn_ext.BatchNorm2d
+@pytest.mark.parametrize(("theirs", "mine"), PAIRS)
+def test_lazy_modules(theirs: type, mine: type) -> None:
+    """They become ours with their first input, or torch's again if reverted before."""
+    lazy = getattr(nn, f"Lazy{theirs.__name__}")
+    input = torch.randn(4, 3, *[2] * (int(theirs.__name__[-2]) - (theirs is nn.BatchNorm1d)))
+    models = [bn_ext.convert(nn.Sequential(lazy())) for _ in range(2)]
+    bn_ext.revert(models[1])
+    assert type(models[1][0]) is lazy
+    for model, kind in zip(models, (mine, theirs), strict=True):
+        assert isinstance(model[0], lazy)
+        model(input)
+        assert type(model[0]) is kind
+    torch.testing.assert_close(*[model.state_dict() for model in models])
+    assert vars(models[0][0]).keys() == vars(models[1][0]).keys()
+
+
+class Softplus(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.softplus(x)
+
+    def right_inverse(self, y: Tensor) -> Tensor:
+        return y.expm1().log()
+
+
+def parametrized() -> nn.Module:
+    """A batch norm between others, its weight parametrized."""
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    parametrize.register_parametrization(model[1], "weight", Softplus())
+    return model
+
+
+def test_parametrizations_are_kept() -> None:
+    original = parametrized()
+    converted = copy.deepcopy(original)
+    theirs = type(original[1])
+    bn_ext.convert(converted)
+    assert type(original[1]) is theirs
+    assert not isinstance(original[1], bn_ext.BatchNorm2d), "a copy of the same class, not in the model"
+    assert isinstance(converted[1], bn_ext.BatchNorm2d)
+    assert parametrize.type_before_parametrizations(converted[1]) is bn_ext.BatchNorm2d
+    assert list(converted.state_dict()) == list(original.state_dict())
+    assert_same_training(converted, original, [torch.randn(4, 3, 5, 5) for _ in range(3)], tolerance=1e-5)
+    weight = converted[1].weight
+    parametrize.register_parametrization(converted[1], "bias", Softplus(), unsafe=True)  # one more afterwards
+    for name in ("weight", "bias"):
+        parametrize.remove_parametrizations(converted[1], name)
+    assert type(converted[1]) is bn_ext.BatchNorm2d
+    assert torch.equal(converted[1].weight, weight)
+    assert type(bn_ext.revert(converted)[1]) is nn.BatchNorm2d
+
+
+def test_parametrizations_are_reverted() -> None:
+    model = bn_ext.convert(parametrized())
+    bn_ext.revert(model)
+    assert not any(isinstance(module, bn_ext.BatchNorm2d) for module in model.modules())
+    weight = model[1].weight
+    parametrize.remove_parametrizations(model[1], "weight")
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(model[1].weight, weight)
+
+
+def test_parametrized_subclasses_are_left_alone() -> None:
+    module = Own(3)
+    parametrize.register_parametrization(module, "weight", Softplus())
+    kind = type(module)
+    assert type(bn_ext.convert(module)) is kind
+
+
+@pytest.mark.parametrize("kind", PAIRS, ids=lambda pair: pair[0].__name__)
+def test_an_activation_is_not_dropped(kind: tuple[type, type]) -> None:
+    """torch's module has none; nothing is reverted then, the module before it neither."""
+    _, mine = kind
+    model = nn.ModuleDict({"before": mine(3), "block": nn.Sequential(mine(3, activation="relu"))})
+    with pytest.raises(ValueError, match=r"revert: block\.0 has activation='relu'"):
+        bn_ext.revert(model)
+    assert type(model["before"]) is mine
+    with pytest.raises(ValueError, match="the model has activation='silu'"):
+        bn_ext.revert(mine(3, activation="silu"))
+    activated = mine(3, activation="relu")
+    parametrize.register_parametrization(activated, "weight", Softplus())
+    with pytest.raises(ValueError, match="relu"):
+        bn_ext.revert(activated)
+    assert type(bn_ext.revert(mine(3, activation="identity"))) is not mine
 
 
 def test_subclasses_of_ours_are_not_reverted() -> None:
@@ -119,3 +201,76 @@ def test_instance_forward_is_kept(device: str) -> None:
     module = nn.BatchNorm2d(3)
     module.forward = lambda input: input * 0 + 7
     assert bn_ext.convert(module)(torch.randn(2, 3, 4, 4)).eq(7).all()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_train_alike(name: str, device: str) -> None:
+    network = NETWORKS[name]
+    original = network.make().to(device).double()
+    converted = bn_ext.convert(copy.deepcopy(original))
+    inputs = [network.input(dtype=torch.float64, device=device) for _ in range(4)]
+    assert_same_training(converted, original, inputs)
+    reverted = bn_ext.revert(copy.deepcopy(converted))
+    assert [type(m) for m in reverted.modules()] == [type(m) for m in original.modules()]
+    assert sum(isinstance(m, tuple(ours for _, ours in PAIRS)) for m in converted.modules()) == sum(
+        isinstance(m, tuple(theirs for theirs, _ in PAIRS)) for m in original.modules()
+    )
+
+
+def test_hooks_of_every_kind_are_kept() -> None:
+    module, seen = nn.BatchNorm2d(3), []
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda *_, **__: seen.append(name)
+
+    module.register_forward_pre_hook(note("forward pre"))
+    module.register_forward_hook(note("forward"), with_kwargs=True)
+    module.register_full_backward_pre_hook(note("backward pre"))
+    module.register_full_backward_hook(note("backward"))
+    module.register_state_dict_post_hook(note("state dict"))
+    module.register_load_state_dict_pre_hook(note("load pre"))
+    module.register_load_state_dict_post_hook(note("load"))
+    removed = module.register_forward_hook(note("removed"))
+    bn_ext.convert(module)
+    removed.remove()
+    module(torch.randn(2, 3, 4, 4, requires_grad=True)).sum().backward()
+    module.load_state_dict(module.state_dict())
+    assert seen == ["forward pre", "forward", "backward pre", "backward", "state dict", "load pre", "load"]
+
+
+def test_hooks_that_make_the_weight_are_kept() -> None:
+    """torch.nn.utils.prune keeps a mask beside the weight and multiplies the two in a pre-hook."""
+    module = nn.BatchNorm2d(4)
+    prune.l1_unstructured(module, "weight", amount=2)
+    bn_ext.convert(module)
+    silent = module(torch.randn(2, 4, 3, 3)).eq(0).all(-1).all(-1).all(0)
+    assert torch.equal(silent, module.weight_mask == 0)
+    assert silent.sum() == 2
+
+
+def test_copied_and_pickled_after_conversion() -> None:
+    model = bn_ext.convert(network())
+    for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(m) for m in same.modules()] == [type(m) for m in model.modules()]
+        assert same[1] is same[3], "shared"
+        input = torch.randn(2, 3, 5, 5)
+        assert torch.equal(same.train()(input), copy.deepcopy(model).train()(input))
+
+
+def test_devices_dtypes_and_training_flags_are_kept() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(3, device="meta"), nn.BatchNorm2d(3).half().eval(), nn.BatchNorm2d(3, dtype=torch.bfloat16)
+    )
+    before = [(t.device, t.dtype, t.requires_grad) for t in (*model.parameters(), *model.buffers())]
+    bn_ext.convert(model)
+    assert [(t.device, t.dtype, t.requires_grad) for t in (*model.parameters(), *model.buffers())] == before
+    assert [m.training for m in model] == [True, False, True]
+    assert model[0](torch.randn(2, 3, 4, 4, device="meta")).is_meta
+
+
+def test_inside_wrappers() -> None:
+    wrapped = nn.DataParallel(network())
+    norm = wrapped.module[1]
+    assert type(bn_ext.convert(wrapped)) is nn.DataParallel
+    assert wrapped.module[1] is norm
+    assert type(norm) is bn_ext.BatchNorm2d
