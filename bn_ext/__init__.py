@@ -1,10 +1,22 @@
 """Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``."""
 
 from bn_ext import activation, functional
+from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.convert import convert, revert
 from bn_ext.fold import fold
 from bn_ext.fuse import fuse
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "activation", "convert", "fold", "functional", "fuse", "revert"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "activation",
+    "checkpoint_contexts",
+    "convert",
+    "fold",
+    "functional",
+    "fuse",
+    "revert",
+]
 __version__ = "0.1.0"

@@ -1,17 +1,23 @@
-"""Around a training step: autocast, activation checkpointing, DistributedDataParallel."""
+"""Around a training step: autocast, activation checkpointing, averaged weights."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from modules import assert_agree, pair
+from modules import PREPARATIONS, assert_agree, pair
+from networks import NETWORKS, assert_same_training
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
@@ -94,6 +100,93 @@ def test_checkpoint(reentrant: bool, momentum: float | None, device: str) -> Non
     state, their_state = model.state_dict(), theirs.state_dict()
     for name, value in state.items():
         torch.testing.assert_close(value, their_state[name], msg=lambda m, name=name: f"{name}: {m}")
+
+
+class Block(nn.Module):
+    """A residual and an activation, the function with statistics of its own, and a checkpoint within."""
+
+    def __init__(self, momentum: float | None, within: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), bn_ext.BatchNorm2d(4, momentum=momentum, activation="relu")
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), bn_ext.BatchNorm2d(4, momentum=momentum))
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+        self.within = within
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.within(self.inner, self.norm(self.conv(x), x))
+        return bn_ext.functional.batch_norm(x, self.mean, self.var, training=self.training)
+
+
+def _plainly(module: nn.Module, x: Tensor) -> Tensor:
+    return module(x)
+
+
+counting_once = functools.partial(checkpoint, use_reentrant=False, context_fn=bn_ext.checkpoint_contexts)
+counting_twice = functools.partial(checkpoint, use_reentrant=False)
+
+
+def _gradients_and_state(call: Callable, momentum: float | None, device: str, training: bool = True):
+    """Of a step by a Block that goes by ``call``, and so does what is within."""
+    torch.manual_seed(0)
+    block = Block(momentum, call).to(device).train(training)
+    input = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
+    output = call(block, input)
+    gradients = torch.autograd.grad(output, (input, *block.parameters()), torch.randn_like(output))
+    return gradients, block.state_dict()
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("hooks", [nullcontext, torch.autograd.graph.save_on_cpu])
+def test_checkpoint_that_counts_once(momentum: float | None, hooks: Callable, device: str) -> None:
+    """Gradients, statistics and counters are bit by bit those without checkpoints."""
+    expected, state = _gradients_and_state(_plainly, momentum, device)
+    with hooks():
+        gradients, once = _gradients_and_state(counting_once, momentum, device)
+    assert all(map(torch.equal, gradients, expected))
+    assert all(torch.equal(once[name], value) for name, value in state.items())
+    _, twice = _gradients_and_state(counting_twice, momentum, device)
+    assert twice["norm.num_batches_tracked"] == 2
+
+
+def test_checkpoint_in_evaluation(device: str) -> None:
+    expected, state = _gradients_and_state(_plainly, 0.1, device, training=False)
+    gradients, after = _gradients_and_state(counting_once, 0.1, device, training=False)
+    assert all(map(torch.equal, gradients, expected))
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_checkpointed_network(name: str, prepare: Callable, device: str) -> None:
+    network = NETWORKS[name]
+    checkpointed = prepare(network.make().to(device, torch.float64))
+    plain = copy.deepcopy(checkpointed)
+    forward = checkpointed.forward
+    checkpointed.forward = lambda x: counting_once(forward, x)
+    inputs = [network.input(device=device, dtype=torch.float64) for _ in range(2)]
+    assert_same_training(checkpointed, plain, inputs, tolerance=0)
+
+
+# ---------------------------------------------------------------------------------------------- averaged weights
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "unet3d"])
+def test_averaged_model(name: str, prepare: Callable, device: str) -> None:
+    """Averaging keeps the modules ours; update_bn, which sets momentum=None meanwhile, gives torch's statistics."""
+    network = NETWORKS[name]
+    theirs = network.make().to(device, torch.float64)
+    mine = prepare(copy.deepcopy(theirs))
+    loader = [network.input(n, device=device, dtype=torch.float64) for n in (4, 3, 2)]
+    averages = [AveragedModel(model) for model in (mine, theirs)]
+    for average in averages:
+        average.update_parameters(average.module)
+        update_bn(loader, average)
+    assert any(isinstance(m, bn_ext.BatchNorm2d | bn_ext.BatchNorm3d) for m in averages[0].modules())
+    assert {m.momentum for m in averages[0].modules() if isinstance(m, _BatchNorm)} == {0.1}
+    torch.testing.assert_close(averages[0].state_dict(), averages[1].state_dict(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(averages[0].eval()(loader[0]), averages[1].eval()(loader[0]), rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------- DDP

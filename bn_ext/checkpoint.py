@@ -1,0 +1,36 @@
+"""Activation checkpointing under which every batch counts once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch.compiler import is_compiling
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from bn_ext.functional import operator
+
+_WRITTEN = [a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments]
+
+
+class _OnCopies(TorchFunctionMode):
+    """What the operator would write to, the running statistics and the counter, it gets as copies."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is operator:  # copies, not None: a cumulative average needs its counter
+            args = [a.clone() if written and a is not None else a for a, written in zip(args, _WRITTEN)]
+        return func(*args, **(kwargs or {}))
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """A ``context_fn`` for :func:`torch.utils.checkpoint.checkpoint`: the second forward, in the backward, leaves the
+    running statistics and batch counters of our modules alone.
+
+    Example::
+
+        y = checkpoint(block, x, use_reentrant=False, context_fn=bn_ext.checkpoint_contexts)
+    """
+    if is_compiling():  # a compiled step writes once anyway, and takes no contexts but these
+        return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
+    return nullcontext(), _OnCopies()
