@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from modules import PREPARATIONS, assert_agree, pair
 from networks import NETWORKS, assert_same_training
 from torch import Tensor, nn
@@ -187,60 +183,3 @@ def test_averaged_model(name: str, prepare: Callable, device: str) -> None:
     assert {m.momentum for m in averages[0].modules() if isinstance(m, _BatchNorm)} == {0.1}
     torch.testing.assert_close(averages[0].state_dict(), averages[1].state_dict(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(averages[0].eval()(loader[0]), averages[1].eval()(loader[0]), rtol=1e-9, atol=1e-9)
-
-
-# ---------------------------------------------------------------------------------------------- DDP
-
-RANKS = 2
-
-
-def _inputs(rank: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(rank)
-    return [torch.randn(3 + rank, 3, 7, 7, generator=generator) for _ in range(2)]
-
-
-def _gradients(model: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    """Of one loss over two forwards."""
-    sum(model(x).square().mul(torch.arange(25)).mean() for x in inputs).backward()
-    return [p.grad for p in model.parameters()]
-
-
-def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    model = torch.load(f"{folder}/model.pt", weights_only=False)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    for _ in range(2):
-        wrapped.zero_grad()
-        gradients = _gradients(wrapped, _inputs(rank))
-    torch.save((gradients, model.state_dict()), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_forwards_under_ddp(tmp_path: Path) -> None:
-    """DDP writes rank 0's buffers over everyone's before each forward; the backward of both must not mind."""
-    model = bn_ext.convert(network())
-    torch.save(model, tmp_path / "model.pt")
-    workers = torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=RANKS, join=False)
-    deadline = time.monotonic() + 120
-    try:
-        while not workers.join(timeout=1):  # True once all have ended
-            assert time.monotonic() < deadline, "the workers hang"
-    finally:
-        for process in workers.processes:
-            process.kill()
-    ranks = [torch.load(tmp_path / f"rank{r}.pt") for r in range(RANKS)]
-    torch.set_num_threads(1)  # as the workers: the convolution's bits depend on it
-    alone = []
-    for rank in range(RANKS):
-        twin = copy.deepcopy(model)
-        for _ in range(2):
-            twin.zero_grad()
-            gradients = _gradients(twin, _inputs(rank))
-        alone.append((gradients, twin.state_dict()))
-    mean = [sum(gs) / RANKS for gs in zip(*(gradients for gradients, _ in alone), strict=True)]
-    for gradients, _ in ranks:
-        torch.testing.assert_close(gradients, mean)
-    assert all(map(torch.equal, ranks[0][1].values(), alone[0][1].values())), "rank 0's statistics are its own"
-    assert ranks[1][1]["1.num_batches_tracked"].item() == 4
