@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from modules import SHAPES, assert_same_state, constructible
+from modules import PREPARATIONS, SHAPES, assert_same_state, constructible
+from networks import NETWORKS, BasicBlock, Network, assert_same_training
 from problems import same_format
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import bn_ext
+from bn_ext import activation as activations
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +50,13 @@ def step(model: nn.Module, input: Tensor, dy: Tensor) -> list[Tensor]:
     y = model(x)
     y.backward(dy)
     return [y.detach(), x.grad, *(p.grad.clone() for p in model.parameters())]
+
+
+def compiled(module: nn.Module, backend: str = "aot_eager", **options) -> nn.Module:
+    """A compiled copy of ``module``, of the same names."""
+    module = copy.deepcopy(module)
+    module.compile(backend=backend, fullgraph=True, **options)
+    return module
 
 
 def assert_steps_equal(eager: nn.Module, compiled: nn.Module, inputs: list[Tensor]) -> None:
@@ -162,3 +173,89 @@ def test_whole_step_with_optimizer(device: str) -> None:
             optimizer.step()
         states.append(model.state_dict())
     torch.testing.assert_close(*states)
+
+
+# ---------------------------------------------------------------------------------------------- residual, activation
+
+
+@pytest.mark.parametrize("activation", activations.NAMES)
+def test_residual_and_activation(activation: str, device: str) -> None:
+    param = 0.3 if activation in activations.PARAMS else None
+    eager = bn_ext.BatchNorm2d(4, activation=activation, activation_param=param, device=device)
+    module = compiled(eager)
+    for shape in [(5, 4, 6, 6), (3, 4, 6, 6)]:
+        tensors = torch.randn(3, *shape, device=device)
+        results = []
+        for one in (module, eager):
+            x, residual = tensors[:2].clone().requires_grad_()
+            output = one(x, residual)
+            results.append([output, *torch.autograd.grad(output, (x, residual, *one.parameters()), tensors[2])])
+        assert all(map(torch.equal, *results))
+    assert_same_state(module, eager)
+
+
+# ---------------------------------------------------------------------------------------------- whole networks
+
+
+class Whole(nn.Module):
+    """A model whose ``compile`` makes one graph of it; an nn.Sequential's compiles what it holds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x)
+
+
+def assert_trains_as_eager(network: Network, prepare: Callable, backend: str, device: str) -> None:
+    """One graph, compiled once for all batch sizes, trains as the eager model of torch's modules does."""
+    require(backend, device)
+    theirs = Whole(network.make()).to(device, torch.float64)
+    mine = compiled(prepare(copy.deepcopy(theirs)), backend, dynamic=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        # First a batch of no other size: of the same as the channels, it would be taken for the same number.
+        inputs = [network.input(batch, device=device, dtype=torch.float64) for batch in (5, 3, 6)]
+        assert_same_training(mine, theirs, inputs)
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_network(name: str, prepare: Callable, device: str) -> None:
+    assert_trains_as_eager(NETWORKS[name], prepare, "aot_eager", device)
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+def test_block_by_inductor(prepare: Callable, device: str) -> None:
+    assert_trains_as_eager(Network(lambda: BasicBlock(4, 4, 1), (4, 8, 8)), prepare, "inductor", device)
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+def test_network_in_evaluation(prepare: Callable, device: str) -> None:
+    network = NETWORKS["preact_resnet"]
+    theirs = Whole(network.make()).to(device, torch.float64)
+    theirs(network.input(device=device, dtype=torch.float64))
+    mine = compiled(prepare(copy.deepcopy(theirs)).eval(), dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for batch in (5, 3, 6):
+            input = network.input(batch, device=device, dtype=torch.float64)
+            torch.testing.assert_close(mine(input), theirs.eval()(input), rtol=1e-9, atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------------------- checkpointing
+
+
+@pytest.mark.parametrize("around", ["the step", "the block"])
+def test_checkpoint(around: str, device: str) -> None:
+    """What is compiled may hold the checkpoint or lie in it: results and state are those without."""
+    plain = Whole(bn_ext.convert(BasicBlock(4, 4, 1))).to(device)
+    mine = compiled(plain) if around == "the block" else copy.deepcopy(plain)
+    call = functools.partial(checkpoint, mine, use_reentrant=False, context_fn=bn_ext.checkpoint_contexts)
+    if around == "the step":
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    input, dy = torch.randn(2, 5, 4, 6, 6, device=device)
+    output, expected = call(input.clone()), plain(input.clone())
+    assert torch.equal(output, expected)
+    output.backward(dy), expected.backward(dy)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(mine.parameters(), plain.parameters()))
+    assert_same_state(mine, plain)
