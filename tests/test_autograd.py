@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
-from modules import pair
+from modules import PREPARATIONS, pair
+from networks import NETWORKS
 from problems import DOUBLE, MODES, Problem, channels_last, contiguous, transposed
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
 import bn_ext
+from bn_ext import activation as activations
 
 SHAPES = [(5, 3), (3, 2, 4), (3, 2, 2, 3), (2, 2, 2, 1, 3)]
 
@@ -92,6 +97,42 @@ def test_transforms(transform: str, training: bool, track: bool, device: str) ->
     for module in (mine.train(training), theirs.train(training)):
         params = {k: v.detach() for k, v in module.named_parameters()}
         results.append(TRANSFORMS[transform](_loss(module, dict(module.named_buffers())), params, input))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "gradients of every sample"])
+@pytest.mark.parametrize("activation", activations.NAMES)
+@pytest.mark.parametrize("training", [True, False])
+def test_transforms_of_residual_and_activation(activation: str, transform: str, training: bool, device: str) -> None:
+    options = {"device": device, "dtype": torch.float64, "track_running_stats": not training}
+    mine, theirs = bn_ext.BatchNorm1d(2, activation=activation, **options), nn.BatchNorm1d(2, **options)
+
+    def fused(params: dict, input: Tensor) -> Tensor:
+        return functional_call(mine.train(training), params, (input, 2 * input)).square().sum()
+
+    def apart(params: dict, input: Tensor) -> Tensor:
+        y = functional_call(theirs.train(training), params, (input,)) + 2 * input
+        return activations.apply(y, activation, None).square().sum()
+
+    params = {k: v.detach() for k, v in theirs.named_parameters()}
+    input = torch.randn(3, 2, 2, device=device, dtype=torch.float64)
+    results = [TRANSFORMS[transform](f, params, input) for f in (fused, apart)]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+@pytest.mark.parametrize("name", ["preact_resnet", "mobilenet_v2", "densenet"])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "gradients of every sample"])
+def test_network_under_transforms(name: str, transform: str, prepare: Callable, device: str) -> None:
+    """vmap in evaluation, as torch itself cannot update running statistics under it."""
+    network = NETWORKS[name]
+    theirs = network.make().to(device, torch.float64).train(transform != "gradients of every sample")
+    mine = prepare(copy.deepcopy(theirs))
+    input = network.input(2, device=device, dtype=torch.float64)
+    results = []
+    for model in (mine, theirs):
+        params = {k: v.detach() for k, v in model.named_parameters()}
+        results.append(TRANSFORMS[transform](_loss(model, dict(model.named_buffers())), params, input))
     torch.testing.assert_close(*results)
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
-from modules import CHANNELS, NAMES, SHAPES, assert_same_state, ours
+from modules import CHANNELS, NAMES, PREPARATIONS, SHAPES, assert_same_state, ours
+from networks import NETWORKS, assert_same_training
 from torch import nn
 
 import bn_ext
+from bn_ext import activation as activations
 
 OPTIONS = [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False, "momentum": None}]
 
@@ -82,6 +85,35 @@ def test_traced_network(training: bool, device: str) -> None:
     assert_same_state(traced, model)
 
 
+@pytest.mark.parametrize("activation", activations.NAMES)
+@pytest.mark.parametrize("training", [True, False])
+def test_traced_residual_and_activation(activation: str, training: bool, device: str) -> None:
+    module = bn_ext.BatchNorm2d(4, activation=activation, device=device).train(training)
+    tensors = torch.randn(4, 2, 4, 6, 6, device=device)
+    traced = torch.jit.trace(copy.deepcopy(module), (tensors[0], tensors[1]), check_trace=False)
+    module(tensors[0], tensors[1])
+    results = []
+    for one in (traced, module):
+        x, residual = tensors[2:].clone().requires_grad_()
+        output = one(x, residual)
+        results.append([output, *torch.autograd.grad(output.square().sum(), (x, residual, *one.parameters()))])
+    torch.testing.assert_close(*results)
+    assert_same_state(traced, module)
+
+
+@pytest.mark.parametrize("prepare", PREPARATIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("training", [True, False])
+def test_traced_whole_network(name: str, training: bool, prepare: Callable, device: str) -> None:
+    network = NETWORKS[name]
+    theirs = network.make().to(device, torch.float64).train(training)
+    mine = prepare(copy.deepcopy(theirs))
+    first, second = (network.input(batch, device=device, dtype=torch.float64) for batch in (4, 3))
+    traced = torch.jit.trace(mine, (first,), check_trace=False)
+    theirs(first)
+    assert_same_training(traced, theirs, [second])
+
+
 # ---------------------------------------------------------------------------------------------- torch.fx
 
 
@@ -92,6 +124,21 @@ def test_symbolic_trace(device: str) -> None:
     by_torch = torch.fx.symbolic_trace(bn_ext.revert(copy.deepcopy(model)))
     assert [(n.op, n.target) for n in traced.graph.nodes] == [(n.op, n.target) for n in by_torch.graph.nodes]
     assert type(traced.get_submodule("1.0")) is bn_ext.BatchNorm2d
+    assert_same_steps(traced, model, (2, 3, 6, 6), device)
+
+
+def test_symbolic_trace_of_a_residual(device: str) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), bn_ext.BatchNorm2d(3, activation="relu")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(self.conv(x), residual=x)
+
+    model = Block().to(device)
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["conv", "norm"]
     assert_same_steps(traced, model, (2, 3, 6, 6), device)
 
 
