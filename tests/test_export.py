@@ -119,7 +119,7 @@ def by_onnxruntime(model: nn.Module, input: Tensor, dynamo: bool) -> Callable[[T
     if dynamo:
         torch.onnx.export(model, (input,), dynamo=True, dynamic_shapes=({0: Dim.DYNAMIC},), verbose=False).save(file)
     else:
-        names = {"input_names": ["input"], "dynamic_axes": {"input": {0: "batch"}}}
+        names = {"input_names": ["input"], "output_names": ["output"], "dynamic_axes": {"input": {0: "batch"}}}
         torch.onnx.export(model, (input,), file, dynamo=False, **names)
     assert {node.domain for node in onnx.load_from_string(file.getvalue()).graph.node} == {""}, "of the standard"
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
