@@ -341,13 +341,14 @@ class _Fuser:
         attributes = {} if module is None else vars(module)
         given = {n: attributes[n] for n in names if n in attributes} or _arguments(node, *names)
         param = given.get(option or "")
-        fits = isinstance(param, (int, float)) if name in activations.PARAMS else param == "none"
+        has_param = activations.DEFAULTS[name] is not None
+        fits = isinstance(param, (int, float)) if has_param else param == "none"
         if not given.keys() <= set(names) or not isinstance(given.get("inplace", False), bool):
             raise _ObstacleError(f"{name} has other options")
         if not (param is None or fits):
             raise _ObstacleError(f"{name} has {option}={param}")
         extras = {"activation": name}
-        if name in activations.PARAMS and param is not None:
+        if has_param and param is not None:
             extras["activation_param"] = param
         if (its_module := self.module(batch_norm)) is not None:
             vars(its_module).update(extras)

@@ -16,6 +16,8 @@ from bn_ext.functional import exporting, finished, operator
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
+    __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, "activation", "activation_param"]  # noqa: RUF012
+
     # Of a module that has none, it is no attribute of its own.
     activation = cast("str | None", None)
     activation_param = cast("float | None", None)

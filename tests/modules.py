@@ -15,7 +15,7 @@ NAMES = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 CHANNELS = 6
 
 # The ways in which whole networks become ours.
-PREPARATIONS = [bn_ext.convert]
+PREPARATIONS = [bn_ext.convert, lambda model: bn_ext.fuse(bn_ext.convert(model))]
 SHAPES = {
     "BatchNorm1d": [(17, CHANNELS), (5, CHANNELS, 7)],
     "BatchNorm2d": [(3, CHANNELS, 5, 7)],

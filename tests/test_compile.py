@@ -180,7 +180,7 @@ def test_whole_step_with_optimizer(device: str) -> None:
 
 @pytest.mark.parametrize("activation", activations.NAMES)
 def test_residual_and_activation(activation: str, device: str) -> None:
-    param = 0.3 if activation in activations.PARAMS else None
+    param = 0.3 if activations.DEFAULTS[activation] is not None else None
     eager = bn_ext.BatchNorm2d(4, activation=activation, activation_param=param, device=device)
     module = compiled(eager)
     for shape in [(5, 4, 6, 6), (3, 4, 6, 6)]:

@@ -85,21 +85,20 @@ void normalize_and_add(const Tile& tile,
   const auto functor = functor_of<Functor>(epilogue.activation);
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                         of_tile<T>(tile, forward.offset)};
-  Rows<T>{tile}.map(
-      coefficients,
-      [=](const Spot<T>& at, const Vec<T>(&k)[3]) {
-        Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
-        if constexpr (kAdds) {
-          z = z + at.read(residual);
-        }
-        if constexpr (kAdds && Gradient<T, Functor>::kActivated) {
-          if (mask != nullptr) {
-            at.write(mask, functor.branch(z));
-          }
-        }
-        at.write(y, functor.value(z));
-      },
-      {bypass_cache || mask != nullptr, bypass_cache, tile.ahead});
+  Rows<T>{tile}.map(coefficients,
+                    [=](const Spot<T>& at, const Vec<T>(&k)[3]) {
+                      Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
+                      if constexpr (kAdds) {
+                        z = z + at.read(residual);
+                      }
+                      if constexpr (kAdds && Gradient<T, Functor>::kActivated) {
+                        if (mask != nullptr) {
+                          at.write(mask, functor.branch(z));
+                        }
+                      }
+                      at.write(y, functor.value(z));
+                    },
+                    {bypass_cache || mask != nullptr, bypass_cache, tile.ahead});
 }
 
 template <template <class> class Rows, class T, class Functor>
