@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from bn_ext import modules
+from bn_ext._trace import altered
 from bn_ext.functional import finished
 
 # The layers that can take a batch norm in, and the rank of their output if its dimension 1, which a batch norm
@@ -85,7 +86,7 @@ class _Tracer(fx.Tracer):
     """Keeps every batch norm whole, and what has hooks: traced through, they would run once, on proxies."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or _altered(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _BatchNorm) or altered(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> fx.GraphModule:
@@ -103,12 +104,6 @@ def _trace(model: nn.Module) -> fx.GraphModule:
         if type(module) is nn.Module:  # a container made just now, in training mode
             module.training = False
     return traced
-
-
-def _altered(module: nn.Module) -> bool:
-    """Whether a call of ``module`` does other things than the forward of its class."""
-    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return any(hooks) or "forward" in vars(module)
 
 
 def _arguments(call: fx.Node) -> dict[str, Any]:
@@ -171,7 +166,7 @@ def _obstacles(
     if layer is None or type(layer) not in _RANK:
         yield f"{follows}, no plain convolution or linear layer"
     for module in norm, layer:
-        if _altered(module):
+        if altered(module):
             yield f"this {type(module).__name__} has hooks or a forward of its own"
     if norm.running_mean is None or norm.running_var is None:
         yield "it has no running statistics"
