@@ -51,7 +51,9 @@ FUNCTION = re.compile(
     r"\s*(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r"(\nptxas info\s*: Used (?P<registers>\d+) registers(.* (?P<shared>\d+) bytes smem)?)?"
 )
-KERNEL = re.compile(r"batch_norm_kernel<.*::(?P<direction>\w+)Pass<(.*::)?(?P<dtype>\w+)>, (?P<lanes>\d+)>")
+KERNEL = re.compile(
+    r"batch_norm_kernel<.*::(?P<direction>\w+)Pass<(.*?::)?(?P<dtype>\w+), .*::(?P<functor>\w+)>, (?P<lanes>\d+)>"
+)
 DTYPES = {"double": "float64", "float": "float32", "Half": "float16", "BFloat16": "bfloat16"}
 
 
@@ -60,7 +62,7 @@ def readable(name: str) -> str:
     if kernel is None:
         return re.sub(r"\(anonymous namespace\)::|\w+::|\(\)$", "", name)
     lanes = "one channel" if kernel["lanes"] == "1" else "per lane"
-    return f"{kernel['direction'].lower()} {DTYPES[kernel['dtype']]} {lanes}"
+    return f"{kernel['direction'].lower()} {kernel['functor'].lower()} {DTYPES[kernel['dtype']]} {lanes}"
 
 
 def usages(ptxas: str) -> dict[str, Usage]:

@@ -1,73 +1,150 @@
 #include "core/finish.h"
 #include "cuda/batch_norm.h"
+#include "cuda/functor.h"
 #include "cuda/kernel.h"
+
+#include <algorithm>
 
 namespace bn::cuda {
 namespace {
 
-template <class T_>
+// dz, the gradient of what was normalized, takes the place of dy as soon as it is read: summed as it is, held and
+// applied in the type of the tensors, in which the gradient of a residual is written.
+template <class T_, class Functor>
 class BackwardPass {
  public:
   using T = T_;
   using A = Acc<T>;
-  using Coefficients = Backward<A>;
+  using Reference = Forward<A>;
+  struct Coefficients {
+    Forward<A> forward;
+    Backward<A> backward;
+  };
   static constexpr const char* kName = "batch_norm_backward";
-  static constexpr int kTensors = 2;
-  static constexpr int kBatch = sizeof(T) == 2 ? 2 : 4;
+  static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;
+  static constexpr bool kRounds = kIsAny<Functor> && !std::is_same_v<T, A>;
+  static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read where any activation is known
+  static constexpr bool kRefersToChannels = true;
+  static constexpr int kHeld = 2;
+  static constexpr int kSumBatch = batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
+  static constexpr int kApplyBatch = kSumBatch;
 
-  explicit BackwardPass(const BackwardArgs& args) : args_(args), work_(work_of(args)) {}
+  BackwardPass(const BackwardArgs& args, const Functor& activation)
+      : args_(args), activation_(activation), work_(work_of(args)) {
+    mask_ = work_.summed.mask || work_.applied.mask ? args.epilogue.mask : nullptr;
+  }
 
   BN_DEVICE const T* summed(int j) const { return tensor(j, work_.summed); }
-  BN_DEVICE const T* applied(int j) const { return tensor(j, work_.applied); }
-  BN_DEVICE T* output() const { return static_cast<T*>(args_.dx); }
+  BN_DEVICE const T* applied(int j, bool held) const { return held ? nullptr : tensor(j, work_.applied); }
+  BN_DEVICE const uint8_t* summed_mask() const { return mask_; }
+  BN_DEVICE const uint8_t* applied_mask(bool held) const { return held ? nullptr : mask_; }
+  BN_DEVICE bool writes() const { return work_.besides.tensors > 0; }
 
   BN_DEVICE void begin(const TeamSums&) const {}
 
-  BN_DEVICE A reference(int64_t c, const Pack<T> (&)[kTensors][kBatch], const int (&)[kBatch], int) const {
-    return SplitMean<A>(args_.mean[c]).shift;
+  BN_DEVICE Reference reference(int64_t c) const { return repeat_forward<A>(args_, c); }
+
+  // Lanes that are not there have dz = 0.
+  template <class Batch, class CoefficientsOf>
+  BN_DEVICE void prepare(Batch& batch, int u, int lanes, const CoefficientsOf& of_lane) const {
+    if constexpr (!kPlain) {
+      with_known(activation_, [&](const auto& known) {
+        Pack<T> dz = {};
+#pragma unroll
+        for (int l = 0; l < Pack<T>::kLanes; ++l) {
+          const A exact = l < lanes ? gradient(known, batch, u, l, forward_of(of_lane(l))) : 0;
+          dz.set(l, static_cast<T>(exact));
+          batch.exact[u][l] = exact;
+        }
+        batch.tensor[0][u] = dz;
+      });
+    }
   }
 
-  // Lanes that are not there have dy = 0.
-  template <class B, int kAtOnce>
-  BN_DEVICE Factors<B> factors(const Pack<T> (&batch)[kTensors][kAtOnce], int u, int l, bool, A shift) const {
-    return {static_cast<B>(batch[0][u].get(l)), static_cast<B>(batch[1][u].get(l)) - static_cast<B>(shift)};
+  template <class B, class Batch>
+  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, bool, const Reference& k) const {
+    const A dz = kRounds ? batch.exact[u][l] : batch.tensor[0][u].get(l);
+    return {static_cast<B>(dz), static_cast<B>(batch.tensor[1][u].get(l)) - static_cast<B>(k.shift)};
   }
 
-  BN_DEVICE void settle(double&, double&, double, A, int64_t) const {}
+  BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t) const {}
 
   BN_DEVICE Coefficients finish(int64_t c, const TeamSums& sums, int k) const {
-    const bool summed = work_.summed > 0;
-    return finish_backward<A>(args_, c, summed ? sums.sum(k) : 0, summed ? sums.product(k) : 0, sums.leads());
+    const bool summed = work_.summed.tensors > 0;
+    const double sum = summed ? sums.sum(k) : 0;
+    const double product = summed ? sums.product(k) : 0;
+    return {repeat_forward<A>(args_, c), finish_backward<A>(args_, c, sum, product, sums.leads())};
   }
 
-  BN_DEVICE A apply(const Pack<T> (&batch)[kTensors][kBatch], int u, int l, const Coefficients& k) const {
-    const A dy = batch[0][u].get(l);
-    return work_.applied < 2 ? dy * k.scale
-                             : input_gradient(dy, batch[1][u].get(l), k.shift, k.scale, k.slope, k.offset);
+  template <class Batch, class CoefficientsOf>
+  BN_DEVICE void write(
+      const Batch& batch, int u, const Place& place, const CoefficientsOf& of_lane, const Geometry& g) const {
+    const Pack<T>& dz = batch.tensor[0][u];
+    if (args_.dx != nullptr) {
+      Pack<T> dx = {};
+#pragma unroll
+      for (int l = 0; l < Pack<T>::kLanes; ++l) {
+        const auto& [forward, backward] = of_lane(l);
+        const A x = batch.tensor[1][u].get(l);
+        dx.set(l, static_cast<T>(args_.training ? input_gradient(dz.get(l), x, forward.shift, forward.scale,
+                                                                 backward.slope, backward.offset)
+                                                : dz.get(l) * forward.scale));
+      }
+      store_pack(static_cast<T*>(args_.dx) + place.offset, dx, place.lanes, g.aligned);
+    }
+    if (args_.dresidual != nullptr) {
+      store_pack(static_cast<T*>(args_.dresidual) + place.offset, dz, place.lanes, g.aligned);
+    }
   }
 
  private:
-  BN_DEVICE const T* tensor(int j, int read) const {
-    return j < read ? static_cast<const T*>(j == 0 ? args_.dy : args_.x) : nullptr;
+  static BN_DEVICE const Forward<A>& forward_of(const Forward<A>& k) { return k; }
+  static BN_DEVICE const Forward<A>& forward_of(const Coefficients& k) { return k.forward; }
+
+  template <class Known, class Batch>
+  BN_DEVICE A gradient(const Known& known, const Batch& batch, int u, int l, const Forward<A>& k) const {
+    const A dy = batch.tensor[0][u].get(l);
+    if constexpr (Known::kBranches) {
+      if (mask_ != nullptr) {
+        return known.gradient_on((batch.bits[u] >> l & 1) != 0, dy);
+      }
+    }
+    A z = normalize(batch.tensor[1][u].get(l), k.shift, k.scale, k.offset);
+    if constexpr (kTensors > 2) {
+      z = z + batch.tensor[2][u].get(l);
+    }
+    return activation::gradient(known, dy, z);
+  }
+
+  BN_DEVICE const T* tensor(int j, const Traffic& read) const {
+    const void* const tensors[] = {args_.dy, args_.x, args_.epilogue.residual};
+    return j < read.tensors ? static_cast<const T*>(tensors[j]) : nullptr;
   }
 
   BackwardArgs args_;
+  Functor activation_;
   Work work_;
+  const uint8_t* mask_;
 };
 
 }  // namespace
 
-Work work_of(const BackwardArgs& args) {
-  const bool through_statistics = args.training && args.dx != nullptr;
-  const bool sums_x = through_statistics || args.dweight;
-  return {2, sums_x ? 2 : args.dbias ? 1 : 0, through_statistics ? 2 : args.dx != nullptr ? 1 : 0};
-}
-
 void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {
-  with_type(args.problem.dtype, [&](auto type) {
-    launch_batch_norm(BackwardPass<decltype(type)>(args), args.problem,
-                      packs_align(args.problem, plan, {args.dy, args.x, args.dx}), plan, workspace, stream);
-  });
+  const bool aligned =
+      packs_align(args.problem, plan, {args.dy, args.x, args.epilogue.residual, args.dx, args.dresidual});
+  const auto run = [&](const auto& activation) {
+    with_type(args.problem.dtype, [&](auto type) {
+      launch_batch_norm(BackwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation),
+                        args.problem, aligned, plan, workspace, stream);
+    });
+  };
+  const Work work = work_of(args);
+  const bool reads_residual = std::max(work.summed.tensors, work.applied.tensors) == 3;
+  if (reads_residual) {
+    run(activation::Any{{}, args.epilogue.activation});
+  } else {
+    with_compiled(args.epilogue.activation, run);
+  }
 }
 
 }  // namespace bn::cuda

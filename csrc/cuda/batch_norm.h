@@ -9,9 +9,6 @@ struct CUstream_st;
 // problem and of work_of the arguments; the workspace, of workspace_bytes, need not be initialized.
 namespace bn::cuda {
 
-Work work_of(const ForwardArgs& args);
-Work work_of(const BackwardArgs& args);
-
 void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream);
 void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream);
 

@@ -1,25 +1,36 @@
 #include "core/finish.h"
 #include "cuda/batch_norm.h"
+#include "cuda/functor.h"
 #include "cuda/kernel.h"
 
 namespace bn::cuda {
 namespace {
 
-template <class T_>
+template <class T_, class Functor>
 class ForwardPass {
  public:
   using T = T_;
   using A = Acc<T>;
+  using Reference = A;
   using Coefficients = Forward<A>;
   static constexpr const char* kName = "batch_norm_forward";
-  static constexpr int kTensors = 1;
-  static constexpr int kBatch = sizeof(T) == 2 ? 4 : 8;
+  static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and no residual
+  static constexpr int kTensors = kPlain ? 1 : 2;
+  static constexpr int kHeld = 1;
+  static constexpr bool kRefersToChannels = false;
+  static constexpr int kSumBatch = sizeof(T) == 2 ? 4 : 8;
+  static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
 
-  explicit ForwardPass(const ForwardArgs& args) : args_(args) {}
+  ForwardPass(const ForwardArgs& args, const Functor& activation)
+      : args_(args), activation_(activation), mask_(work_of(args).besides.mask ? args.epilogue.mask : nullptr) {}
 
-  BN_DEVICE const T* summed(int) const { return args_.training ? applied(0) : nullptr; }
-  BN_DEVICE const T* applied(int) const { return static_cast<const T*>(args_.x); }
-  BN_DEVICE T* output() const { return static_cast<T*>(args_.y); }
+  BN_DEVICE const T* summed(int j) const { return args_.training && j == 0 ? x() : nullptr; }
+  BN_DEVICE const T* applied(int j, bool) const {
+    return j == 0 ? x() : static_cast<const T*>(args_.epilogue.residual);
+  }
+  BN_DEVICE const uint8_t* summed_mask() const { return nullptr; }
+  BN_DEVICE const uint8_t* applied_mask(bool) const { return nullptr; }
+  BN_DEVICE bool writes() const { return true; }
 
   // Counts the batch, once, and finds the momentum for the blocks that will write running statistics.
   BN_DEVICE void begin(const TeamSums& team) {
@@ -35,18 +46,22 @@ class ForwardPass {
   }
 
   // Distances from one of the lane's own values lose no digits; of three, so that a single outlier is not it.
-  BN_DEVICE A reference(int64_t, const Pack<T> (&batch)[kTensors][kBatch], const int (&lanes)[kBatch], int l) const {
-    const A x = batch[0][0].get(l);
-    const A y = l < lanes[1] ? batch[0][1].get(l) : x;
-    const A z = l < lanes[2] ? batch[0][2].get(l) : x;
+  template <class Batch>
+  BN_DEVICE A reference(const Batch& batch, const int (&lanes)[kSumBatch], int l) const {
+    const A x = batch.tensor[0][0].get(l);
+    const A y = l < lanes[1] ? batch.tensor[0][1].get(l) : x;
+    const A z = l < lanes[2] ? batch.tensor[0][2].get(l) : x;
     const A low = x < y ? x : y;
     const A high = x < y ? y : x;
     return finite_or_zero(z < low ? low : z < high ? z : high);
   }
 
-  template <class B, int kAtOnce>
-  BN_DEVICE Factors<B> factors(const Pack<T> (&batch)[kTensors][kAtOnce], int u, int l, bool there, A reference) const {
-    const B d = static_cast<B>(batch[0][u].get(l)) - static_cast<B>(reference);
+  template <class Batch, class ReferenceOf>
+  BN_DEVICE void prepare(Batch&, int, int, const ReferenceOf&) const {}
+
+  template <class B, class Batch>
+  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, bool there, A reference) const {
+    const B d = static_cast<B>(batch.tensor[0][u].get(l)) - static_cast<B>(reference);
     return there ? Factors<B>{d, d} : Factors<B>{0, 0};
   }
 
@@ -63,14 +78,37 @@ class ForwardPass {
     return finish_forward<A>(args_, c, batch, momentum_, sums.leads());
   }
 
-  BN_DEVICE A apply(const Pack<T> (&batch)[kTensors][kBatch], int u, int l, const Coefficients& k) const {
-    return normalize(batch[0][u].get(l), k.shift, k.scale, k.offset);
+  template <class Batch, class CoefficientsOf>
+  BN_DEVICE void write(
+      const Batch& batch, int u, const Place& place, const CoefficientsOf& of_lane, const Geometry& g) const {
+    Pack<T> y = {};
+    uint32_t bits = 0;
+    with_known(activation_, [&](const auto& known) {
+#pragma unroll
+      for (int l = 0; l < Pack<T>::kLanes; ++l) {
+        const Coefficients& k = of_lane(l);
+        A z = normalize(batch.tensor[0][u].get(l), k.shift, k.scale, k.offset);
+        if constexpr (!kPlain) {
+          z = z + batch.tensor[1][u].get(l);
+        }
+        y.set(l, static_cast<T>(known.value(z)));
+        if constexpr (std::decay_t<decltype(known)>::kBranches) {
+          bits |= static_cast<uint32_t>(known.branch(z)) << l;
+        }
+      }
+    });
+    store_pack(static_cast<T*>(args_.y) + place.offset, y, place.lanes, g.aligned);
+    if (!kPlain && mask_ != nullptr) {
+      store_bits<Pack<T>::kLanes>(mask_, bits, place, g.whole_bytes);
+    }
   }
 
  private:
+  BN_DEVICE const T* x() const { return static_cast<const T*>(args_.x); }
+
   // The channel's first value: in double precision its distance from the mean cancels nothing that would be felt.
   BN_DEVICE double origin(int64_t c) const {
-    return finite_or_zero(static_cast<double>(static_cast<A>(applied(0)[c * args_.problem.s])));
+    return finite_or_zero(static_cast<double>(static_cast<A>(x()[c * args_.problem.s])));
   }
 
   // All that lead a team read the counter before one adds to it: each of them notes that it did in the upper bits,
@@ -88,20 +126,27 @@ class ForwardPass {
   }
 
   ForwardArgs args_;
+  Functor activation_;
+  uint8_t* mask_;
   double momentum_ = 0;
 };
 
 }  // namespace
 
-Work work_of(const ForwardArgs& args) {
-  return {1, args.training ? 1 : 0, 1};
-}
-
 void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {
-  with_type(args.problem.dtype, [&](auto type) {
-    launch_batch_norm(ForwardPass<decltype(type)>(args), args.problem,
-                      packs_align(args.problem, plan, {args.x, args.y}), plan, workspace, stream);
-  });
+  const bool aligned = packs_align(args.problem, plan, {args.x, args.epilogue.residual, args.y});
+  const auto run = [&](const auto& activation) {
+    with_type(args.problem.dtype, [&](auto type) {
+      launch_batch_norm(ForwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation), args.problem,
+                        aligned, plan, workspace, stream);
+    });
+  };
+  const Epilogue& e = args.epilogue;
+  if (e.activation.kind == ActivationKind::Identity && e.residual != nullptr) {
+    run(activation::Any{{}, e.activation});
+  } else {
+    with_compiled(e.activation, run);
+  }
 }
 
 }  // namespace bn::cuda

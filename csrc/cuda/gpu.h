@@ -67,6 +67,10 @@ BN_DEVICE unsigned long long atomic_add(unsigned long long* p, unsigned long lon
   return atomicAdd(p, value);
 }
 
+BN_DEVICE void atomic_or(unsigned* p, unsigned bits) {
+  atomicOr(p, bits);
+}
+
 // Between the threads of a warp that are named in `lanes`; all of them take part.
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;

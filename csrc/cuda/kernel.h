@@ -2,6 +2,7 @@
 
 #include "cuda/gpu.h"
 #include "cuda/lane_sums.h"
+#include "cuda/mask.h"
 #include "cuda/plan.h"
 #include "cuda/slab.h"
 #include "cuda/team_sums.h"
@@ -9,17 +10,31 @@
 // The one kernel: of each slab, read tensors and add up every channel, finish the channels, write what one expression
 // makes of every element. What stays on chip meanwhile is the plan's choice; what is added and written, the pass's:
 //
-//   T, A, Coefficients    of the elements, of their sums, of a channel
-//   kTensors, kBatch      tensors it can read; packs of each that a thread reads at a time
-//   summed(j), applied(j) the j-th tensor where it is read to be summed, to be applied; null where it is not
-//   output()              or null
-//   begin(sums)           what has to be known before a block's first slab
-//   reference(c, ...)     a number that u and w refer to, for a lane of channel c and the first batch
-//   factors<B>(...)       u and w of an element, in the type B
-//   settle(...)           turns the sums of a lane into those that all lanes of the channel can add up
-//   finish(c, sums, k)    the coefficients of channel c, k in its slab
-//   apply(x, l, k)        an element from the l-th lane of each tensor
+//   T, A                    of the elements, of their sums
+//   Reference               a lane's, that the factors of its elements refer to
+//   Coefficients            a channel's, that its elements are written with
+//   kTensors, kHeld         tensors that it can read; how many of the first can be held
+//   kSumBatch, kApplyBatch  packs of each that a thread reads at a time, to sum and to apply
+//   summed(j)               the j-th tensor where it is read to be summed, else null
+//   applied(j, held)        the same to be applied, of packs that are held or not
+//   summed_mask(), applied_mask(held)
+//   writes()                whether there are outputs
+//   begin(sums)             what has to be known before a block's first slab
+//   kRefersToChannels       whether reference(c) is of channel c, or reference(batch, lanes, l) of the first batch
+//   prepare(...)            makes of a pack that was read what is held
+//   factors<B>(...)         u and w of an element, in the type B
+//   settle(...)             turns the sums of a lane into those that all lanes of the channel can add up
+//   finish(c, sums, k)      the coefficients of channel c, k in its slab
+//   write(...)              the outputs' packs
 namespace bn::cuda {
+
+// What a thread reads at a time; zeros where there is no tensor or no mask.
+template <class T, int kTensors, int kPacks>
+struct Batch {
+  Pack<T> tensor[kTensors][kPacks];
+  uint32_t bits[kPacks];
+  Acc<T> exact[kPacks][Pack<T>::kLanes];  // what was made of the first tensor, before it was rounded
+};
 
 template <class Pass>
 struct KernelArgs {
@@ -34,13 +49,15 @@ class Block {
  public:
   using T = typename Pass::T;
   using A = typename Pass::A;
-  static constexpr int kBatch = Pass::kBatch;
+  using Reference = typename Pass::Reference;
+  using Coefficients = typename Pass::Coefficients;
 
   BN_DEVICE explicit Block(const KernelArgs<Pass>& args)
       : pass_(args.pass),
         g_(args.geometry),
         tile_(gpu::shared_array<Pack<T>>(args.at.tile)),
-        coefficients_(gpu::shared_array<typename Pass::Coefficients>(args.at.coefficients)),
+        references_(gpu::shared_array<Reference>(args.at.references)),
+        coefficients_(gpu::shared_array<Coefficients>(args.at.coefficients)),
         sums_(args.geometry, args.at, args.workspace) {}
 
   BN_DEVICE void run() {
@@ -51,7 +68,7 @@ class Block {
         add_up(slab);
       }
       finish(slab);
-      if (pass_.output() != nullptr) {
+      if (pass_.writes()) {
         apply(slab);
       }
     }
@@ -60,6 +77,8 @@ class Block {
 
  private:
   using OwnSlab = Slab<T, (kSummed > 1)>;
+  template <int kPacks>
+  using BatchOf = Batch<T, Pass::kTensors, kPacks>;
 
   // Of a lane of this thread's packs, which is always the same: in the slab, and of all.
   BN_DEVICE int lane_in_slab(const OwnSlab& slab, int l) const { return kSummed == 1 ? 0 : slab.channel(l); }
@@ -68,10 +87,12 @@ class Block {
   }
 
   BN_DEVICE void add_up(const OwnSlab& slab) {
-    A reference[kSummed] = {};
-    LaneSums<kSummed> sums = sum_packs<A, kBatch>(slab, reference);
-    if (sizeof(A) < sizeof(double) && !sums.finite()) {
-      sums = sum_packs<double, 1>(slab, reference);
+    Reference reference[kSummed] = {};
+    LaneSums<kSummed> sums = sum_packs<A, Pass::kSumBatch>(slab, reference);
+    if constexpr (sizeof(A) < sizeof(double)) {
+      if (!sums.finite()) {
+        sums = sum_packs<double, 1>(slab, reference);
+      }
     }
 #pragma unroll
     for (int l = 0; l < kSummed; ++l) {
@@ -80,37 +101,39 @@ class Block {
     sums_.add_up(sums);
   }
 
-  // Of all packs of this thread, in batches that are summed in the type B; some of them stay on chip. The references
-  // are those that the first batch of kBatch packs gives.
+  // Of all packs of this thread, in batches that are summed in the type B; some of them stay on chip. With the first
+  // batch of type A come the references.
   template <class B, int kAtOnce>
-  BN_DEVICE LaneSums<kSummed> sum_packs(const OwnSlab& slab, A (&reference)[kSummed]) const {
+  BN_DEVICE LaneSums<kSummed> sum_packs(const OwnSlab& slab, Reference (&reference)[kSummed]) const {
+    constexpr bool kRefers = std::is_same_v<A, B>;
     LaneSums<kSummed> sums;
-    for (int i = 0; i < slab.packs(); i += kAtOnce) {
-      Pack<T> batch[Pass::kTensors][kAtOnce];
+    for (int i = 0; i < slab.packs() || (kRefers && Pass::kRefersToChannels && i == 0); i += kAtOnce) {
+      BatchOf<kAtOnce> batch;
       int lanes[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        const auto place = slab.place(i + u);
+        const Place place = slab.place(i + u);
         lanes[u] = place.lanes;
         sums.count += kSummed == 1 ? place.lanes : i + u < slab.packs();
 #pragma unroll
         for (int j = 0; j < Pass::kTensors; ++j) {
-          batch[j][u] = load(pass_.summed(j), place);
+          batch.tensor[j][u] = load(pass_.summed(j), place);
+        }
+        batch.bits[u] = load_bits(pass_.summed_mask(), place);
+      }
+      if constexpr (kRefers) {
+        if (i == 0) {
+          refer(slab, batch, lanes, reference);
         }
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
+        pass_.prepare(batch, u, lanes[u], [&](int l) -> const Reference& { return reference[l % kSummed]; });
 #pragma unroll
-        for (int j = 0; j < Pass::kTensors; ++j) {
+        for (int j = 0; j < Pass::kHeld; ++j) {
           if (i + u < g_.held && j < g_.tensors_held) {
-            tile_.write(tile_index(i + u, j), batch[j][u]);
+            tile_.write(tile_index(i + u, j), batch.tensor[j][u]);
           }
-        }
-      }
-      if constexpr (kAtOnce == kBatch) {
-#pragma unroll
-        for (int l = 0; i == 0 && l < kSummed; ++l) {
-          reference[l] = pass_.reference(channel_of_lane(slab, l), batch, lanes, l);
         }
       }
       const auto factors = [&](int u, int l) {
@@ -119,6 +142,28 @@ class Block {
       add_batch<B, kAtOnce, Pack<T>::kLanes>(factors, sums);
     }
     return sums;
+  }
+
+  // References to channels are found by one thread for all, while the first batch is on its way.
+  template <int kAtOnce>
+  BN_DEVICE void refer(const OwnSlab& slab,
+                       const BatchOf<kAtOnce>& batch,
+                       const int (&lanes)[kAtOnce],
+                       Reference (&reference)[kSummed]) const {
+    if constexpr (Pass::kRefersToChannels) {
+      for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
+        references_.write(k, pass_.reference(slab.first_channel() + k));
+      }
+      gpu::sync_block();
+    }
+#pragma unroll
+    for (int l = 0; l < kSummed; ++l) {
+      if constexpr (Pass::kRefersToChannels) {
+        reference[l] = references_.read(lane_in_slab(slab, l));
+      } else {
+        reference[l] = pass_.reference(batch, lanes, l);
+      }
+    }
   }
 
   BN_DEVICE void finish(const OwnSlab& slab) {
@@ -130,36 +175,40 @@ class Block {
 
   // Backwards, from what the cache saw last to what the tile holds.
   BN_DEVICE void apply(const OwnSlab& slab) const {
-    typename Pass::Coefficients k[kSummed];
+    constexpr int kAtOnce = Pass::kApplyBatch;
+    static_assert(Pass::kSumBatch % kAtOnce == 0, "what is read of the tile was written");
+    Coefficients k[kSummed];
 #pragma unroll
     for (int l = 0; l < kSummed; ++l) {
       k[l] = coefficients_.read(lane_in_slab(slab, l));
     }
-    for (int i = (slab.packs() + kBatch - 1) / kBatch * kBatch - kBatch; i >= 0; i -= kBatch) {
-      Pack<T> batch[Pass::kTensors][kBatch];
+    const auto of_lane = [&](int l) -> const Coefficients& { return k[l % kSummed]; };
+    for (int i = (slab.packs() + kAtOnce - 1) / kAtOnce * kAtOnce - kAtOnce; i >= 0; i -= kAtOnce) {
+      BatchOf<kAtOnce> batch;
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
+      for (int u = 0; u < kAtOnce; ++u) {
+        const bool held = i + u < g_.held;
 #pragma unroll
         for (int j = 0; j < Pass::kTensors; ++j) {
-          batch[j][u] = i + u < g_.held && j < g_.tensors_held ? tile_.read(tile_index(i + u, j))
-                                                               : load(pass_.applied(j), slab.place(i + u));
+          batch.tensor[j][u] = held && j < Pass::kHeld && j < g_.tensors_held
+                                   ? tile_.read(tile_index(i + u, j))
+                                   : load(pass_.applied(j, held), slab.place(i + u));
         }
+        batch.bits[u] = load_bits(pass_.applied_mask(held), slab.place(i + u));
       }
 #pragma unroll
-      for (int u = 0; u < kBatch; ++u) {
-        Pack<T> out = {};
-#pragma unroll
-        for (int l = 0; l < Pack<T>::kLanes; ++l) {
-          out.set(l, static_cast<T>(pass_.apply(batch, u, l, k[l % kSummed])));
+      for (int u = 0; u < kAtOnce; ++u) {
+        const Place place = slab.place(i + u);
+        if (i + u >= g_.held) {
+          pass_.prepare(batch, u, place.lanes, of_lane);
         }
-        const auto place = slab.place(i + u);
-        store_pack(pass_.output() + place.offset, out, place.lanes, g_.aligned);
+        pass_.write(batch, u, place, of_lane, g_);
       }
     }
   }
 
   // Zeros where there is no tensor.
-  BN_DEVICE Pack<T> load(const T* tensor, const typename OwnSlab::Place& place) const {
+  BN_DEVICE Pack<T> load(const T* tensor, const Place& place) const {
     return tensor == nullptr ? Pack<T>{} : load_pack(tensor + place.offset, place.lanes, g_.aligned);
   }
 
@@ -168,7 +217,8 @@ class Block {
   Pass pass_;
   const Geometry& g_;
   gpu::Shared<Pack<T>> tile_;
-  gpu::Shared<typename Pass::Coefficients> coefficients_;
+  gpu::Shared<Reference> references_;
+  gpu::Shared<Coefficients> coefficients_;
   TeamSums sums_;
 };
 

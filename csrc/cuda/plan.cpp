@@ -14,10 +14,13 @@ constexpr int kThreadsAlone = kMaxThreads;
 constexpr int kThreadsOfTwo = kMaxThreads / 2;
 constexpr int kWarp = 32;
 
+// Bits of a byte.
+constexpr int kByte = 8;
+
 // Runs of a row that memory serves without waste.
 constexpr int64_t kLine = 64;
 
-// A slab's sums and coefficients take 64 bytes a channel of every block's shared memory.
+// A slab's sums and coefficients take 96 bytes a channel of every block's shared memory.
 constexpr int64_t kMaxChannels = 256;
 
 // Packs a thread should have: enough loads under way to cover the latency of memory, and enough work to pay for the
@@ -39,31 +42,42 @@ constexpr int64_t power_of_two(int64_t at_least) {
 class Planner {
  public:
   Planner(const Problem& problem, const Work& work, const Limits& limits)
-      : problem_(problem), work_(work), limits_(limits), lanes_(static_cast<int>(kPackBytes / size_of(problem.dtype))) {
-    plan_.sums = work.summed > 0;
-    plan_.tensors_held = plan_.sums ? work.applied : 0;
+      : problem_(problem),
+        work_(work),
+        limits_(limits),
+        lanes_(static_cast<int>(kPackBytes / size_of(problem.dtype))),
+        grain_(work.bits && problem.c * problem.s % kByte == 0 ? kByte : lanes_) {
+    plan_.sums = work.summed.tensors > 0;
+    plan_.tensors_held = plan_.sums ? work.held : 0;
   }
 
   LaunchPlan make() {
-    if (work_.summed == 0) {
+    if (work_.summed.tensors == 0) {
       make_elementwise();
     } else {
       make_reducing();
     }
+    plan_.zeroed_mask = work_.besides.mask && !cut_into_bytes();
     count_bytes();
     return plan_;
   }
 
  private:
-  // The fewest adjacent channels whose rows are lines, and whole packs where that is possible; or 1, where rows are
+  // The fewest adjacent channels whose rows are lines, and whole grains where that is possible; or 1, where rows are
   // so long that a thread would not stay in one column.
   int64_t fewest_channels() const {
     const int64_t s = problem_.s;
-    const bool rows_align = problem_.c * s % lanes_ == 0;
-    const int64_t step = rows_align ? lanes_ / std::gcd(s, int64_t{lanes_}) : 1;
+    const bool rows_align = problem_.c * s % grain_ == 0;
+    const int64_t step = rows_align ? grain_ / std::gcd(s, int64_t{grain_}) : 1;
     const int64_t lines = divide_up(kLine, s * size_of(problem_.dtype));
     const int64_t channels = std::min(round_up(lines, step), problem_.c);
     return width_of(channels) <= kThreadsOfTwo ? channels : 1;
+  }
+
+  // Whether no row of a slab and no block's share ends within a byte of a mask.
+  bool cut_into_bytes() const {
+    return problem_.c * problem_.s % kByte == 0 && (plan_.slabs == 1 || plan_.channels * problem_.s % kByte == 0) &&
+           (plan_.team_blocks == 1 || plan_.share * lanes_ % kByte == 0);
   }
 
   int64_t width_of(int64_t channels) const { return divide_up(channels * problem_.s, lanes_); }
@@ -178,7 +192,7 @@ class Planner {
   }
   int64_t blocks_to_hold(int threads) const { return divide_up(packs(), std::max<int64_t>(packs_held(threads), 1)); }
   // Where a thread stays in its column, blocks begin with a row and take steps of whole rows.
-  int64_t unit() const { return plan_.per_lane() ? plan_.width : 1; }
+  int64_t unit() const { return plan_.per_lane() ? plan_.width : grain_ / lanes_; }
   int64_t active_of(int64_t threads) const { return threads / unit() * unit(); }
 
   void hold() {
@@ -186,7 +200,7 @@ class Planner {
     const int64_t bytes = kPackBytes * plan_.threads * std::max(plan_.tensors_held, 1);
     const int64_t held = plan_.tensors_held == 0 ? 0 : std::min(most, room(plan_.channels, plan_.threads) / bytes);
     plan_.held = static_cast<int>(std::max<int64_t>(held, 0));
-    if (work_.applied == 0) {
+    if (work_.besides.tensors == 0) {
       plan_.strategy = Strategy::Elementwise;
     } else if (held < most) {
       plan_.strategy = Strategy::Streaming;
@@ -201,10 +215,17 @@ class Planner {
     if (plan_.team == Team::Grid) {
       plan_.workspace_bytes = plan_.arrivals_bytes() + int64_t{8} * 4 * plan_.blocks() * plan_.channels;
     }
-    const int64_t tensor = problem_.n * problem_.c * problem_.s * size_of(problem_.dtype);
+    const int64_t values = problem_.count() * problem_.c;
+    const int64_t tensor = values * size_of(problem_.dtype);
     const double held = static_cast<double>(plan_.held * plan_.active) / static_cast<double>(plan_.share);
-    const auto kept = static_cast<int64_t>(static_cast<double>(tensor) * std::min(held, 1.0)) * plan_.tensors_held;
-    plan_.bytes_moved = tensor * (work_.summed + work_.applied + (work_.applied > 0 ? 1 : 0)) - kept;
+    const auto held_of = [&](int64_t bytes) {
+      return static_cast<int64_t>(static_cast<double>(bytes) * std::min(held, 1.0));
+    };
+    const int64_t mask = divide_up(values, kByte);
+    const auto bytes = [&](const Traffic& t) { return t.tensors * tensor + (t.mask ? mask : 0); };
+    const int64_t spared = work_.applied.tensors * held_of(tensor) + (work_.applied.mask ? held_of(mask) : 0);
+    plan_.bytes_moved = bytes(work_.summed) + bytes(work_.applied) - spared + bytes(work_.besides);
+    const int64_t kept = plan_.tensors_held * held_of(tensor);
     const int64_t at_once = std::min<int64_t>(limits_.shared_per_multiprocessor / (plan_.shared_bytes + kReserved),
                                               kThreadsAlone / plan_.threads);
     const int64_t blocks = std::min(plan_.blocks(), at_once * limits_.multiprocessors);
@@ -215,6 +236,7 @@ class Planner {
   const Work& work_;
   const Limits& limits_;
   int lanes_;
+  int grain_;  // values that slabs are cut into
   LaunchPlan plan_;
 };
 

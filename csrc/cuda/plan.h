@@ -2,6 +2,7 @@
 
 #include "core/numbers.h"
 #include "core/problem.h"
+#include "cuda/work.h"
 
 #include <cstdint>
 #include <string>
@@ -29,15 +30,6 @@ struct Limits {
 // Those of the GPUs that tests and tables name; throws std::invalid_argument for a name it does not know.
 const Limits& named_limits(const std::string& name);
 
-// One direction of a batch norm, as traffic.
-struct Work {
-  int tensors = 1;  // that the direction may read: how channels are cut, and so the bits of their sums, follows from it
-  int summed = 1;   // that are read to add up each channel, and
-  int applied = 1;  // to write the output; 0 where that is not asked for
-
-  bool operator==(const Work&) const = default;
-};
-
 // Who shares the sums of a channel.
 enum class Team {
   Block,    // nobody: a block has whole channels
@@ -57,20 +49,22 @@ struct SharedLayout {
   int64_t partial;       // a double for each thread and lane
   int64_t totals;        // two for each channel: the block's sums
   int64_t sums;          // two for each channel: the team's
-  int64_t coefficients;  // up to four for each channel
+  int64_t references;    // up to three for each channel
+  int64_t coefficients;  // up to five for each channel
   int64_t tile;          // packs that are held
 };
 
 BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_summed, bool sums) {
   SharedLayout at{};
   if (!sums) {
-    at.tile = int64_t{8} * 4 * channels;
+    at.tile = round_up(int64_t{8} * 5 * channels, 16);
     return at;
   }
   at.totals = at.partial + round_up(int64_t{8} * threads * lanes_summed, 16);
   at.sums = at.totals + int64_t{8} * 2 * channels;
-  at.coefficients = at.sums + int64_t{8} * 2 * channels;
-  at.tile = at.coefficients + int64_t{8} * 4 * channels;
+  at.references = at.sums + int64_t{8} * 2 * channels;
+  at.coefficients = at.references + round_up(int64_t{8} * 3 * channels, 16);
+  at.tile = at.coefficients + round_up(int64_t{8} * 5 * channels, 16);
   return at;
 }
 
@@ -89,11 +83,12 @@ struct LaunchPlan {
   int64_t teams = 0;
   int team_blocks = 1;
   int64_t share = 0;
-  int held = 0;          // packs that each thread keeps on chip ...
-  int tensors_held = 0;  // ... of each of the first tensors
+  int held = 0;              // packs that each thread keeps on chip ...
+  int tensors_held = 0;      // ... of each of the first tensors
+  bool zeroed_mask = false;  // bits are added to those of others in a byte: the mask has to be zero before
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;
-  int64_t bytes_moved = 0;    // to and from memory, were there no cache
+  int64_t bytes_moved = 0;    // to and from memory, were there no cache, bits of a mask included
   int64_t bytes_on_chip = 0;  // kept between the passes by all blocks that are there at the same time
 
   bool operator==(const LaunchPlan&) const = default;

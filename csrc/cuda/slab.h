@@ -20,6 +20,12 @@ inline bool packs_align(const Problem& problem, const LaunchPlan& plan, std::ini
   return aligned;
 }
 
+// Where a pack lies in the tensors, and how many elements it has.
+struct Place {
+  int64_t offset;
+  int lanes;
+};
+
 // A problem and its plan in the form that kernels use.
 struct Geometry {
   int64_t c;
@@ -38,6 +44,7 @@ struct Geometry {
   int team_blocks;
   Team team;
   bool aligned;
+  bool whole_bytes;  // of a mask: no byte is of packs that do not follow each other
   Divider by_width;
   Divider by_s;  // of positions in rows of several channels
 
@@ -58,6 +65,7 @@ struct Geometry {
         team_blocks(plan.team_blocks),
         team(plan.team),
         aligned(aligned),
+        whole_bytes(!plan.zeroed_mask),
         by_width(plan.width),
         by_s(plan.per_lane() ? static_cast<uint32_t>(problem.s) : 1) {}
 };
@@ -67,12 +75,6 @@ template <class T, bool kColumn>
 class Slab {
  public:
   static constexpr int kLanes = Pack<T>::kLanes;
-
-  // Where a pack lies in the tensors, and how many elements it has.
-  struct Place {
-    int64_t offset;
-    int lanes;
-  };
 
   BN_DEVICE Slab(const Geometry& g, int64_t slab, int rank) : g_(g), first_channel_(slab * g.channels) {
     const int64_t begin = rank * g.share;

@@ -6,16 +6,18 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import POINTER, byref, c_bool, c_double, c_int, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from simt.build import HERE, ROOT, Library, library
 from torch import Tensor
 
-SOURCES = [HERE / "batch_norm.cpp", *(ROOT / "csrc/cuda" / f for f in ("plan.cpp", "forward.cu", "backward.cu"))]
+from bn_ext import activation
+
+SOURCES = "plan.cpp", "work.cpp", "forward.cu", "backward.cu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
 
-# The structures of csrc/core/arguments.h and csrc/cuda/plan.h.
+# The structures of csrc/core/arguments.h and csrc/cuda/work.h.
 
 
 class Device(ctypes.Structure):
@@ -29,8 +31,19 @@ class Device(ctypes.Structure):
     ]
 
 
+class Traffic(ctypes.Structure):
+    _fields_ = [("tensors", c_int), ("mask", c_bool)]
+
+
 class Work(ctypes.Structure):
-    _fields_ = [("tensors", c_int), ("summed", c_int), ("applied", c_int)]
+    _fields_ = [
+        ("tensors", c_int),
+        ("summed", Traffic),
+        ("applied", Traffic),
+        ("held", c_int),
+        ("besides", Traffic),
+        ("bits", c_bool),
+    ]
 
 
 class Problem(ctypes.Structure):
@@ -39,6 +52,14 @@ class Problem(ctypes.Structure):
 
 class PerChannel(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("dtype", c_int), ("stride", c_int64)]
+
+
+class Activation(ctypes.Structure):
+    _fields_ = [("kind", c_int), ("param", c_double)]
+
+
+class Epilogue(ctypes.Structure):
+    _fields_ = [("activation", Activation), ("residual", c_void_p), ("mask", c_void_p)]
 
 
 class ForwardArgs(ctypes.Structure):
@@ -54,6 +75,7 @@ class ForwardArgs(ctypes.Structure):
         ("cumulative", c_bool),
         ("momentum", c_double),
         ("eps", c_double),
+        ("epilogue", Epilogue),
         ("y", c_void_p),
         ("mean", c_void_p),
         ("invstd", c_void_p),
@@ -66,13 +88,36 @@ class BackwardArgs(ctypes.Structure):
         ("dy", c_void_p),
         ("x", c_void_p),
         ("weight", PerChannel),
+        ("bias", PerChannel),
         ("mean", c_void_p),
         ("invstd", c_void_p),
         ("training", c_bool),
+        ("epilogue", Epilogue),
         ("dx", c_void_p),
+        ("dresidual", c_void_p),
         ("dweight", PerChannel),
         ("dbias", PerChannel),
     ]
+
+
+class Tail(NamedTuple):
+    """What follows the normalization; a mask is written by a forward, read by a backward."""
+
+    activation: str = "identity"
+    param: float = 0
+    residual: Tensor | None = None
+    mask: Tensor | None = None
+
+    def epilogue(self) -> Epilogue:
+        kind = Activation(activation.NAMES.index(self.activation), self.param)
+        return Epilogue(kind, address(self.residual), address(self.mask))
+
+
+NOTHING = Tail()
+
+
+def empty_mask(x: Tensor) -> Tensor:
+    return torch.empty(-(-x.numel() // 32) * 4, dtype=torch.uint8)
 
 
 def problem_of(x: Tensor) -> Problem:
@@ -96,10 +141,15 @@ def like(t: Tensor) -> Tensor:
 
 
 class Kernels:
-    """The backend as it is compiled for the model; headers found under ``include`` take the place of its own."""
+    """The backend as it is compiled for the model; files found under ``include`` take the place of its own."""
 
     def __init__(self, name: str = "batch_norm", *, sanitize: bool = False, include: Sequence[Path] = ()) -> None:
-        self.library = Library(str(library(name, SOURCES, sanitize=sanitize, include=include)))
+        folders = [*include, ROOT / "csrc"]
+        sources = [
+            next(f for f in (folder / "cuda" / source for folder in folders) if f.exists()) for source in SOURCES
+        ]
+        built = library(name, [HERE / "batch_norm.cpp", *sources], sanitize=sanitize, include=include)
+        self.library = Library(str(built))
         self.library.batch_norm_forward.argtypes = [POINTER(ForwardArgs), POINTER(Device)]
         self.library.batch_norm_backward.argtypes = [POINTER(BackwardArgs), POINTER(Device)]
 
@@ -129,11 +179,13 @@ class Kernels:
         momentum: float | None = 0.1,
         eps: float = 1e-5,
         batches: Tensor | None = None,
+        tail: Tail = NOTHING,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, (mean, invstd) = like(x), torch.full((2, x.size(1)), torch.nan, dtype=torch.float64)
         of_channels = map(per_channel, (weight, bias, running_mean, running_var))
         cumulative = momentum is None and batches is not None
-        rest = address(batches), training, cumulative, momentum or 0, eps, *map(address, (y, mean, invstd))
+        how = address(batches), training, cumulative, momentum or 0, eps, tail.epilogue()
+        rest = *how, *map(address, (y, mean, invstd))
         self.library.batch_norm_forward(ForwardArgs(problem_of(x), address(x), *of_channels, *rest), device)
         return y, mean, invstd
 
@@ -143,18 +195,29 @@ class Kernels:
         dy: Tensor,
         x: Tensor,
         weight: Tensor | None,
+        bias: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
         training: bool = True,
-        wanted: Sequence[bool] = (True, True, True),
+        wanted: Sequence[bool] = (True, True, True, False),
+        tail: Tail = NOTHING,
     ) -> tuple[Tensor | None, ...]:
+        """The gradients wanted, in the order of autograd: of input, weight, bias and residual."""
         of_parameter = x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
         parameter = of_parameter if weight is None else weight
-        dx, dweight, dbias = (like(t) if w else None for t, w in zip((x, parameter, parameter), wanted))
-        inputs = problem_of(x), address(dy), address(x), per_channel(weight), address(mean), address(invstd)
-        outputs = address(dx), per_channel(dweight), per_channel(dbias)
-        self.library.batch_norm_backward(BackwardArgs(*inputs, training, *outputs), device)
-        return dx, dweight, dbias
+        gradients = [like(t) if w else None for t, w in zip((x, parameter, parameter, x), wanted, strict=True)]
+        dx, dweight, dbias, dresidual = gradients
+        inputs = (
+            problem_of(x),
+            address(dy),
+            address(x),
+            *map(per_channel, (weight, bias)),
+            address(mean),
+            address(invstd),
+        )
+        outputs = address(dx), address(dresidual), per_channel(dweight), per_channel(dbias)
+        self.library.batch_norm_backward(BackwardArgs(*inputs, training, tail.epilogue(), *outputs), device)
+        return tuple(gradients)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -162,17 +225,17 @@ class _BatchNorm(torch.autograd.Function):
     def forward(ctx: Any, kernels: Kernels, device: Device, x: Any, weight: Any, bias: Any, *rest: Any) -> Tensor:
         running_mean, running_var, training, momentum, eps = rest
         y, *statistics = kernels.forward(device, x, running_mean, running_var, weight, bias, training, momentum, eps)
-        ctx.save_for_backward(x, weight, *statistics)
+        ctx.save_for_backward(x, weight, bias, *statistics)
         ctx.rest = kernels, device, training
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, invstd = ctx.saved_tensors
+        x, *others = ctx.saved_tensors
         kernels, device, training = ctx.rest
         dy = like(x).copy_(dy)
-        wanted = ctx.needs_input_grad[2:5]
-        return None, None, *kernels.backward(device, dy, x, weight, mean, invstd, training, wanted), *[None] * 5
+        wanted = *ctx.needs_input_grad[2:5], False
+        return None, None, *kernels.backward(device, dy, x, *others, training, wanted)[:3], *[None] * 5
 
 
 def batch_norm(kernels: Kernels, device: Device) -> Callable[..., Tensor]:

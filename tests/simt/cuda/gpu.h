@@ -60,6 +60,11 @@ BN_DEVICE unsigned long long atomic_add(unsigned long long* p, unsigned long lon
   return old;
 }
 
+BN_DEVICE void atomic_or(unsigned* p, unsigned bits) {
+  simt::residents->yield();
+  *p |= bits;
+}
+
 template <class T>
 BN_DEVICE T shuffle_xor(unsigned lanes, T value, int lane_mask, Site site = Site::current()) {
   static_assert(std::is_trivially_copyable_v<T>);

@@ -1,0 +1,51 @@
+#pragma once
+
+#include "cuda/gpu.h"
+#include "cuda/slab.h"
+
+// A bit for each element: that of the l-th lane of a pack is its l-th.
+namespace bn::cuda {
+
+BN_DEVICE uint32_t load_bits(const uint8_t* mask, const Place& place) {
+  if (mask == nullptr || place.lanes == 0) {
+    return 0;
+  }
+  const int64_t first = place.offset / 8;
+  const int64_t last = (place.offset + place.lanes - 1) / 8;
+  const uint32_t low = mask[first];
+  const uint32_t high = last > first ? mask[last] : 0;
+  return (low | high << 8) >> place.offset % 8;
+}
+
+// A byte of `whole_bytes` is of adjacent threads of a warp, of which all have a pack or none. Else bits are added to
+// zeros.
+template <int kLanes>
+BN_DEVICE void store_bits(uint8_t* mask, uint32_t bits, const Place& place, bool whole_bytes) {
+  if (place.lanes == 0) {
+    return;
+  }
+  if (whole_bytes) {
+    constexpr int kThreads = 8 / kLanes;
+    const int lane = gpu::thread() % gpu::kWarp;
+    const int turn = lane % kThreads;
+    bits <<= turn * kLanes;
+#pragma unroll
+    for (int step = 1; step < kThreads; step *= 2) {
+      bits |= gpu::shuffle_xor(((1U << kThreads) - 1) << (lane - turn), bits, step);
+    }
+    if (turn == 0) {
+      mask[place.offset / 8] = static_cast<uint8_t>(bits);
+    }
+    return;
+  }
+  const uint64_t in_words = static_cast<uint64_t>(bits & ((1U << place.lanes) - 1)) << place.offset % 32;
+  auto* const word = reinterpret_cast<unsigned*>(mask) + place.offset / 32;
+  if (const auto low = static_cast<unsigned>(in_words); low != 0) {
+    gpu::atomic_or(word, low);
+  }
+  if (const auto high = static_cast<unsigned>(in_words >> 32); high != 0) {
+    gpu::atomic_or(word + 1, high);
+  }
+}
+
+}  // namespace bn::cuda
