@@ -34,6 +34,8 @@ class LaunchPlan:
     @property
     def held(self) -> int: ...
     @property
+    def zeroed_mask(self) -> bool: ...
+    @property
     def shared_bytes(self) -> int: ...
     @property
     def workspace_bytes(self) -> int: ...
@@ -51,6 +53,8 @@ def launch_plan(
     dtype: str = "float32",
     layout: str = "planar",
     direction: str = "forward",
+    activation: str = "identity",
+    residual: bool = False,
 ) -> LaunchPlan:
     """The plan for n images of c channels of s values each.
 
@@ -59,6 +63,8 @@ def launch_plan(
         dtype: of the tensor: ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
         layout: ``"planar"`` (channels second) or ``"interleaved"`` (channels last).
         direction: ``"forward"`` (training), ``"inference"`` or ``"backward"``.
+        activation: one of :data:`bn_ext.activation.NAMES`.
+        residual: whether there is one. Training then keeps a mask, if the activation has two branches.
 
     Raises:
         ValueError: for a name that is not one of these, or sizes that are not positive.

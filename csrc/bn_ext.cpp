@@ -65,8 +65,10 @@ LaunchPlan launch_plan(int64_t n,
                        const std::string& gpu,
                        const std::string& dtype,
                        const std::string& layout,
-                       const std::string& direction) {
-  using bn::DType, bn::Layout, bn::cuda::Work;
+                       const std::string& direction,
+                       const std::string& activation,
+                       bool residual) {
+  using bn::DType, bn::Layout, bn::cuda::Work, bn::cuda::work_of;
   const auto type = one_of<DType>("dtype",
                                   {{"float64", DType::Float64},
                                    {"float32", DType::Float32},
@@ -75,12 +77,34 @@ LaunchPlan launch_plan(int64_t n,
                                   dtype);
   const auto order =
       one_of<Layout>("layout", {{"planar", Layout::Planar}, {"interleaved", Layout::Interleaved}}, layout);
-  const auto work =
-      one_of<Work>("direction", {{"forward", {1, 1, 1}}, {"inference", {1, 0, 1}}, {"backward", {2, 2, 2}}}, direction);
+  std::map<std::string, bn::Activation> activations;
+  for (const auto& [name, param] : bn::ops::activations()) {
+    activations[name] = bn::ops::activation_of(name, param);
+  }
+  const auto function = one_of("activation", activations, activation);
+  // What is there counts, not where: every tensor is this one.
+  double something = 0;
+  uint8_t bits = 0;
+  const auto if_residual = [&](auto* p) { return residual ? p : nullptr; };
+  const auto epilogue = [&](bool mask) {
+    return bn::Epilogue{function, if_residual(&something), mask ? if_residual(&bits) : nullptr};
+  };
+  const auto forward = [&](bool training) {
+    return work_of(bn::ForwardArgs{.training = training, .epilogue = epilogue(training)});
+  };
+  const bn::BackwardArgs backward{.training = true,
+                                  .epilogue = epilogue(true),
+                                  .dx = &something,
+                                  .dresidual = if_residual(&something),
+                                  .dweight = {&something},
+                                  .dbias = {&something}};
+  const auto work = one_of<Work>(
+      "direction", {{"forward", forward(true)}, {"inference", forward(false)}, {"backward", work_of(backward)}},
+      direction);
   if (n < 1 || c < 1 || s < 1) {
     throw py::value_error("n, c and s should be positive");
   }
-  constexpr int64_t kMostValues = std::numeric_limits<int64_t>::max() / 64;  // so that all their bytes can be counted
+  constexpr int64_t kMostValues = std::numeric_limits<int64_t>::max() / 128;  // so that all their bytes can be counted
   if (n > kMostValues / c / s) {
     throw py::value_error("no tensor has as many values as n * c * s");
   }
@@ -106,6 +130,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("team_blocks", &LaunchPlan::team_blocks)
       .def_readonly("share", &LaunchPlan::share)
       .def_readonly("held", &LaunchPlan::held)
+      .def_readonly("zeroed_mask", &LaunchPlan::zeroed_mask)
       .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
       .def_readonly("workspace_bytes", &LaunchPlan::workspace_bytes)
       .def_readonly("bytes_moved", &LaunchPlan::bytes_moved)
@@ -113,5 +138,6 @@ PYBIND11_MODULE(_C, m) {
       .def("__eq__", [](const LaunchPlan& a, const LaunchPlan& b) { return a == b; })
       .def("__repr__", [](const LaunchPlan& p) { return "LaunchPlan(" + to_string(p) + ")"; });
   m.def("launch_plan", &launch_plan, py::arg("n"), py::arg("c"), py::arg("s"), py::kw_only(), py::arg("gpu") = "h100",
-        py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward");
+        py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward",
+        py::arg("activation") = "identity", py::arg("residual") = false);
 }

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 from bn_ext._C import LaunchPlan, launch_plan
+from bn_ext.activation import NAMES
 
 KIB = 1 << 10
 TYPE_SIZES = {"float32": 4, "bfloat16": 2}
@@ -286,6 +287,110 @@ def test_what_becomes_of_resnet_50() -> None:
     assert golden() == GOLDEN.strip().splitlines()
 
 
+class Chain(NamedTuple):
+    """A pass with what follows the normalization; the least it moves: tensors, and masks of a bit an element."""
+
+    direction: str
+    activation: str
+    residual: bool
+    tensors: int
+    masks: int
+
+    def plan(self, *sizes: int, **rest: str) -> LaunchPlan:
+        return launch_plan(*sizes, direction=self.direction, activation=self.activation, residual=self.residual, **rest)
+
+    def least(self, values: int, dtype: str) -> int:
+        return self.tensors * values * TYPE_SIZES[dtype] + self.masks * -(-values // 8)
+
+
+CHAINS = [
+    Chain("forward", "relu", False, 2, 0),
+    Chain("forward", "relu", True, 3, 1),
+    Chain("forward", "silu", True, 3, 0),
+    Chain("inference", "relu", True, 3, 0),
+    Chain("backward", "identity", True, 4, 0),
+    Chain("backward", "relu", False, 3, 0),
+    Chain("backward", "relu", True, 4, 1),
+    Chain("backward", "silu", False, 3, 0),
+    Chain("backward", "silu", True, 5, 0),  # the residual, too, is read
+]
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=lambda c: f"{c.direction} {c.activation}{' residual' * c.residual}")
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_chain_moves_the_least_where_it_is_held(chain: Chain, gpu: str) -> None:
+    """Of ResNet-50, and with as much of it on chip as without the chain."""
+    shapes = [(n, c, side * side) for n in BATCHES for side, channels in RESNET_50.items() for c in channels]
+    for (n, c, s), dtype, layout in itertools.product(shapes, TYPE_SIZES, LAYOUTS):
+        plan = chain.plan(n, c, s, gpu=gpu, dtype=dtype, layout=layout)
+        least = chain.least(n * c * s, dtype)
+        assert (plan.bytes_moved == least) == (plan.strategy != "streaming")
+        assert least <= plan.bytes_moved < 2 * least
+        plain = launch_plan(n, c, s, gpu=gpu, dtype=dtype, layout=layout, direction=chain.direction)
+        assert (plan.strategy == "streaming") == (plain.strategy == "streaming")
+        assert not plan.zeroed_mask, "two blocks or threads far apart share a byte of the mask"
+
+
+# The ends of the blocks of ResNet-50, add and ReLU: strategy, team, channels of a slab and, where it is not 1, bytes
+# moved over the least.
+# fmt: off
+GOLDEN_CHAINS = """
+float32   32  planar forward          planar backward         interleaved forward     interleaved backward
+256x56        resident cluster 1      resident cluster 1      resident grid 16        resident grid 16
+512x28        resident block 1        resident cluster 1      resident cluster 16     resident cluster 16
+1024x14       resident block 2        resident block 1        resident cluster 16     resident cluster 16
+2048x7        resident block 8        resident block 4        resident cluster 16     resident cluster 16
+float32  256  planar forward          planar backward         interleaved forward     interleaved backward
+256x56        resident cluster 1      resident grid 1         streaming grid 16 1.15  streaming grid 16 1.37
+512x28        resident cluster 1      resident cluster 1      resident grid 16        resident grid 16
+1024x14       resident cluster 2      resident cluster 1      resident cluster 16     resident grid 16
+2048x7        resident cluster 8      resident cluster 4      resident cluster 16     resident cluster 16
+bfloat16  32  planar forward          planar backward         interleaved forward     interleaved backward
+256x56        resident cluster 1      resident cluster 1      resident grid 32        resident grid 32
+512x28        resident block 1        resident block 1        resident cluster 32     resident grid 32
+1024x14       resident block 2        resident block 2        resident cluster 32     resident cluster 32
+2048x7        resident block 8        resident block 8        resident cluster 32     resident cluster 32
+bfloat16 256  planar forward          planar backward         interleaved forward     interleaved backward
+256x56        resident cluster 1      resident cluster 1      streaming grid 32 1.16  streaming grid 32 1.38
+512x28        resident cluster 1      resident cluster 1      resident grid 32        resident grid 32
+1024x14       resident cluster 2      resident cluster 2      resident grid 32        resident grid 32
+2048x7        resident cluster 8      resident cluster 8      resident cluster 32     resident cluster 32
+"""
+# fmt: on
+
+
+def golden_chains() -> list[str]:
+    lines = []
+    for dtype, n in itertools.product(TYPE_SIZES, [32, 256]):
+        chains = [chain for chain in CHAINS if chain.activation == "relu" and chain.residual and chain.masks]
+        columns = list(itertools.product(LAYOUTS, chains))
+        heads = [f"{layout} {chain.direction}" for layout, chain in columns]
+        lines.append(f"{dtype:8} {n:>3}  " + "".join(f"{head:24}" for head in heads))
+        for c, side in (256, 56), (512, 28), (1024, 14), (2048, 7):
+            cells = []
+            for layout, chain in columns:
+                p = chain.plan(n, c, side * side, dtype=dtype, layout=layout)
+                over = p.bytes_moved / chain.least(n * c * side * side, dtype)
+                cells.append(f"{p.strategy} {p.team} {p.channels} {'' if over == 1 else f'{over:.2f}'}")
+            lines.append(f"{f'{c}x{side}':12}  " + "".join(f"{cell:24}" for cell in cells))
+    return [line.rstrip() for line in lines]
+
+
+def test_what_becomes_of_the_blocks_of_resnet_50() -> None:
+    assert golden_chains() == GOLDEN_CHAINS.strip().splitlines()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TYPE_SIZES)
+def test_masks_are_zero_before_where_bytes_are_shared(dtype: str, layout: str) -> None:
+    def zeroed(n: int, c: int, s: int, activation: str = "relu") -> bool:
+        return Chain("forward", activation, True, 3, 1).plan(n, c, s, dtype=dtype, layout=layout).zeroed_mask
+
+    assert zeroed(2, 3, 5) and zeroed(600, 35, 1) and zeroed(3, 65, 49)
+    assert not zeroed(2, 8, 5) and not zeroed(600, 40, 1) and not zeroed(3, 64, 49)
+    assert not zeroed(2, 3, 5, "silu"), "has no mask"
+
+
 def test_a_plan_is_a_value() -> None:
     def plan() -> LaunchPlan:
         return launch_plan(32, 64, 3136)
@@ -294,7 +399,7 @@ def test_a_plan_is_a_value() -> None:
     assert plan() != launch_plan(32, 64, 3136, direction="backward")
     assert repr(plan()) == (
         "LaunchPlan(resident: 64 slabs of 1 channels, 64 teams of 8 blocks (cluster) of 256 threads, "
-        "13 of 13 packs held, 55360 bytes shared, 51380224 bytes moved, 14057472 on chip)"
+        "13 of 13 packs held, 55408 bytes shared, 51380224 bytes moved, 14057472 on chip)"
     )
     assert plan() == launch_plan(32, 64, 3136, gpu="h100", dtype="float32", layout="planar", direction="forward")
 
@@ -315,9 +420,15 @@ def test_problems_that_are_the_same_have_the_same_plan(gpu: str, direction: str)
     assert all(p == single_values[0] for p in single_values)
 
 
-@pytest.mark.parametrize("argument", ["gpu", "dtype", "layout", "direction"])
+@pytest.mark.parametrize("argument", ["gpu", "dtype", "layout", "direction", "activation"])
 def test_unknown_names_are_refused_with_the_known_ones(argument: str) -> None:
-    known = {"gpu": GPUS, "dtype": ["bfloat16", "float16", "float32", "float64"], "layout": LAYOUTS, "direction": WORK}
+    known = {
+        "gpu": GPUS,
+        "dtype": ["bfloat16", "float16", "float32", "float64"],
+        "layout": LAYOUTS,
+        "direction": WORK,
+        "activation": NAMES,
+    }
     with pytest.raises(ValueError, match="voodoo") as error:
         launch_plan(2, 3, 4, **{argument: "voodoo"})
     listed = str(error.value).replace(",", " ").split()
