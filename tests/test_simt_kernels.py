@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from compare import assert_no_worse
+from compare import assert_as_close, assert_no_worse
 from problems import (
     BFLOAT,
     DOUBLE,
@@ -19,6 +20,7 @@ from problems import (
     LAYOUTS,
     MODES,
     TYPES,
+    Arguments,
     Problem,
     Types,
     channels_last,
@@ -27,9 +29,11 @@ from problems import (
     run_reference,
     run_torch,
 )
-from simt.batch_norm import Device, Kernels, Work, batch_norm, problem_of
+from simt.batch_norm import Device, Kernels, Tail, Work, batch_norm, empty_mask, problem_of
 from simt.build import ROOT, sanitized
 from torch import Tensor
+
+from bn_ext.activation import NAMES, apply
 
 KIB = 1024
 HALF = Types(torch.float16, torch.float32, torch.float32)
@@ -81,7 +85,7 @@ def test_grid(problem: Problem, device: Device, kernels: Kernels) -> None:
 
 
 def test_every_strategy_is_on_the_grid(kernels: Kernels) -> None:
-    works = [Work(1, 1, 1), Work(2, 2, 2), Work(1, 0, 1)]
+    works = [Work(1, (1,), (1,), 1, (1,)), Work(2, (2,), (2,), 2, (1,)), Work(1, (0,), (1,), 1, (1,))]
     inputs = [p.layout(torch.empty(p.shape, dtype=p.types.input)) for p in GRID]
     cases = itertools.product(map(problem_of, inputs), works, DEVICES.values())
     assert {kernels.plan(*case) for case in cases} == {
@@ -131,13 +135,14 @@ def both_passes(
     running = a.running_mean.clone(), a.running_var.clone()
     batches = torch.tensor(41)
     out = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, momentum, batches=batches)
-    gradients = kernels.backward(device, a.dy, a.input, a.weight, *out[1:], a.training, **of_backward)
-    return Pass(*out, *running, batches, *gradients)
+    gradients = kernels.backward(device, a.dy, a.input, a.weight, a.bias, *out[1:], a.training, **of_backward)
+    return Pass(*out, *running, batches, *gradients[:3])
 
 
-def assert_same_bits(one: Pass, other: Pass) -> None:
-    for part, a, b in zip(Pass._fields, one, other):
-        assert torch.equal(a, b), part
+def assert_same_bits(one: Pass | Chain, other: Pass | Chain) -> None:
+    for part, a, b in zip(one._fields, one, other, strict=True):
+        assert (a is None) == (b is None), part
+        assert a is None or torch.equal(a, b), part
 
 
 @ways
@@ -177,7 +182,7 @@ def test_subsets_of_the_gradients(shape, layout, device, mode, kernels: Kernels)
     for wanted in itertools.product((False, True), repeat=3):
         if any(wanted):
             torch.manual_seed(0)
-            some = both_passes(kernels, problem, device, wanted=wanted)
+            some = both_passes(kernels, problem, device, wanted=(*wanted, False))
             for part, want in zip(("dx", "dweight", "dbias"), wanted):
                 assert not want or torch.equal(getattr(some, part), getattr(every, part)), f"{part} of {wanted}"
 
@@ -279,11 +284,181 @@ def test_nothing_is_read_or_written_out_of_bounds(shape, types: Types, device: D
         assert_same_bits(sanitized().submit(passes_of, problem, limits_of(device), 1).result(), plain)
 
 
+# The activations with a bit for each element that says all of z that a gradient needs; where gradients jump.
+BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: z <= 0,
+    "relu6": lambda z: (z <= 0) | (z >= 6),
+    "leaky_relu": lambda z: z > 0,
+    "hardsigmoid": lambda z: (z > -3) & (z < 3),
+}
+KINKS = -3, 0, 3, 6
+PARAMS = {"leaky_relu": 0.2, "elu": 0.7}
+
+
+class Chain(NamedTuple):
+    """What one forward and one backward give of activation(normalized + residual)."""
+
+    y: Tensor
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+    dresidual: Tensor | None
+
+
+def chain_of(problem: Problem, has_residual: bool = True) -> tuple[Arguments, Tensor | None]:
+    """Arguments, and a residual or none. Where rounding decides on which side of a kink an element is, dy is 0."""
+    a = problem.arguments("cpu")
+    residual = problem.layout(torch.randn(problem.shape).mul(2).to(a.input.dtype)) if has_residual else None
+    z = run_reference(a).result.output + (0 if residual is None else residual)
+    tolerance = 16 * torch.finfo(a.input.dtype).eps * (1 + z.abs().amax())
+    near = torch.stack([(z - kink).abs() < tolerance for kink in KINKS]).any(0)
+    a.dy.masked_fill_(near, 0)
+    return a, residual
+
+
+def separately(a: Arguments, residual: Tensor | None, name: str) -> Chain:
+    """By torch's operators, one after the other."""
+    r = torch.zeros_like(a.input) if residual is None else residual
+    leaves = [t.clone().requires_grad_() for t in (a.input, a.weight, a.bias, r)]
+    x, weight, bias, r = leaves
+    running = a.running_mean.clone(), a.running_var.clone()
+    y = apply(torch.nn.functional.batch_norm(x, *running, weight, bias, a.training) + r, name, PARAMS.get(name))
+    return Chain(y.detach(), *torch.autograd.grad(y, leaves, a.dy))
+
+
+def exactly(a: Arguments, residual: Tensor | None, name: str) -> tuple[Chain, Chain]:
+    """By the float64 formulas; and the size of the terms that each is made of."""
+    normalized = run_reference(a).result.output
+    terms = [normalized, torch.zeros_like(normalized) if residual is None else residual.double()]
+    z = sum(terms).requires_grad_()
+    y = (z + 3).clamp(0, 6) / 6 if name == "hardsigmoid" else apply(z, name, PARAMS.get(name))  # torch's 1/6 is a float
+    (dz,) = torch.autograd.grad(y, z, a.dy.double())
+    result, scale = run_reference(replace(a, dy=dz), True).result, run_reference(a, True).scale
+    size = torch.stack([y.detach(), *terms]).abs().amax(0)
+    return Chain(y.detach(), *result[3:], dz), Chain(size, *scale[3:], a.dy.double())
+
+
+def together(
+    kernels: Kernels,
+    device: Device,
+    a: Arguments,
+    residual: Tensor | None,
+    name: str,
+    mask: Tensor | None = None,
+    wanted: Sequence[bool] = (True, True, True, True),
+) -> Chain:
+    """By the kernels: a forward fills the mask, if there is one, and its backward takes that for the residual."""
+    tail = Tail(name, PARAMS.get(name, 0), residual, mask)
+    running = a.running_mean.clone(), a.running_var.clone()
+    y, *statistics = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, tail=tail)
+    if mask is not None:
+        tail = tail._replace(residual=None)
+    inputs = a.dy, a.input, a.weight, a.bias, *statistics, a.training
+    return Chain(y, *kernels.backward(device, *inputs, wanted, tail))
+
+
+def bits_of(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as a tensor of bools, laid out as ``like``."""
+    bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8)).bitwise_and(1).bool().flatten()
+    return bits.as_strided(like.shape, like.stride())
+
+
+@ways
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, HALF, BFLOAT], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_activations(name: str, types: Types, shape, layout, device, kernels: Kernels) -> None:
+    """As torch's operators, each with a tensor for its result; in training and evaluation, one with a residual."""
+    slack = 1 if name in BRANCHES else 2  # exp and its like have their own error in the last place
+    odd = (NAMES.index(name) + len(shape) + types.input.itemsize // 2) % 2 == 1
+    for mode, has_residual in zip((MODES[0], MODES[2]), (odd, not odd)):
+        a, residual = chain_of(Problem(shape, layout, types, mode), has_residual)
+        chains = [together(kernels, device, a, residual, name)]
+        if name in BRANCHES and has_residual:
+            mask = empty_mask(a.input)
+            chains.append(together(kernels, device, a, residual, name, mask))
+            assert torch.equal(chains[0].dresidual, chains[1].dresidual), "the backward finds another z"
+            z = together(kernels, device, a, residual, "identity").y
+            if types in (FLOAT, DOUBLE) or name in ("relu", "leaky_relu"):  # rounded, it could reach the other branches
+                assert torch.equal(bits_of(mask, a.input), BRANCHES[name](z))
+        of_torch, exact = separately(a, residual, name), exactly(a, residual, name)
+        for part, *ours, theirs, right, scale in zip(Chain._fields, *chains, of_torch, *exact, strict=True):
+            for mine in ours:
+                assert_as_close(mine, theirs, right, scale, f"{mode}, residual: {has_residual}: {part}", slack)
+
+
+class Masked(NamedTuple):
+    """A chain and its mask, as bools, where its activation has one."""
+
+    chain: Chain
+    mask: Tensor | None
+
+
+def masked(kernels: Kernels, device: Device, problem: Problem, seed: int = 0, name: str = "relu") -> Masked:
+    """With a residual."""
+    kernels.configure(seed, preempt=seed % 3 * 20)
+    torch.manual_seed(0)
+    a, residual = chain_of(problem)
+    mask = empty_mask(a.input) if name in BRANCHES else None
+    chain = together(kernels, device, a, residual, name, mask)
+    kernels.configure()
+    return Masked(chain, None if mask is None else bits_of(mask, a.input))
+
+
+def assert_same(one: Masked, other: Masked) -> None:
+    assert one.mask is None or torch.equal(one.mask, other.mask), "mask"
+    assert_same_bits(one.chain, other.chain)
+
+
+@ways
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
+def test_any_order_of_threads_gives_the_same_mask(shape, layout, device, types: Types, kernels: Kernels) -> None:
+    problem = Problem(shape, layout, types)
+    in_order = masked(kernels, device, problem)
+    for seed in range(1, 4):
+        assert_same(masked(kernels, device, problem, seed), in_order)
+
+
+@ways
+@pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
+def test_residuals_that_are_not_aligned(shape, layout, device, types: Types, kernels: Kernels) -> None:
+    problem = Problem(shape, layout, types)
+    shifted = replace(problem, layout=lambda x: unaligned(layout(x)))
+    assert_same(masked(kernels, device, shifted), masked(kernels, device, problem))
+
+
+@ways
+@pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
+@pytest.mark.parametrize("name", ["relu", "silu"])
+def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, mode, kernels: Kernels) -> None:
+    a, residual = chain_of(Problem(shape, layout, mode=mode))
+    mask = empty_mask(a.input) if name == "relu" else None
+    every = together(kernels, device, a, residual, name, mask)
+    for wanted in itertools.product((False, True), repeat=4):
+        if any(wanted):
+            some = together(kernels, device, a, residual, name, mask, wanted)
+            expected = every._replace(**{part: None for part, want in zip(Chain._fields[1:], wanted) if not want})
+            assert_same_bits(some, expected)
+
+
+def masked_of(problem: Problem, device: tuple[int, ...], seed: int) -> Masked:
+    """In a process with AddressSanitizer."""
+    return masked(Kernels(sanitize=True), Device(*device), problem, seed)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+@pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+def test_no_mask_is_read_or_written_out_of_bounds(shape, types: Types, device: Device, kernels: Kernels) -> None:
+    problem = Problem(shape, contiguous, types)
+    plain = masked(kernels, device, problem)
+    assert_same(sanitized().submit(masked_of, problem, limits_of(device), 1).result(), plain)
+
+
 class Broken(NamedTuple):
     """What is wrong, where, and what is said of it; one way through the kernels on which it matters."""
 
     name: str
-    header: str
+    file: str
     right: str
     wrong: str
     error: str
@@ -375,16 +550,37 @@ BROKEN = [
 ]
 
 
-def write_broken(broken: Broken, folder: Path) -> None:
-    """The header that is wrong, and for quick compilation one that knows no number type but float."""
+# What no barrier, bound or address is broken by, and what then differs.
+WRONG = [
+    Broken(
+        "bits in another order",
+        "mask.h",
+        "bits <<= turn * kLanes",
+        "bits <<= (kThreads - 1 - turn) * kLanes",
+        "mask",
+        0,
+    ),
+    Broken("bits that do not meet", "mask.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "mask", 0),
+    Broken("a byte of others too", "slab.h", "whole_bytes(!plan.zeroed_mask)", "whole_bytes(true)", "mask", 1),
+    Broken("no atomic", "mask.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
+    Broken("bits of the next word", "mask.h", "high != 0", "false", "mask", 1),
+    Broken("no residual", "forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),
+    Broken("no residual behind it", "backward.cu", "z = z + batch.tensor[2][u].get(l);", "", "dx", 0),
+    Broken("a gradient of a gradient", "kernel.h", "if (i + u >= g_.held)", "", "dx", 0),
+]
+
+
+def write_broken(broken: Broken, folder: Path, functor: str) -> None:
+    """The file that is wrong, and for quick compilation headers that know no number type but float and one functor."""
     for name, right, wrong in (
-        (f"cuda/{broken.header}", re.escape(broken.right), broken.wrong),
+        (f"cuda/{broken.file}", re.escape(broken.right), broken.wrong),
         ("core/dtype.h", r"return f\(.*\);", "return f(float{});"),
+        ("core/activation.h", r"return f\(activation::.*\);", f"return f(activation::{functor});"),
     ):
         source = (ROOT / "csrc" / name).read_text()
         changed = re.sub(right, lambda _, wrong=wrong: wrong, source)
         assert changed != source
-        (folder / name).parent.mkdir()
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(changed)
 
 
@@ -397,9 +593,20 @@ def broken_passes(folder: str, sanitize: bool, shape: tuple[int, ...], layout: A
 
 @pytest.mark.parametrize("broken", BROKEN, ids=[b.name for b in BROKEN])
 def test_what_is_broken_is_found(broken: Broken, tmp_path: Path) -> None:
-    write_broken(broken, tmp_path)
+    write_broken(broken, tmp_path, "Identity{}")
     shape, layout, device = WAYS[broken.way]
     of_memory = "heap" in broken.error
     case = str(tmp_path), of_memory, shape, layout, limits_of(device)
     with pytest.raises(RuntimeError, match=f"(?s)kernel batch_norm_(forward|backward): .*({broken.error})"):
         sanitized().submit(broken_passes, *case).result() if of_memory else broken_passes(*case)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[w.name for w in WRONG])
+def test_what_is_wrong_differs(wrong: Broken, tmp_path: Path, kernels: Kernels) -> None:
+    write_broken(wrong, tmp_path, "Any{{}, a}")
+    shape, layout, device = WAYS[wrong.way]
+    name = "silu" if wrong.error == "dx" else "relu6"
+    each = kernels, Kernels("broken", include=[tmp_path])
+    right, broken = (masked(k, device, Problem(shape, layout), name=name) for k in each)
+    with pytest.raises(AssertionError, match=wrong.error):
+        assert_same(broken, right)
