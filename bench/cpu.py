@@ -7,19 +7,22 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import record
-from bench.measure import FIELDS, Row, build, measure
+from bench import measure, memory, record, training
+from bench.measure import Row
 from bench.peers import OTHERS
-from bench.problems import LAYOUTS, PASSES, RESNET, SHAPES, Problem, layouts
+from bench.problems import BLOCKS, LAYOUTS, PASSES, RESNET, SHAPES, Problem, layouts
 
 RECORD = record.RESULTS / "cpu.json"
 
 GRID: dict[str, Any] = {
+    "sections": record.SECTIONS,
+    "blocks": BLOCKS,
     "shapes": SHAPES,
     "layouts": tuple(LAYOUTS),
     "dtypes": ("float32", "bfloat16"),
@@ -27,7 +30,17 @@ GRID: dict[str, Any] = {
     "passes": PASSES,
     "peers": OTHERS["cpu"],
 }
-QUICK: dict[str, Any] = {"shapes": RESNET, "dtypes": ("float32",), "threads": (2,), "peers": (), "seconds": 1.0}
+# Of a block with more in it than batch norm, unless chosen: with the whole grid of each this would take an hour.
+LONGER: dict[str, Any] = {"shapes": RESNET, "threads": (2,), "passes": ("both", "inference")}
+TRAINED: dict[str, Any] = {"shape": "32x3x64x64"}
+QUICK: dict[str, Any] = {
+    "sections": ("blocks", "memory"),
+    "shapes": RESNET,
+    "dtypes": ("float32",),
+    "threads": (2,),
+    "peers": (),
+    "seconds": 1.0,
+}
 BUSY = 0.5  # load a core above which figures are not worth keeping
 
 
@@ -49,24 +62,47 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(options: argparse.Namespace) -> Iterator[list[Row]]:
+def run_blocks(options: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of one case after the other."""
-    grid = (
-        (shape, layout, dtype)
-        for dtype in options.dtypes
-        for shape in options.shapes
-        for layout in layouts(shape)
-        if layout in options.layouts
-    )
-    for shape, layout, dtype in grid:
-        problem = Problem(shape, layout, dtype)
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            peers = build(problem, options.peers)
-            case = {"shape": shape, "layout": layout, "dtype": dtype, "threads": threads}
-            for name in options.passes:
-                rows = measure(problem, peers, name, options.seconds, options.rounds)
-                yield [case | row for row in rows]
+
+    def values(name: str) -> Sequence[Any]:
+        unless_chosen = LONGER if block != "bn" and name not in options.chosen else {}
+        return unless_chosen.get(name, getattr(options, name))
+
+    for block, dtype in product(options.blocks, options.dtypes):
+        for shape, layout in product(values("shapes"), options.layouts):
+            if layout not in layouts(shape):
+                continue
+            problem = Problem(shape, layout, dtype, block)
+            for threads in values("threads"):
+                torch.set_num_threads(threads)
+                peers = measure.build(problem, options.peers)
+                case = {"block": block, "shape": shape, "layout": layout, "dtype": dtype, "threads": threads}
+                for name in values("passes"):
+                    rows = measure.measure(problem, peers, name, options.seconds, options.rounds)
+                    yield [case | row for row in rows]
+
+
+def run_memory(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """Of one shape: in tensors of its size all are alike."""
+    case = {"block": BLOCKS[-1], "shape": options.shapes[0]}
+    for layout, dtype in product(options.layouts, options.dtypes):
+        problem = Problem(case["shape"], layout, dtype, case["block"])
+        yield [{**case, "layout": layout, "dtype": dtype, **row} for row in memory.measure(problem)]
+
+
+def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """ResNet-18 in float32, on all threads."""
+    threads = max(options.threads)
+    torch.set_num_threads(threads)
+    others = [name for name in options.peers if name in training.PEERS]
+    for layout in options.layouts:
+        case = {**TRAINED, "layout": layout, "dtype": "float32"}
+        rows = training.measure(18, **case, others=others, seconds=options.seconds, rounds=options.rounds)
+        yield [{"block": "ResNet-18", **case, "threads": threads, **row} for row in rows]
+
+
+RUN = dict(zip(record.SECTIONS, (run_blocks, run_memory, run_training), strict=True))
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -74,7 +110,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="float32, 2 threads, ResNet-50's shapes, no other peers")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N")
     options = parser.parse_args(argv)
-    return record.settle(options, GRID, GRID | (QUICK if options.quick else {"seconds": 3.0}), RECORD)
+    return record.settle(options, GRID, GRID | (QUICK if options.quick else {"seconds": 0.6}), RECORD)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,10 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "rounds": options.rounds,
             "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         },
-        "fields": FIELDS,
+        "fields": {"blocks": measure.FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
     }
     if data["machine"]["load_before"] > BUSY * (os.cpu_count() or 1):
         print("this machine is busy: expect noise", file=sys.stderr)
-    data["rows"] = record.collect(run(options))
-    record.write(options.out, data)
-    return record.refused(data["rows"])
+    return record.collect((RUN[section](options) for section in options.sections), data, options.out)

@@ -13,15 +13,16 @@ import math
 import multiprocessing
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from itertools import product
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from bench import gpu_report, record
-from bench.measure import COPY, FIELDS, Row, build, measure
+from bench import gpu_report, measure, memory, record, training
+from bench.measure import Row
 from bench.peers import OTHERS, OURS, PEERS
-from bench.problems import DTYPES, LAYOUTS, PASSES, RESNET, Problem, sizes_of
+from bench.problems import BLOCKS, DTYPES, LAYOUTS, PASSES, RESNET, Problem, sizes_of
 from bench.timing import interleave
 from bn_ext._C import LaunchPlan, launch_plan
 
@@ -29,18 +30,19 @@ DEVICE = "cuda"
 RECORD = record.RESULTS / "gpu.json"
 BATCHES = (32, 256)
 GRID: dict[str, Any] = {
+    "sections": record.SECTIONS,
+    "blocks": BLOCKS,
     "shapes": tuple(f"{batch}x{shape.partition('x')[2]}" for batch in BATCHES for shape in RESNET),
     "layouts": tuple(LAYOUTS),
     "dtypes": ("float32", "bfloat16", "float16"),  # should the time run out, the last is like the one before
     "passes": PASSES,
     "peers": OTHERS["cuda"],
 }
-GPU_FIELDS = {
-    "on_chip": "whether the plan keeps the tensors on chip between the two passes over them",
-    "over_best": "time of the fastest peer, which is called best / time of this one",
-}
+ON_CHIP = {"on_chip": "whether the plan keeps the tensors on chip between the two passes over them"}
+TRAINED: dict[str, Any] = {"shape": "128x3x224x224", "layout": "channels_last", "dtype": "bfloat16"}
+TRAINING_SHARE = 0.4  # of the time, left for the section that compiles a whole network twice
 
-Case = tuple[str, str, str]  # shape, layout, dtype
+Case = tuple[str, str, str, str]  # shape, layout, dtype, block
 
 
 class GpuClock:
@@ -101,7 +103,7 @@ def limits_of(gpu: str) -> str | None:
 
 
 def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
-    shape, layout, dtype = case
+    shape, layout, dtype, _ = case
     n, c, *spatial = sizes_of(shape)
     order = "planar" if layout == "contiguous" else "interleaved"
     return launch_plan(n, c, math.prod(spatial), gpu=limits, dtype=dtype, layout=order, direction=direction)
@@ -150,28 +152,38 @@ def compile_ahead(cases: Sequence[Case], workers: int, seconds: float) -> None:
             print("not everything was compiled ahead", file=sys.stderr)
 
 
-def run(cases: Sequence[Case], options: argparse.Namespace, machine: dict[str, Any], end: float) -> Iterator[list[Row]]:
+def run_blocks(
+    cases: Sequence[Case], options: argparse.Namespace, machine: dict[str, Any], end: float
+) -> Iterator[list[Row]]:
     """The rows of one case after the other, until the time is up."""
     limits = limits_of(machine["gpu"])
-    for shape, layout, dtype in cases:
+    for case in cases:
+        shape, layout, dtype, block = case
         tensor = math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize
-        problem = Problem(shape, layout, dtype, DEVICE, sets_past(machine["l2_bytes"], tensor))
-        peers = build(problem, options.peers)
+        problem = Problem(*case, DEVICE, sets_past(machine["l2_bytes"], tensor))
+        peers = measure.build(problem, options.peers)
         for name in options.passes:
             if perf_counter() > end:
                 return
-            rows = measure(problem, peers, name, options.seconds, options.rounds, timed)
-            best = min(
-                (row for row in rows if row["peer"] not in (OURS, COPY) and "over_ours" in row),
-                key=lambda row: row["over_ours"],
-                default=None,
-            )
+            rows = measure.measure(problem, peers, name, options.seconds, options.rounds, timed)
             for row in rows:
-                if row["peer"] == OURS and best is not None:
-                    row |= {"over_best": best["over_ours"], "best": best["peer"]}
                 if row["peer"] == OURS:
-                    row["on_chip"] = on_chip((shape, layout, dtype), name, limits)
-            yield [{"shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+                    row["on_chip"] = on_chip(case, name, limits)
+            yield [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+
+
+def run_memory(cases: Sequence[Case]) -> Iterator[list[Row]]:
+    """Of the first shape: in tensors of its size all are alike."""
+    for shape, layout, dtype, block in cases:
+        if shape == cases[0][0] and block == BLOCKS[-1]:
+            rows = memory.measure(Problem(shape, layout, dtype, block, DEVICE))
+            yield [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+
+
+def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
+    """ResNet-50, by the clock on the wall: the host's work belongs to a step."""
+    rows = training.measure(50, **TRAINED, others=options.peers, seconds=3.0, rounds=options.rounds, device=DEVICE)
+    yield [{"block": "ResNet-50", **TRAINED, **row} for row in rows]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -188,22 +200,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("there is no GPU", file=sys.stderr)
         return 1
-    cases = [(s, la, d) for d in options.dtypes for s in options.shapes for la in options.layouts]
-    if "Inductor" in options.peers and options.workers > 1:
+    cases = [(s, la, d, b) for d, b, s, la in product(options.dtypes, options.blocks, options.shapes, options.layouts)]
+    if "blocks" in options.sections and "Inductor" in options.peers and options.workers > 1:
         compile_ahead(cases, options.workers, options.within / 3)
     here = machine()
     data: dict[str, Any] = {
         "machine": here,
         "versions": record.versions(),
         "settings": {"seconds": options.seconds, "rounds": options.rounds},
-        "fields": FIELDS | GPU_FIELDS,
-        "rows": record.collect(run(cases, options, here, end)),
+        "fields": {"blocks": measure.FIELDS | ON_CHIP, "memory": memory.FIELDS, "training": training.FIELDS},
     }
-    left = len(cases) * len(options.passes) - sum(row["peer"] == OURS for row in data["rows"])
-    data["settings"]["cases_left_for_want_of_time"] = left
-    record.write(options.out, data)
-    gpu_report.main(["--data", str(options.out)])
-    return record.refused(data["rows"])
+    if "training" in options.sections:
+        end -= TRAINING_SHARE * options.within
+    data["settings"]["cases_left_for_want_of_time"] = len(cases) * len(options.passes)
+
+    def counted() -> Iterator[list[Row]]:
+        for rows in run_blocks(cases, options, here, end):
+            data["settings"]["cases_left_for_want_of_time"] -= 1
+            yield rows
+
+    run = {
+        "blocks": counted,
+        "memory": lambda: run_memory(cases),
+        "training": lambda: run_training(options),
+    }
+    status = record.collect((run[section]() for section in options.sections), data, options.out)
+    if "blocks" in options.sections:
+        gpu_report.main(["--data", str(options.out)])
+    return status
 
 
 if __name__ == "__main__":

@@ -16,9 +16,20 @@ from typing import Any
 
 from bench.measure import COPY
 from bench.peers import OURS
-from bench.problems import LEAST_MOVES, sizes_of
+from bench.problems import BLOCKS, LEAST_MOVES, sizes_of
 from bench.record import RESULTS
-from bench.report import LAYOUT_NAMES, PASS_NAMES, Results, Target, markdown, name_shapes, place, put_into
+from bench.report import (
+    BLOCK_NAMES,
+    LAYOUT_NAMES,
+    PASS_NAMES,
+    Results,
+    Target,
+    markdown,
+    memory_and_training,
+    name_shapes,
+    place,
+    put_into,
+)
 
 MARKS = ("<!-- bench-gpu:begin -->", "<!-- bench-gpu:end -->")
 COLORS = {"float32": "#0b6e99", "float16": "#e0a030", "bfloat16": "#7a4f9a"}
@@ -30,12 +41,14 @@ FIGURES = {
     "inference": ("over_best", "{:.2f}×"),
 }
 HEADS = {"of_copy": "of a copy's rate", "over_best": "over the best peer"}
-ON_CHIP = {"on_chip": True}
+ALONE = {"block": "bn"}
+ON_CHIP = {**ALONE, "on_chip": True}
+BOTH = {**ALONE, "pass": "both"}
 TARGETS = (
     Target("forward, of a copy's rate, mean of what fits on chip", 0.85, {"pass": "forward", **ON_CHIP}, "of_copy"),
     Target("backward, of a copy's rate, mean of what fits on chip", 0.85, {"pass": "backward", **ON_CHIP}, "of_copy"),
-    Target("forward + backward over the best peer, mean", 1.5, {"pass": "both"}, "over_best"),
-    Target("forward + backward over the best peer, the slowest", 1.0, {"pass": "both"}, "over_best", mean=False),
+    Target("forward + backward over the best peer, mean", 1.5, BOTH, "over_best"),
+    Target("forward + backward over the best peer, the slowest", 1.0, BOTH, "over_best", mean=False),
 )
 
 
@@ -56,22 +69,21 @@ def _cell(results: Results, name: str, where: dict[str, Any]) -> str:
 
 
 def cases_table(results: Results) -> str:
-    """One line a shape and layout, all dtypes in one cell."""
+    """One line a shape and layout, all dtypes in one cell; then the means, those of the other blocks too."""
     heads = _heads(results)
     body = []
-    for shape in results.values("shape"):
-        for layout in results.values("layout"):
-            where = {"shape": shape, "layout": layout}
-            body.append([place(where), *(_cell(results, name, where) for name in heads)])
-    means = ["geometric mean"]
-    for name in heads:
-        field, written = FIGURES[name]
-        found = [
-            [row[field] for row in results.select(peer=OURS, dtype=dtype, **{"pass": name}) if field in row]
-            for dtype in results.values("dtype")
-        ]
-        means.append(" / ".join(written.format(geometric_mean(figures)) if figures else "–" for figures in found))
-    return markdown(["", *heads.values()], [*body, means])
+    for shape, layout in dict.fromkeys((row["shape"], row["layout"]) for row in results.select(**ALONE)):
+        where = {**ALONE, "shape": shape, "layout": layout}
+        body.append([place(where), *(_cell(results, name, where) for name in heads)])
+    for block in (b for b in BLOCKS if b in results.values("block")):
+        means = [f"geometric mean, {BLOCK_NAMES[block]}"]
+        for name in heads:
+            field, written = FIGURES[name]
+            rows = results.select(peer=OURS, block=block, **{"pass": name})
+            found = [[r[field] for r in rows if r["dtype"] == d and field in r] for d in results.values("dtype")]
+            means.append(" / ".join(written.format(geometric_mean(figures)) if figures else "–" for figures in found))
+        body.append(means)
+    return markdown(["", *heads.values()], body)
 
 
 def copy_rate(results: Results) -> float:
@@ -89,13 +101,14 @@ def copy_rate(results: Results) -> float:
 def table(results: Results) -> str:
     """What the README says."""
     machine, versions = results.machine, results.versions
-    least = ", ".join(f"{PASS_NAMES.get(name, name)} {LEAST_MOVES[name]}" for name in ("forward", "backward"))
+    least = ", ".join(f"{PASS_NAMES.get(name, name)} {LEAST_MOVES['bn'][name]}" for name in ("forward", "backward"))
     return f"""\
 {" / ".join(results.values("dtype"))}; in brackets what does not fit on chip. The rate is that of the least bytes \
 (in tensors: {least}) against a plain copy of the same tensors.
 
 {cases_table(results)}
 
+{memory_and_training(results)}\
 {machine["gpu"]}, the fastest copy at {copy_rate(results) / 1e12:.2f} TB/s; driver {machine["driver"]}, CUDA \
 {machine["cuda"]}, torch {versions["torch"]}, bn_ext {versions["bn_ext"]}; {versions["date"]}.
 """
@@ -107,7 +120,7 @@ def _panel(axis: Any, results: Results, shapes: list[str], name: str, layout: st
     dtypes = results.values("dtype")
     width = 0.8 / len(dtypes)
     for number, dtype in enumerate(dtypes):
-        rows = results.select(peer=OURS, dtype=dtype, layout=layout, **{"pass": name})
+        rows = results.select(**ALONE, peer=OURS, dtype=dtype, layout=layout, **{"pass": name})
         found = [row for row in rows if field in row]
         middles = [shapes.index(row["shape"]) + (number + 0.5) * width - 0.4 for row in found]
         bars = axis.bar(middles, [row[field] for row in found], 0.94 * width, color=COLORS[dtype])
@@ -115,7 +128,7 @@ def _panel(axis: Any, results: Results, shapes: list[str], name: str, layout: st
             bar.set_alpha(1 if row["on_chip"] else 0.45)
     for target in TARGETS:
         if target.where["pass"] == name:
-            axis.axhline(target.least, color="black", linewidth=0.8, linestyle="-" if target.mean else ":")
+            axis.axhline(target.bound, color="black", linewidth=0.8, linestyle="-" if target.mean else ":")
     axis.margins(x=0.01)
     name_shapes(axis, shapes, rotation=25)
 
@@ -128,7 +141,7 @@ def picture(results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     heads = {name: head for name, head in _heads(results).items() if name != "inference"}
-    layouts, shapes = results.values("layout"), results.values("shape")
+    layouts, shapes = (list(dict.fromkeys(r[name] for r in results.select(**ALONE))) for name in ("layout", "shape"))
     size = (1.5 + 6.5 * len(layouts), 1.2 + 2.3 * len(heads))
     figure, axes = plt.subplots(
         len(heads), len(layouts), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"

@@ -22,18 +22,19 @@ Row = dict[str, Any]
 
 FIELDS = {
     "status": "ok; wrong: the results differ, so not timed; unavailable: could not run; reason says why",
-    "error": "largest error of output or dx against float64, relative to the largest expected value",
+    "error": "largest error of output, dx or dresidual against float64, relative to the largest expected value",
     "error_per_channel": "the same for running statistics or gradients of the parameters",
     "rounds": "samples of each peer; sample i of all peers of a case was taken in round i",
     "calls": "calls in one sample",
     "p20_ms, median_ms, p80_ms": "time of one call over the rounds",
     "speedup": f"time of {BASELINE} / time of this peer, median over the rounds (p20, p80: percentiles)",
     "over_ours": f"time of this peer / time of {OURS}, median over the rounds",
+    "over_best": "time of the fastest peer, which is called best / time of this one",
     "of_copy": "time to move the least bytes at the rate of a copy / time of this peer, median over the rounds",
 }
 
 
-def _refusal(error: Exception) -> Row:
+def refusal(error: Exception) -> Row:
     """What is recorded of a peer that cannot be timed: its error's first line, without this machine's paths."""
     reason = (str(error).strip() or "no message").splitlines()[0]
     if isinstance(error, validate.WrongResultError):
@@ -49,7 +50,7 @@ def build(problem: Problem, names: Iterable[str]) -> dict[str, Peer | Row]:
         try:
             built[name] = PEERS[name](problem)
         except Exception as error:  # what a peer cannot do is a result too
-            built[name] = _refusal(error)
+            built[name] = refusal(error)
     return built
 
 
@@ -70,8 +71,8 @@ def measure(
     timed: Timed = interleave,
 ) -> list[Row]:
     """Validates and times the pass ``name`` over the sets of ``problem``: one row a peer and one for a plain copy."""
-    inputs = [problem.input, *(x for x, _ in problem.others)]
-    copies = [partial(torch.empty_like(x).copy_, x) for x in inputs]
+    copied = [problem.input, *(inputs[0] for inputs, _ in problem.others)]
+    copies = [partial(torch.empty_like(x).copy_, x) for x in copied]
     calls: dict[str, Callable[[], object]] = {COPY: _one_by_one(copies)}
     found: dict[str, Row] = {COPY: {"status": "ok"}}
     baseline: dict[str, float] = {}
@@ -86,14 +87,18 @@ def measure(
                     baseline = errors
                 validate.compare(errors, baseline, problem, strict=key == OURS)
             except Exception as error:
-                found[key] = _refusal(error)
+                found[key] = refusal(error)
             else:
                 found[key] = {"status": "ok", **_largest(errors)}
-                calls[key] = _one_by_one([call, *(peer.on(x, dy).call(name) for x, dy in problem.others)])
+                calls[key] = _one_by_one([call, *(peer.on(inputs, dy).call(name) for inputs, dy in problem.others)])
         turns, times = timed(calls, seconds, rounds)
-    samples = {key: [t / len(inputs) for t in seconds_a_turn] for key, seconds_a_turn in turns.items()}
+    samples = {key: [t / len(copied) for t in seconds_a_turn] for key, seconds_a_turn in turns.items()}
     for key in calls:
-        found[key] |= {"calls": times * len(inputs), **_summary(samples, key, LEAST_MOVES[name])}
+        found[key] |= {"calls": times * len(copied), **summary(samples, key)}
+        if key != COPY:
+            moves = LEAST_MOVES[problem.block][name] / COPY_MOVES
+            found[key]["of_copy"] = moves * median(ratios(samples, COPY, key))
+    note_best(found)
     return [{"pass": name, "peer": key, **row} for key, row in found.items()]
 
 
@@ -110,19 +115,27 @@ def _percentiles(values: list[float]) -> tuple[float, float, float]:
     return fifths[0], median(values), fifths[-1]
 
 
-def _summary(samples: dict[str, list[float]], key: str, moves: int) -> Row:
-    """The figures of one peer; every ratio is taken round by round."""
+def ratios(samples: dict[str, list[float]], numerator: str, denominator: str) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
 
-    def ratios(numerator: str, denominator: str) -> list[float]:
-        return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
 
+def note_best(found: dict[str, Row]) -> None:
+    """Sets ours beside the fastest of the others."""
+    others = {key: row["over_ours"] for key, row in found.items() if key not in (OURS, COPY) and "over_ours" in row}
+    if others and OURS in found:
+        best = min(others, key=lambda key: others[key])
+        found[OURS] |= {"over_best": others[best], "best": best}
+
+
+def summary(samples: dict[str, list[float]], key: str) -> Row:
+    """The figures of one peer."""
     low, middle, high = _percentiles([1e3 * t for t in samples[key]])
     row: Row = {"rounds": len(samples[key]), "p20_ms": low, "median_ms": middle, "p80_ms": high}
     if key == COPY:
         return row
     if BASELINE in samples:
-        row["speedup_p20"], row["speedup"], row["speedup_p80"] = _percentiles(ratios(BASELINE, key))
+        row["speedup_p20"], row["speedup"], row["speedup_p80"] = _percentiles(ratios(samples, BASELINE, key))
     if OURS in samples:
-        row["over_ours"] = median(ratios(key, OURS))
-    row["of_copy"] = moves / COPY_MOVES * median(ratios(COPY, key))
+        row["over_ours"] = median(ratios(samples, key, OURS))
     return row

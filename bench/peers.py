@@ -1,4 +1,4 @@
-"""Who is measured: bn_ext and the batch normalizations that torch itself can run."""
+"""Who is measured: bn_ext, and what torch itself can run in its place."""
 
 from __future__ import annotations
 
@@ -19,43 +19,57 @@ OURS = "bn_ext"
 BASELINE = "ATen"
 
 Pass = Callable[[], "Tensor | tuple[Tensor, ...]"]
+Call = Callable[..., Tensor]
+
+
+def _add_relu(output: Tensor, residual: Tensor) -> Tensor:
+    output += residual
+    return F.relu_(output)
+
+
+# What follows batch norm in a block, as a residual network writes it.
+FOLLOWING: dict[str, Call] = {"bn": lambda output: output, "bn+relu": F.relu_, "bn+add+relu": _add_relu}
 
 
 @dataclass
 class Peer:
-    """One implementation of batch normalization, bound to one problem."""
+    """One implementation of a block, bound to one problem."""
 
-    train: Callable[[Tensor], Tensor]
-    evaluate: Callable[[Tensor], Tensor]
-    input: Tensor
+    train: Call
+    evaluate: Call
+    inputs: tuple[Tensor, ...]
     dy: Tensor
     affine: tuple[Tensor, Tensor]
     running: tuple[Tensor, Tensor]  # what ``train`` updates
 
-    def on(self, input: Tensor, dy: Tensor) -> Peer:
+    def on(self, inputs: tuple[Tensor, ...], dy: Tensor) -> Peer:
         """The same implementation on other tensors."""
-        return replace(self, input=input.detach().requires_grad_(), dy=dy)
+        return replace(self, inputs=_leaves(*inputs), dy=dy)
 
     def call(self, name: str) -> Pass:
         """The pass ``name`` as a call without arguments, with nothing in it but the pass."""
         if name == "inference":
-            return partial(self.evaluate, self.input.detach())
-        forward = partial(self.train, self.input)
+            return partial(self.evaluate, *(t.detach() for t in self.inputs))
+        forward = partial(self.train, *self.inputs)
         if name == "forward":
             return forward
-        wanted = (self.input, *self.affine)
+        wanted = (*self.inputs, *self.affine)
         if name == "both":
             return lambda: torch.autograd.grad(forward(), wanted, self.dy)
         output = forward()
         return lambda: torch.autograd.grad(output, wanted, self.dy, retain_graph=True)
 
 
-def modules(package: ModuleType, problem: Problem) -> Peer:
+def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.detach().requires_grad_() for t in tensors)
+
+
+def modules(package: ModuleType, problem: Problem, **options: Any) -> Peer:
     """``package.BatchNorm1d`` or ``BatchNorm2d``, as a network calls it."""
     kind = getattr(package, "BatchNorm1d" if problem.input.dim() == 2 else "BatchNorm2d")
 
     def module() -> Any:  # torch's own type calls every attribute a tensor or a module
-        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM, device=problem.input.device)
+        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM, device=problem.input.device, **options)
         names = ("weight", "bias", "running_mean", "running_var")
         made.load_state_dict({name: getattr(problem, name) for name in names}, strict=False)
         return made
@@ -64,43 +78,59 @@ def modules(package: ModuleType, problem: Problem) -> Peer:
     return Peer(
         train=training,
         evaluate=frozen,
-        input=problem.input.detach().requires_grad_(),
+        inputs=_leaves(*problem.inputs),
         dy=problem.dy,
         affine=(training.weight, training.bias),
         running=(training.running_mean, training.running_var),
     )
 
 
-Function = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+def ours(problem: Problem) -> Peer:
+    """One call a block."""
+    return modules(bn_ext, problem, **{"activation": "relu"} if problem.relu else {})
 
 
-def functions(train: Function, evaluate: Function, input: Tensor, dy: Tensor, problem: Problem) -> Peer:
-    """Two functions of input, running_mean, running_var, weight and bias."""
+def torchs(problem: Problem) -> Peer:
+    """torch's module, and a call for each thing that follows it."""
+    peer = modules(torch.nn, problem)
+    if problem.block == "bn":
+        return peer
+    follow = FOLLOWING[problem.block]
+
+    def followed(call: Call) -> Call:
+        return lambda input, *residual: follow(call(input), *residual)
+
+    return replace(peer, train=followed(peer.train), evaluate=followed(peer.evaluate))
+
+
+def functions(train: Call, evaluate: Call, inputs: tuple[Tensor, ...], dy: Tensor, problem: Problem) -> Peer:
+    """Two functions of running_mean, running_var, weight, bias and the inputs."""
     weight, bias = (p.clone().requires_grad_() for p in (problem.weight, problem.bias))
     mean, var = problem.running_mean.clone(), problem.running_var.clone()
     return Peer(
-        train=lambda x: train(x, mean, var, weight, bias),
-        evaluate=lambda x: evaluate(x, problem.running_mean, problem.running_var, weight, bias),
-        input=input.detach().requires_grad_(),
+        train=partial(train, mean, var, weight, bias),
+        evaluate=partial(evaluate, problem.running_mean, problem.running_var, weight, bias),
+        inputs=_leaves(*inputs),
         dy=dy,
         affine=(weight, bias),
         running=(mean, var),
     )
 
 
-def _train(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.batch_norm(input, mean, var, weight, bias, True, MOMENTUM, EPS)
+def _function(problem: Problem, training: bool) -> Call:
+    follow = FOLLOWING[problem.block]
+
+    def block(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, input: Tensor, *residual: Tensor) -> Tensor:
+        return follow(F.batch_norm(input, mean, var, weight, bias, training, MOMENTUM, EPS), *residual)
+
+    return block
 
 
-def _evaluate(input: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.batch_norm(input, mean, var, weight, bias, False, MOMENTUM, EPS)
-
-
-def _without_cudnn(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    def plain(x: Tensor) -> Tensor:
+def without_cudnn(call: Call) -> Call:
+    def plain(*inputs: Tensor) -> Tensor:
         before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
         try:
-            return call(x)
+            return call(*inputs)
         finally:
             torch.backends.cudnn.enabled = before
 
@@ -109,50 +139,58 @@ def _without_cudnn(call: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tenso
 
 def aten(problem: Problem) -> Peer:
     """torch's modules on its own kernels."""
-    peer = modules(torch.nn, problem)
+    peer = torchs(problem)
     if not problem.input.is_cuda:
         return peer
-    return replace(peer, train=_without_cudnn(peer.train), evaluate=_without_cudnn(peer.evaluate))
+    return replace(peer, train=without_cudnn(peer.train), evaluate=without_cudnn(peer.evaluate))
 
 
 def cudnn(problem: Problem) -> Peer:
     """torch's modules where it gives their work to cuDNN."""
-    peer = modules(torch.nn, problem)
-    node = type(peer.train(peer.input).grad_fn).__name__
+    node = type(modules(torch.nn, problem).train(problem.input.detach().requires_grad_()).grad_fn).__name__
     if "Cudnn" not in node:
         raise NotImplementedError(f"torch does not give this to cuDNN but to {node}")
-    return peer
+    return torchs(problem)
 
 
 def onednn(problem: Problem) -> Peer:
     """oneDNN through tensors already in its own format."""
     if problem.layout != "contiguous":
         raise NotImplementedError("an mkldnn tensor has no channels-last form")
-    return functions(_train, _evaluate, problem.input.to_mkldnn(), problem.dy.to_mkldnn(), problem)
+    train, evaluate = (_function(problem, training) for training in (True, False))
+    inputs = tuple(t.to_mkldnn() for t in problem.inputs)
+    return functions(train, evaluate, inputs, problem.dy.to_mkldnn(), problem)
 
 
-def inductor(problem: Problem) -> Peer:
-    """``torch.compile`` of the function alone, for this shape and, on the CPU, this number of threads."""
+def set_inductor(cached: bool, backward_repeats: bool, workers: int = 1) -> None:
+    """Forgets what was compiled; ``backward_repeats`` if it runs more than once on one graph."""
     import torch._dynamo
     import torch._functorch.config
     import torch._inductor.config
 
     torch._dynamo.reset()
-    cached = problem.input.is_cuda  # on the CPU the code depends on the number of threads
     settings = (
-        (torch._inductor.config, "compile_threads", 1),  # no helper processes beside the measurement
+        (torch._inductor.config, "compile_threads", workers),
         (torch._inductor.config, "fx_graph_cache", cached),
         (torch._functorch.config, "enable_autograd_cache", cached),
-        (torch._functorch.config, "donated_buffer", False),  # backward alone runs more than once on one graph
+        (torch._functorch.config, "donated_buffer", not backward_repeats),
     )
     for config, name, value in settings:
         setattr(config, name, value)
-    train, evaluate = (torch.compile(f, fullgraph=True, dynamic=False) for f in (_train, _evaluate))
-    return functions(train, evaluate, problem.input, problem.dy, problem)
+
+
+def inductor(problem: Problem) -> Peer:
+    """``torch.compile`` of the function alone, for this shape and, on the CPU, this number of threads."""
+    # On the CPU the code depends on the number of threads; workers would stay beside the measurement.
+    set_inductor(cached=problem.input.is_cuda, backward_repeats=True)
+    train, evaluate = (
+        torch.compile(_function(problem, training), fullgraph=True, dynamic=False) for training in (True, False)
+    )
+    return functions(train, evaluate, problem.inputs, problem.dy, problem)
 
 
 PEERS: dict[str, Callable[[Problem], Peer]] = {
-    OURS: partial(modules, bn_ext),
+    OURS: ours,
     BASELINE: aten,
     "oneDNN": onednn,
     "cuDNN": cudnn,

@@ -1,4 +1,4 @@
-"""What is measured: shapes, passes, and the tensors of one problem with the results to expect."""
+"""What is measured: blocks, shapes, passes, and the tensors of one problem with the results to expect."""
 
 from __future__ import annotations
 
@@ -15,9 +15,16 @@ SHAPES = RESNET + SMALL
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The least a pass must move, in reads and writes of the whole tensor. A copy moves two.
-LEAST_MOVES = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
-PASSES = tuple(LEAST_MOVES)
+# The least a pass must move, in reads and writes of the whole tensor, a bit an element aside that says where ReLU let
+# through a sum. A copy moves two.
+_ONE_INPUT = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
+LEAST_MOVES = {
+    "bn": _ONE_INPUT,
+    "bn+relu": _ONE_INPUT,
+    "bn+add+relu": {"forward": 3, "backward": 4, "both": 7, "inference": 3},
+}
+BLOCKS = tuple(LEAST_MOVES)
+PASSES = tuple(_ONE_INPUT)
 
 MOMENTUM = 0.1
 EPS = 1e-5
@@ -33,14 +40,17 @@ def layouts(shape: str) -> tuple[str, ...]:
 
 
 class Problem:
-    """Input, gradient, parameters and statistics of one shape, layout and dtype; ``others`` has more such inputs and
-    gradients, ``sets`` in all, for calls that are not to find their tensors in a cache.
+    """Inputs (the second, if there is one, is the residual), gradient, parameters and statistics of one shape, layout,
+    dtype and block; ``others`` has more such inputs and gradients, ``sets`` in all, for calls that are not to find
+    their tensors in a cache.
 
     The parameters and statistics are float32 for a half-precision input too, as under autocast.
     """
 
-    def __init__(self, shape: str, layout: str, dtype: str, device: str = "cpu", sets: int = 1) -> None:
-        self.shape, self.layout, self.dtype = shape, layout, dtype
+    def __init__(
+        self, shape: str, layout: str, dtype: str, block: str = "bn", device: str = "cpu", sets: int = 1
+    ) -> None:
+        self.shape, self.layout, self.dtype, self.block = shape, layout, dtype, block
         sizes = sizes_of(shape)
         channels = sizes[1]
         random = torch.Generator(device).manual_seed(0)
@@ -55,25 +65,42 @@ class Problem:
         def normal() -> Tensor:
             return torch.randn(channels, generator=random, device=device)
 
-        self.input = tensor().mul_(1.5).add_(0.5)
-        self.dy = tensor()
+        def inputs() -> tuple[Tensor, ...]:
+            input = tensor().mul_(1.5).add_(0.5)
+            return (input, tensor()) if "add" in block else (input,)
+
+        self.inputs, self.dy = inputs(), tensor()
+        self.input = self.inputs[0]
         self.weight, self.bias = uniform(), normal()
         self.running_mean, self.running_var = normal(), uniform()
-        self.others = [(tensor().mul_(1.5).add_(0.5), tensor()) for _ in range(sets - 1)]
+        self.others = [(inputs(), tensor()) for _ in range(sets - 1)]
+        if self.relu:
+            # Whether ReLU lets through what is next to zero is a matter of rounding: no gradient shall depend on it.
+            before = self._before_relu(*reference.statistics(self.input))
+            self.dy[before.abs() < 4 * torch.finfo(self.dy.dtype).eps * before.abs().max()] = 0
+
+    @property
+    def relu(self) -> bool:
+        return "relu" in self.block
+
+    def _before_relu(self, mean: Tensor, var: Tensor) -> Tensor:
+        output = reference.forward(self.input, self.weight, self.bias, mean, var, EPS)
+        return sum(self.inputs[1:], output)
 
     @cached_property
     def expected(self) -> dict[str, dict[str, Tensor]]:
         """The results of each pass in float64, by name."""
-        x, affine = self.input, (self.weight, self.bias)
+        x = self.input
         mean, var = reference.statistics(x)
+        before, inferred = (self._before_relu(*s) for s in ((mean, var), (self.running_mean, self.running_var)))
+        dy = self.dy * (before > 0) if self.relu else self.dy
+        dx, dweight, dbias = reference.backward(dy, x, self.weight, mean, var, EPS, training=True)
         forward = {
-            "output": reference.forward(x, *affine, mean, var, EPS),
+            "output": before.relu() if self.relu else before,
             "running_mean": reference.running(self.running_mean, mean, MOMENTUM),
             "running_var": reference.running(self.running_var, reference.unbiased(x, var), MOMENTUM),
         }
-        names = ("dx", "dweight", "dbias")
-        gradients = dict(
-            zip(names, reference.backward(self.dy, x, self.weight, mean, var, EPS, training=True), strict=True)
-        )
-        inference = {"output": reference.forward(x, *affine, self.running_mean, self.running_var, EPS)}
+        of_inputs = {"dx": dx, "dresidual": dy} if len(self.inputs) > 1 else {"dx": dx}
+        gradients = {**of_inputs, "dweight": dweight, "dbias": dbias}
+        inference = {"output": inferred.relu() if self.relu else inferred}
         return {"forward": forward, "backward": gradients, "both": gradients, "inference": inference}

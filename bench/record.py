@@ -18,10 +18,11 @@ import torch
 
 from bench.measure import Row
 from bench.peers import BASELINE, OURS
-from bench.problems import DTYPES, LAYOUTS, PASSES
+from bench.problems import BLOCKS, DTYPES, LAYOUTS, PASSES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+SECTIONS = ("blocks", "memory", "training")
 PARTIAL = ROOT / "build" / "bench.json"  # part of a grid does not replace the record
 
 
@@ -50,6 +51,8 @@ def versions() -> dict[str, str]:
 def parser(prog: str, doc: str | None, grid: dict[str, Any], rounds: int) -> argparse.ArgumentParser:
     """The choices that there are for every device; :func:`settle` completes them."""
     made = argparse.ArgumentParser(prog=prog, description=doc)
+    made.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all")
+    made.add_argument("--blocks", nargs="+", choices=BLOCKS)
     made.add_argument("--shapes", nargs="+", metavar="NxCxHxW")
     made.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     made.add_argument("--dtypes", nargs="+", choices=DTYPES)
@@ -65,6 +68,7 @@ def settle(
     options: argparse.Namespace, grid: dict[str, Any], defaults: dict[str, Any], record: Path
 ) -> argparse.Namespace:
     """Fills in what was not chosen, and where the data go."""
+    options.chosen = {name for name in grid if getattr(options, name) is not None}
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -77,22 +81,26 @@ def settle(
 def line(rows: list[Row]) -> str:
     """One case for whoever watches."""
     case = " ".join(str(value) for _, value in takewhile(lambda field: field[0] != "peer", rows[0].items()))
-    figures = (
-        f"{row['peer']} {row['median_ms']:.3g} ms" + (f" ({row['speedup']:.2f}x)" if "speedup" in row else "")
-        if row["status"] == "ok"
-        else f"{row['peer']} {row['status']}"
-        for row in rows
-    )
-    return f"{case}: {', '.join(figures)}"
+    return f"{case}: {', '.join(map(_figure, rows))}"
 
 
-def collect(cases: Iterable[list[Row]]) -> list[Row]:
-    """All rows of all cases, each printed as it comes."""
-    rows: list[Row] = []
-    for case in cases:
-        print(line(case), flush=True)
-        rows += case
-    return rows
+def _figure(row: Row) -> str:
+    if row["status"] != "ok":
+        return f"{row['peer']} {row['status']}"
+    if "kept" in row:
+        return f"{row['peer']} keeps {row['kept']:.2f}, peak {row['peak']:.2f}"
+    return f"{row['peer']} {row['median_ms']:.3g} ms" + (f" ({row['speedup']:.2f}x)" if "speedup" in row else "")
+
+
+def collect(sections: Iterable[Iterable[list[Row]]], data: dict[str, Any], path: Path) -> int:
+    """Adds the rows of all cases to ``data``, each printed as it comes; writes after each section."""
+    data["rows"] = []
+    for cases in sections:
+        for case in cases:
+            print(line(case), flush=True)
+            data["rows"] += case
+        write(path, data)
+    return refused(data["rows"])
 
 
 def write(path: Path, data: dict[str, Any]) -> None:

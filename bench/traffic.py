@@ -23,7 +23,7 @@ from bench.peers import OURS, PEERS
 from bench.problems import LAYOUTS, RESNET, Problem
 from bench.report import markdown, place
 
-CASES: list[Case] = list(product(RESNET, LAYOUTS, ("float32", "bfloat16")))
+CASES: list[Case] = list(product(RESNET, LAYOUTS, ("float32", "bfloat16"), ("bn",)))
 DIRECTIONS = ("forward", "backward")
 
 
@@ -49,7 +49,7 @@ def table(cases: Sequence[Case], measured: Sequence[int], limits: str) -> str:
     """Megabytes of each launch, planned and measured."""
     body = []
     for (case, direction), found in zip(product(cases, DIRECTIONS), measured, strict=True):
-        shape, layout, dtype = case
+        shape, layout, dtype, _ = case
         plan = plan_of(case, direction, limits)
         where = place({"shape": shape, "layout": layout})
         way = f"{plan.strategy}, {plan.team}"

@@ -19,7 +19,7 @@ class WrongResultError(Exception):
 
 def of_input_form(key: str) -> bool:
     """Whether a result is like the input, and not like a parameter."""
-    return key in ("output", "dx")
+    return key in ("output", "dx", "dresidual")
 
 
 def observe(peer: Peer, problem: Problem, name: str) -> tuple[Pass, dict[str, float]]:

@@ -13,10 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
 
-from bench import gpu, gpu_report, measure, peers, problems, record, report, timing, traffic
+from bench import gpu, gpu_report, measure, peers, problems, record, report, timing, traffic, training
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "2x4x5x5"
+CASE = (SHAPE, "contiguous", "float32", "bn")
 MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "l2_bytes": 500, "driver": "1.2", "cuda": "13.0", "cudnn": 9}
 
 
@@ -27,6 +28,7 @@ def no_gpu() -> Iterator[None]:
         patch.setattr(gpu, "DEVICE", "cpu")
         patch.setattr(gpu, "machine", lambda: MACHINE)
         patch.setattr(gpu, "timed", partial(timing.interleave, shortest=0))
+        patch.setattr(gpu, "TRAINED", {**gpu.TRAINED, "shape": "16x3x64x64", "width": 4})
         yield
 
 
@@ -43,8 +45,13 @@ def test_data_file_is_complete(recorded: Path) -> None:
     data = json.loads(recorded.read_text())
     assert data["machine"] == MACHINE
     assert data["settings"]["cases_left_for_want_of_time"] == 0
-    rows = data["rows"]
-    assert len(rows) == len(problems.LAYOUTS) * len(gpu.GRID["dtypes"]) * len(problems.PASSES) * 4
+    trained = [row for row in data["rows"] if row["pass"] == training.PASS]
+    assert [row["peer"] for row in trained] == [peers.BASELINE, peers.OURS, "cuDNN"]
+    assert all(row["status"] == "ok" for row in trained)
+    rows = [row for row in data["rows"] if row["pass"] in problems.PASSES]
+    assert (
+        len(rows) == len(problems.BLOCKS) * len(problems.LAYOUTS) * len(gpu.GRID["dtypes"]) * len(problems.PASSES) * 4
+    )
     for row in rows:
         if row["peer"] == peers.OURS:
             assert row["status"] == "ok" and row["over_best"] > 0 and row["best"] == peers.BASELINE
@@ -60,6 +67,7 @@ def test_report_renders(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFi
     readme.write_text("before\n{}\nold\n{}\nafter\n".format(*gpu_report.MARKS))
     assert gpu_report.main(["--data", str(recorded), "--readme", str(readme)]) == 0
     text = readme.read_text()
+    assert "geometric mean, batch norm + add + ReLU" in text and "| ResNet-50, 16×3×64×64 NHWC, bfloat16 |" in text
     assert "old" not in text and "| 2×4×5×5 NHWC |" in text and "NVIDIA H100 80GB HBM3" in text
     assert recorded.with_suffix(".png").stat().st_size > 0
     assert gpu_report.main(["--data", str(recorded)]) == 0
@@ -69,7 +77,14 @@ def test_report_renders(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def row(**fields: object) -> measure.Row:
-    usual = {"shape": SHAPE, "layout": "contiguous", "dtype": "float32", "pass": "forward", "peer": peers.OURS}
+    usual = {
+        "block": "bn",
+        "shape": SHAPE,
+        "layout": "contiguous",
+        "dtype": "float32",
+        "pass": "forward",
+        "peer": peers.OURS,
+    }
     return {**usual, "status": "ok", "on_chip": True, **fields}
 
 
@@ -99,9 +114,9 @@ def test_sets_past_the_cache(tensor: int, sets: int) -> None:
 
 
 def test_every_set_is_another_tensor_of_the_same_kind() -> None:
-    problem = problems.Problem(SHAPE, "channels_last", "float16", sets=3)
-    inputs = [problem.input, *(x for x, _ in problem.others)]
-    assert len({x.data_ptr() for x in inputs}) == 3
+    problem = problems.Problem(SHAPE, "channels_last", "float16", "bn+add+relu", sets=3)
+    inputs = [x for xs in (problem.inputs, *(xs for xs, _ in problem.others)) for x in xs]
+    assert len({x.data_ptr() for x in inputs}) == 6
     assert all(x.stride() == problem.input.stride() and x.dtype == torch.float16 for x in inputs)
     assert not torch.equal(inputs[0], inputs[1])
 
@@ -164,9 +179,9 @@ def test_clock_tries_again_when_the_host_was_late(host: float, attempts: int, mo
 
 def test_time_that_is_up_ends_the_grid(no_gpu: None) -> None:
     options = gpu.arguments(["--shapes", SHAPE, "--peers", "--seconds", "0", "--rounds", "2"])
-    cases = [(SHAPE, "contiguous", "float32")]
-    assert list(gpu.run(cases, options, MACHINE, end=0)) == []
-    assert len(list(gpu.run(cases, options, MACHINE, end=float("inf")))) == len(problems.PASSES)
+    cases = [CASE]
+    assert list(gpu.run_blocks(cases, options, MACHINE, end=0)) == []
+    assert len(list(gpu.run_blocks(cases, options, MACHINE, end=float("inf")))) == len(problems.PASSES)
 
 
 def test_part_of_the_grid_does_not_replace_the_record() -> None:
@@ -190,12 +205,12 @@ def test_part_of_the_grid_does_not_replace_the_record() -> None:
 def test_limits_by_name(name: str, limits: str | None) -> None:
     assert gpu.limits_of(name) == limits
     if limits:
-        assert gpu.plan_of((SHAPE, "contiguous", "float32"), "forward", limits).strategy == "small"
+        assert gpu.plan_of(CASE, "forward", limits).strategy == "small"
 
 
 def test_nothing_fits_on_a_chip_that_is_not_known() -> None:
-    assert gpu.on_chip((SHAPE, "contiguous", "float32"), "both", "h100")
-    assert not gpu.on_chip((SHAPE, "contiguous", "float32"), "both", None)
+    assert gpu.on_chip(CASE, "both", "h100")
+    assert not gpu.on_chip(CASE, "both", None)
 
 
 # ---------------------------------------------------------------------------------------------- traffic
@@ -212,7 +227,7 @@ def test_traffic_of_each_launch() -> None:
     for launch, (read, write) in enumerate([("1,000", "500.0"), ("2,000,000", "1")]):
         lines += [ncu_line(launch, "dram__bytes_read.sum", read), ncu_line(launch, "dram__bytes_write.sum", write)]
     assert traffic.moved("\n".join(lines)) == [1500, 2000001]
-    text = traffic.table([(SHAPE, "contiguous", "float32")], [1500, 2400], "h100")
+    text = traffic.table([CASE], [1500, 2400], "h100")
     assert "| 2×4×5×5 NCHW | float32 | backward | small, block | 0.0 | 0.0 | 1.00 |" in text
     with pytest.raises(SystemExit, match="ncu measured nothing"):
         traffic.moved("==ERROR== no permission")

@@ -1,0 +1,86 @@
+"""What a training step of a block takes of memory, in tensors of the size of its input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench.measure import Row
+from bench.peers import BASELINE, OURS, PEERS, Peer
+from bench.problems import Problem
+
+PASS = "memory"
+FIELDS = {
+    "kept": "bytes between forward and backward / bytes of the input, which is counted too; the caller has no output",
+    "peak": "the most there is at once in forward and backward; the residual and the output's gradient not counted",
+    "kept_over, peak_over": f"the same / that of {BASELINE}",
+}
+
+
+class _Consumer(torch.autograd.Function):
+    """What comes after the block: keeps nothing of its output and gives it the gradient dy."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, dy: Tensor) -> Tensor:
+        ctx.dy = dy
+        return dy.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
+        return ctx.dy, None
+
+
+def allocated(step: Callable[[], object], device: str) -> tuple[int, int]:
+    """Bytes that ``step`` leaves in what it returns, and the most that it had at a time."""
+    if torch.device(device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        left = step()
+        levels = [torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before]
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            left = step()
+        events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted(
+            (e.start_ns(), number, e.nbytes()) for number, e in enumerate(events) if e.name() == "[memory]"
+        )
+        levels = list(accumulate((nbytes for *_, nbytes in changes), initial=0))
+    del left
+    return levels[-1], max(levels)
+
+
+def of_block(peer: Peer, device: str = "cpu") -> tuple[float, float]:
+    """``kept`` and ``peak`` of :data:`FIELDS`."""
+
+    def forward() -> Tensor:
+        return _Consumer.apply(peer.train(*peer.inputs), peer.dy)
+
+    def step() -> object:
+        return torch.autograd.grad(forward(), (*peer.inputs, *peer.affine))
+
+    step()  # what is allocated once
+    input = peer.inputs[0].nbytes
+    return 1 + allocated(forward, device)[0] / input, 1 + allocated(step, device)[1] / input
+
+
+def measure(problem: Problem) -> list[Row]:
+    """A row for eager torch and one for ours."""
+    device = problem.input.device.type
+    found = {name: of_block(PEERS[name](problem), device) for name in (BASELINE, OURS)}
+    return [
+        {
+            "pass": PASS,
+            "peer": name,
+            "status": "ok",
+            "kept": kept,
+            "peak": peak,
+            "kept_over": kept / found[BASELINE][0],
+            "peak_over": peak / found[BASELINE][1],
+        }
+        for name, (kept, peak) in found.items()
+    ]

@@ -1,0 +1,127 @@
+"""Whole training steps of a network: forward, loss, backward and an SGD step."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import bn_ext
+from bench.measure import Row, ratios, refusal, summary
+from bench.networks import resnet
+from bench.peers import BASELINE, OURS, set_inductor, without_cudnn
+from bench.problems import DTYPES, LAYOUTS, sizes_of
+from bench.timing import interleave
+from bench.validate import TIMES_BASELINE, WrongResultError
+
+PASS = "step"
+COMPILED = f"{OURS}, compiled"
+PLAIN = {OURS: BASELINE, COMPILED: "Inductor"}  # the same without bn_ext
+CLASSES = 1000
+LARGEST_ERROR = 0.5  # a ReLU that rounding turns on or off changes all gradients before it; wrong ones are off by 1
+FIELDS = {
+    "error": "of all gradients and the loss of the first step, the norm of the difference to float64 / the norm",
+    "over_plain": "time of the same without bn_ext / time of this one, median over the rounds",
+}
+
+Step = Callable[[], float]
+
+
+def _aten(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = without_cudnn(module.forward)  # type: ignore[method-assign]
+    return model
+
+
+def _ours(model: nn.Module) -> nn.Module:
+    return bn_ext.fuse(bn_ext.convert(model))
+
+
+def _compiled(model: nn.Module) -> nn.Module:
+    model.compile(fullgraph=True, dynamic=False)
+    return model
+
+
+PEERS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    BASELINE: _aten,
+    OURS: _ours,
+    "cuDNN": lambda model: model,
+    "Inductor": _compiled,
+    COMPILED: lambda model: _compiled(_ours(model)),
+}
+
+
+def step_of(model: nn.Module, images: Tensor, labels: Tensor, autocast: torch.dtype | None = None) -> Step:
+    """A training step, which returns the loss when all of it is done."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+    def step() -> float:
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
+            loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return step
+
+
+def _observed(model: nn.Module, step: Step) -> Tensor:
+    """All gradients of the next step, in the order of their names, and its loss."""
+    loss = step()
+    gradients = [p.grad for _, p in sorted(model.named_parameters())]
+    return torch.cat([torch.tensor([loss]), *(g.double().flatten().cpu() for g in gradients if g is not None)])
+
+
+def measure(
+    depth: int,
+    shape: str,
+    layout: str,
+    dtype: str,
+    others: Iterable[str],
+    seconds: float,
+    rounds: int,
+    device: str = "cpu",
+    width: int = 64,
+) -> list[Row]:
+    """Validates the first step of ``resnet(depth)`` in each peer, then times steps in turn: a row each.
+
+    Half precision is by autocast, as networks are trained.
+    """
+    torch.manual_seed(0)
+    model = resnet(depth, CLASSES, width).to(device).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
+    images = torch.randn(sizes_of(shape), device=device).to(memory_format=LAYOUTS[layout])
+    labels = torch.randint(CLASSES, (len(images),), device=device)
+    exact = copy.deepcopy(model).double()
+    expected = _observed(exact, step_of(exact, images.double(), labels))
+    del exact
+    found: dict[str, Row] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    set_inductor(cached=False, backward_repeats=False, workers=os.cpu_count() or 1)
+    for name in dict.fromkeys((BASELINE, OURS, *others, *([COMPILED] if "Inductor" in others else []))):
+        try:
+            peer = PEERS[name](copy.deepcopy(model))
+            step = step_of(peer, images, labels, None if dtype == "float32" else DTYPES[dtype])
+            error = float((_observed(peer, step) - expected).norm() / expected.norm())
+            allowed = min(LARGEST_ERROR, TIMES_BASELINE[False] * found.get(BASELINE, {}).get("error", 1.0))
+            if not error <= allowed:
+                raise WrongResultError(f"error of the gradients is {error:.1e}, allowed is {allowed:.1e}")
+        except Exception as refused:
+            found[name] = refusal(refused)
+        else:
+            found[name] = {"status": "ok", "error": error}
+            calls[name] = step
+    samples = interleave(calls, seconds, rounds)[0] if calls else {}
+    for name in calls:
+        row = found[name] | summary(samples, name)
+        row["images_a_second"] = len(images) / row["median_ms"] * 1e3
+        if PLAIN.get(name) in samples:
+            row["over_plain"] = median(ratios(samples, PLAIN[name], name))
+        found[name] = row
+    return [{"pass": PASS, "peer": name, **row} for name, row in found.items()]
