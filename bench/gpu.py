@@ -103,10 +103,21 @@ def limits_of(gpu: str) -> str | None:
 
 
 def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
-    shape, layout, dtype, _ = case
+    shape, layout, dtype, block = case
     n, c, *spatial = sizes_of(shape)
     order = "planar" if layout == "contiguous" else "interleaved"
-    return launch_plan(n, c, math.prod(spatial), gpu=limits, dtype=dtype, layout=order, direction=direction)
+    activation = "relu" if "relu" in block else "identity"
+    return launch_plan(
+        n,
+        c,
+        math.prod(spatial),
+        gpu=limits,
+        dtype=dtype,
+        layout=order,
+        direction=direction,
+        activation=activation,
+        residual="add" in block,
+    )
 
 
 def on_chip(case: Case, name: str, limits: str | None) -> bool:

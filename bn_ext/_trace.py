@@ -31,6 +31,11 @@ class _Flag:
     def __bool__(self) -> bool:
         raise TraceError("control flow depends on the training flag")
 
+    def __eq__(self, other: object) -> bool:
+        return bool(self)
+
+    __hash__ = None  # type: ignore[assignment]
+
 
 class TrainingFlag(nn.Module):
     """Gives the training flag of the module it is in: unlike an attribute, a call stays one when traced again."""
@@ -51,7 +56,30 @@ for _function in WRITING_OPERATORS:
     setattr(_Proxy, f"__{_function.__name__}__", _in_place(_function))
 
 
-class _Tracer(torch.fx.Tracer):
+def _context() -> tuple[bool, ...]:
+    autocast = (torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
+
+
+class Tracer(torch.fx.Tracer):
+    """Keeps what fx's own loses: that ``+=`` is in place, and that a context has changed, which is an error."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> Graph:
+        if isinstance(root, _BatchNorm):
+            raise TraceError("it is a batch norm itself, with nothing around it")
+        self.context = _context()
+        return super().trace(root, concrete_args)
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Proxy:
+        if _context() != self.context:
+            raise TraceError("it changes gradient mode or autocast on its way")
+        return super().create_proxy(*args, **kwargs)
+
+    def proxy(self, node: Node) -> Proxy:
+        return _Proxy(node, self)
+
+
+class _Tracer(Tracer):
     def __init__(self, opaque: Container[str] = ()) -> None:
         super().__init__(autowrap_functions=(functional.batch_norm,))
         self._autowrap_search.append(functional)
@@ -65,9 +93,6 @@ class _Tracer(torch.fx.Tracer):
             or super().is_leaf_module(m, module_qualified_name)
             or (type(m) is not nn.Sequential and not any(hasattr(part, "running_mean") for part in m.modules()))
         )
-
-    def proxy(self, node: Node) -> Proxy:
-        return _Proxy(node, self)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, _Flag):

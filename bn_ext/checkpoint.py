@@ -11,16 +11,18 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from bn_ext.functional import operator
 
-_WRITTEN = [a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments]
+_ARGUMENTS = {a.name: a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments}
 
 
 class _OnCopies(TorchFunctionMode):
     """What the operator would write to, the running statistics and the counter, it gets as copies."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is operator:  # copies, not None: a cumulative average needs its counter
-            args = [a.clone() if written and a is not None else a for a, written in zip(args, _WRITTEN)]
-        return func(*args, **(kwargs or {}))
+        if func not in (operator, operator.default):
+            return func(*args, **(kwargs or {}))
+        given = {**dict(zip(_ARGUMENTS, args)), **(kwargs or {})}
+        # Copies, not None: a cumulative average needs its counter.
+        return func(**{name: a.clone() if _ARGUMENTS[name] and a is not None else a for name, a in given.items()})
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -39,8 +39,9 @@ def convert(model: Model) -> Model:
     """Makes every :class:`torch.nn.BatchNorm1d`, ``2d`` and ``3d`` in ``model`` (itself included) ours.
 
     The modules stay the same objects with the same parameters, buffers, parametrizations, hooks and flags; only their
-    class changes. Lazy ones become ours with their first input. Subclasses, whose forward may be their own, and
-    :class:`torch.nn.SyncBatchNorm`, whose statistics span processes, are left as they are.
+    class changes. Lazy ones become ours with their first input. Subclasses, whose forward may be their own,
+    modules with an attribute ``activation``, and :class:`torch.nn.SyncBatchNorm`, whose statistics span processes, are
+    left as they are.
 
     Returns:
         ``model``.
@@ -64,6 +65,8 @@ def revert(model: Model) -> Model:
 def _with_classes(model: Model, classes: dict[type, type]) -> Model:
     for module in model.modules():
         cls = type(module)
+        if classes is _OURS and hasattr(module, "activation"):  # of its own, whatever it means
+            continue
         if cls in classes:
             module.__class__ = classes[cls]
         elif (base := parametrize.type_before_parametrizations(module)) in classes:

@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from bn_ext import modules
-from bn_ext._trace import altered
+from bn_ext._trace import Tracer, altered
 from bn_ext.functional import finished
 
 # The layers that can take a batch norm in, and the rank of their output if its dimension 1, which a batch norm
@@ -82,7 +82,7 @@ def fold(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> fx.
     return folded
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(Tracer):
     """Keeps every batch norm whole, and what has hooks: traced through, they would run once, on proxies."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import SymFloat, SymInt, Tensor
 from torch.compiler import is_exporting
 from torch.jit import is_scripting, is_tracing
 
@@ -17,6 +19,12 @@ operator = torch.ops.bn_ext.batch_norm
 def exporting() -> bool:
     """Whether a graph is being made for others to run: it should hold standard operators."""
     return is_exporting() or (is_tracing() and torch.onnx.is_in_onnx_export())
+
+
+def as_tensor(residual: Any, input: Tensor) -> Any:
+    """A number to be added, as a tensor: the operator takes no other."""
+    is_number = isinstance(residual, (int, float, SymInt, SymFloat))
+    return input.new_full((), residual) if is_number else residual  # type: ignore[arg-type]
 
 
 def finished(output: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None) -> Tensor:
@@ -70,6 +78,7 @@ def batch_norm(
     if not is_scripting():
         if momentum is None:  # to the operator it means a cumulative average
             raise TypeError("batch_norm(): momentum must be a number, got None")
+        residual = as_tensor(residual, input)
         if exporting():
             activations.check(activation, activation_param)
             output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)

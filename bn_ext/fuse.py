@@ -78,6 +78,10 @@ def fuse(model: nn.Module) -> FusedModule:
     whose forward cannot be traced (it decides by values, or by ``self.training``) or which have hooks, with all that is
     in them, and modules of your own without a batch norm.
 
+    What :mod:`torch.fx` does not see stays as it was when traced: Python state, random numbers drawn by Python, which
+    optional inputs are None. An activation that keeps its residual refuses, in the backward, one that was written to
+    since by a module that is called as it is. Prune and parametrize before fusing: the two models share their tensors.
+
     An addition in place of operands of different types gives the wider type, as the one that is not in place does.
 
     Args:
@@ -148,7 +152,7 @@ class _Fuser:
 
     def run(self) -> list[Fusion]:
         """The last first: of two batch norms that are added, it is the one that finds the other's output there."""
-        return [self.fuse(node) for node in reversed(self.graph.nodes) if self.is_batch_norm(node)][::-1]
+        return [self.fuse(node) for node in reversed(list(self.graph.nodes)) if self.is_batch_norm(node)][::-1]
 
     def is_batch_norm(self, node: Node) -> bool:
         return node.target in _BATCH_NORM_FUNCTIONS or isinstance(self.module(node), _BatchNorm)

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.jit import is_scripting
 
 from bn_ext import activation as activations
-from bn_ext.functional import exporting, finished, operator
+from bn_ext.functional import as_tensor, exporting, finished, operator
 
 
 class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
@@ -53,6 +53,7 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             if isinstance(input, Proxy):  # fx makes leaves of torch.nn's modules only
                 inputs = (input,) if residual is None else (input, residual)
                 return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), inputs, {})
+            residual = as_tensor(residual, input)
             if exporting():
                 return finished(super().forward(input), residual, self.activation, self.activation_param)
         self._check_input_dim(input)

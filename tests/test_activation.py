@@ -298,6 +298,30 @@ def test_residual_that_torch_would_broadcast_or_promote(activation, change, devi
     torch.testing.assert_close(*(torch.autograd.grad(y, (input, residual), dy) for y in (mine, theirs)))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda x: x[:, :2], "must match the size"),
+        (lambda x: x.to("meta"), "residual is on meta but input is on"),
+        (lambda x: x.to(torch.complex64), "residual is of type ComplexFloat"),
+    ],
+    ids=["sizes", "device", "type"],
+)
+def test_rejected_residual_changes_nothing(wrong, error: str, device: str) -> None:
+    module = bn_ext.BatchNorm2d(3, device=device, activation="silu")
+    x = torch.randn(4, 3, 5, 5, device=device)
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match=error):
+        module(x, wrong(x))
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+def test_number_for_a_residual(device: str) -> None:
+    module = bn_ext.BatchNorm2d(3, device=device, activation="relu").eval()
+    x = torch.randn(2, 3, 4, 4, device=device)
+    torch.testing.assert_close(module(x, 2), module(x, torch.full_like(x, 2)))
+
+
 def test_residual_that_is_the_input(device: str) -> None:
     a = Problem((4, 5, 6, 6), types=DOUBLE, activation="relu").arguments(device)
     x = a.input.requires_grad_()

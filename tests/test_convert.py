@@ -274,3 +274,9 @@ def test_inside_wrappers() -> None:
     assert type(bn_ext.convert(wrapped)) is nn.DataParallel
     assert wrapped.module[1] is norm
     assert type(norm) is bn_ext.BatchNorm2d
+
+
+def test_an_activation_of_one_s_own_is_not_taken_for_ours() -> None:
+    module = nn.BatchNorm2d(3)
+    module.activation = "relu"
+    assert type(bn_ext.convert(module)) is nn.BatchNorm2d

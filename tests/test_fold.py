@@ -472,3 +472,21 @@ def test_results_are_checked() -> None:
     input = torch.randn(2, 6, 5, 5)
     with pytest.raises(AssertionError, match="fold: output 0 differs"):
         bn_ext.fold(model, (input,))
+
+
+def test_addition_in_place_stays_in_place() -> None:
+    class Aliased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.b(self.c(x))
+            z = y
+            y += 1
+            return y * z
+
+    model, x = Aliased().eval(), torch.randn(2, 3, 4, 4)
+    folded = bn_ext.fold(model)
+    assert folded.folds[0].into == "c"
+    torch.testing.assert_close(folded(x), model(x))

@@ -655,3 +655,50 @@ def test_compiles(training: bool) -> None:
         torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(fused.state_dict(), model.state_dict())
     torch._dynamo.reset()
+
+
+class FrozenBegin(nn.Module):
+    """Computes a part of itself without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.first(x)
+        return self.second(x)
+
+
+def test_a_change_of_gradient_mode_is_not_lost() -> None:
+    with pytest.raises(TraceError, match="changes gradient mode"):
+        bn_ext.fuse(FrozenBegin())
+    model = nn.Sequential(FrozenBegin(), nn.BatchNorm2d(3), nn.ReLU())
+    fused = bn_ext.fuse(model)
+    assert fusions(fused)["1"] == ("relu",)
+    fused(torch.randn(2, 3, 4, 4)).sum().backward()
+    assert fused.get_submodule("0.first.0").weight.grad is None
+
+
+def test_a_batch_norm_alone() -> None:
+    for of_model in (bn_ext.fuse, bn_ext.fold):
+        with pytest.raises(TraceError, match="is a batch norm itself"):
+            of_model(nn.BatchNorm2d(3).eval())
+
+
+def test_each_batch_norm_is_reported_once() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c1, self.c2, self.b1, self.b2 = (
+                nn.Conv2d(3, 3, 1),
+                nn.Conv2d(3, 3, 1),
+                nn.BatchNorm2d(3),
+                nn.BatchNorm2d(3),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = self.b1(self.c1(x))
+            return torch.relu(a + torch.relu(self.b2(self.c2(x))))
+
+    assert [(f.batch_norm, f.fused) for f in bn_ext.fuse(Two()).fusions] == [("b1", ("add", "relu")), ("b2", ("relu",))]

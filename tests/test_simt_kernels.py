@@ -335,7 +335,7 @@ def exactly(a: Arguments, residual: Tensor | None, name: str) -> tuple[Chain, Ch
     (dz,) = torch.autograd.grad(y, z, a.dy.double())
     result, scale = run_reference(replace(a, dy=dz), True).result, run_reference(a, True).scale
     size = torch.stack([y.detach(), *terms]).abs().amax(0)
-    return Chain(y.detach(), *result[3:], dz), Chain(size, *scale[3:], a.dy.double())
+    return Chain(y.detach(), *result[3:6], dz), Chain(size, *scale[3:6], a.dy.double())
 
 
 def together(

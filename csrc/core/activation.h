@@ -6,7 +6,7 @@
 #include <type_traits>
 
 // What can follow the normalization: y = activation(z), z = normalized + residual. Each is a value and a gradient, that
-// of torch at kinks and NaN, for scalars and for vectors of them.
+// of torch at kinks, for scalars and for vectors of them.
 namespace bn {
 
 enum class ActivationKind : int {

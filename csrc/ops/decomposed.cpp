@@ -1,6 +1,7 @@
 #include "ops/inputs.h"
 
 #include <ATen/Context.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
@@ -166,16 +167,13 @@ Tensor on_branches(const Tensor& mask, const Tensor& input, const Activation& ac
   }
 }
 
-Tensor normalized(const Arguments& a);
-
-}  // namespace
-
-Tensor decomposed(const Arguments& a) {
-  const Tensor output = normalized(a);
-  return activated(a.residual.has_value() ? output + *a.residual : output, a.activation);
+// Whether torch could add the residual, before anything is written.
+void check_addition(const Tensor& input, const Tensor& residual) {
+  at::infer_size_symint(input.sym_sizes(), residual.sym_sizes());
+  TORCH_CHECK(residual.device() == input.device() || residual.dim() == 0, "batch_norm: residual is on ",
+              residual.device(), " but input is on ", input.device());
+  TORCH_CHECK(!residual.is_complex(), "batch_norm: residual is of type ", residual.scalar_type());
 }
-
-namespace {
 
 Tensor normalized(const Arguments& a) {
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
@@ -192,6 +190,14 @@ Tensor normalized(const Arguments& a) {
 }
 
 }  // namespace
+
+Tensor decomposed(const Arguments& a) {
+  if (!a.residual.has_value()) {
+    return activated(normalized(a), a.activation);
+  }
+  check_addition(a.input, *a.residual);
+  return activated(normalized(a) + *a.residual, a.activation);
+}
 
 FourTensors decomposed_backward(const BackwardArguments& a, double eps) {
   const auto type = at::toOpMathType(a.input.scalar_type());
