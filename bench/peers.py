@@ -128,11 +128,8 @@ def _function(problem: Problem, training: bool) -> Call:
 
 def without_cudnn(call: Call) -> Call:
     def plain(*inputs: Tensor) -> Tensor:
-        before, torch.backends.cudnn.enabled = torch.backends.cudnn.enabled, False
-        try:
+        with torch.backends.cudnn.flags(enabled=False):
             return call(*inputs)
-        finally:
-            torch.backends.cudnn.enabled = before
 
     return plain
 
