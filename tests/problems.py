@@ -338,8 +338,7 @@ def run_reference(a: Arguments, backward: bool = False) -> Expected:
     dz = reference.behind(a.dy, z, a.activation, a.param)
     dx, dweight, dbias = reference.backward(dz, input, a.weight, mean, var, a.eps, a.training)
     # A slope that varies may be small by chance: what z is off changes it as if it were not.
-    straight = a.activation in (None, "identity", "relu", "relu6", "leaky_relu", "hardsigmoid")
-    steepest = dz if straight else a.dy.double() * largest(z, a).clamp(min=1)
+    steepest = dz if a.activation in (None, "identity", *STRAIGHT) else a.dy.double() * largest(z, a).clamp(min=1)
     # A sum may cancel to next to nothing: it counts as no smaller than terms of random sign would make it.
     x_hat = reference.forward(input, None, None, mean, var, a.eps)
     dweight_size, dbias_size = ((steepest * u).square().sum(others).sqrt() for u in (x_hat, 1))
@@ -365,6 +364,8 @@ def largest(z: Tensor, a: Arguments) -> Tensor:
     return torch.stack([z.abs(), residual.abs(), (z - residual).abs()]).amax(0)
 
 
+# Those of two straight branches, whose gradient takes one bit of z.
+STRAIGHT = ("relu", "relu6", "leaky_relu", "hardsigmoid")
 KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3), "hardsigmoid": (-3, 3)}
 
 

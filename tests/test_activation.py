@@ -16,6 +16,7 @@ from problems import (
     FLOAT,
     LAYOUTS,
     MODES,
+    STRAIGHT,
     TYPES,
     Problem,
     Types,
@@ -34,7 +35,6 @@ from bn_ext.functional import batch_norm
 
 OPS = torch.ops.bn_ext
 check = partial(check, slack=2.0)  # of thousands of problems some are off by chance
-STRAIGHT = ("relu", "relu6", "leaky_relu", "hardsigmoid")
 # Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
 LARGE = [(5003, 7), (4, 2, 70001), (16, 33, 14, 14), (32, 64, 32, 32)]

@@ -12,6 +12,7 @@ from problems import (
     DOUBLE,
     FLOAT,
     MODES,
+    STRAIGHT,
     Mode,
     Problem,
     channels_last,
@@ -72,7 +73,7 @@ def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, .
 
 
 def has_mask(problem: Problem) -> bool:
-    return problem.residual and problem.activation in ("relu", "relu6", "leaky_relu", "hardsigmoid")
+    return problem.residual and problem.activation in STRAIGHT
 
 
 TRAINING, BATCH, EVALUATION = MODES
