@@ -39,7 +39,7 @@ struct Gradient {
 
   // At a place where x has been read; k is shift, scale and offset of the forward.
   template <class Place, class V, int K>
-  V behind(const Place& at, const V& x, const V (&k)[K]) const {
+  BN_INLINE V behind(const Place& at, const V& x, const V (&k)[K]) const {
     const V g = at.read(dy);
     if constexpr (!kActivated) {
       return g;

@@ -86,7 +86,7 @@ void normalize_and_add(const Tile& tile,
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                         of_tile<T>(tile, forward.offset)};
   Rows<T>{tile}.map(coefficients,
-                    [=](const Spot<T>& at, const Vec<T>(&k)[3]) {
+                    [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
                       Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
                       if constexpr (kAdds) {
                         z = z + at.read(residual);
@@ -159,7 +159,7 @@ void input_gradient(const Tile& tile,
   auto* const dresidual = static_cast<T*>(dresidual_);
   const Rows<T> rows{tile};
   const Writes writes{bypass_cache, bypass_cache, tile.ahead};
-  const auto write = [=](const Spot<T>& at, const Vec<T>& dz, const auto& gradient_of) {
+  const auto write = [=](const Spot<T>& at, const Vec<T>& dz, const auto& gradient_of) BN_INLINE {
     if (Gradient<T, Functor>::kActivated && dresidual != nullptr) {
       at.write(dresidual, dz);
     }
@@ -173,7 +173,7 @@ void input_gradient(const Tile& tile,
                                           of_tile<T>(tile, backward.offset)};
     rows.map(
         coefficients,
-        [=](const Spot<T>& at, const Vec<T>(&k)[5]) {
+        [=](const Spot<T>& at, const Vec<T>(&k)[5]) BN_INLINE {
           const Vec<T> x = at.read(gradient.x);
           write(at, gradient.behind(at, x, k),
                 [&](const Vec<T>& dz) { return bn::input_gradient(dz, x, k[0], k[1], k[3], k[4]); });
@@ -184,7 +184,7 @@ void input_gradient(const Tile& tile,
                                           of_tile<T>(tile, forward.offset)};
     rows.map(
         coefficients,
-        [=](const Spot<T>& at, const Vec<T>(&k)[3]) {
+        [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
           const Vec<T> x = gradient.repeats_forward() ? at.read(gradient.x) : Vec<T>(0);
           write(at, gradient.behind(at, x, k), [&](const Vec<T>& dz) { return dz * k[1]; });
         },

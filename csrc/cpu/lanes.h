@@ -91,13 +91,13 @@ struct Spot {
   bool streamed;
   int64_t ahead;
 
-  Vec<T> read(const T* p) const {
+  BN_INLINE Vec<T> read(const T* p) const {
     prefetch(p + i + ahead);
     return load_vec(p + i, count);
   }
-  Vec<T> read(const uint8_t* mask) const { return lanes_of<T>(read_bits(mask, i, count)); }
-  void write(T* p, const Vec<T>& v) const { streamed ? stream_vec(p + i, v) : store_vec(p + i, v, count); }
-  void write(uint8_t* mask, const Vec<T>& lanes) const { write_bits(mask, i, count, bits_of<T>(lanes)); }
+  BN_INLINE Vec<T> read(const uint8_t* mask) const { return lanes_of<T>(read_bits(mask, i, count)); }
+  BN_INLINE void write(T* p, const Vec<T>& v) const { streamed ? stream_vec(p + i, v) : store_vec(p + i, v, count); }
+  BN_INLINE void write(uint8_t* mask, const Vec<T>& lanes) const { write_bits(mask, i, count, bits_of<T>(lanes)); }
 };
 
 // f(spot, k) for all elements of all rows, k being the values of K coefficients, given per lane.
@@ -105,13 +105,14 @@ template <class T, int K, int64_t kMaxLanes, class F>
 void map_lanes(const F& f, const LaneRows& rows, const Acc<T> (&coefficients)[K][kMaxLanes], const Writes& writes) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t start = rows.start + r * rows.stride;
-    write_row<T>(start, rows.lanes, writes.aligned, writes.streamed, [&](int64_t i, int64_t count, bool streamed) {
-      Vec<T> k[K];
-      for (int j = 0; j < K; ++j) {
-        k[j] = Vec<T>::loadu(coefficients[j] + i);
-      }
-      f(Spot<T>{start + i, count, streamed, writes.ahead}, k);
-    });
+    write_row<T>(start, rows.lanes, writes.aligned, writes.streamed,
+                 [&](int64_t i, int64_t count, bool streamed) BN_INLINE {
+                   Vec<T> k[K];
+                   for (int j = 0; j < K; ++j) {
+                     k[j] = Vec<T>::loadu(coefficients[j] + i);
+                   }
+                   f(Spot<T>{start + i, count, streamed, writes.ahead}, k);
+                 });
   }
 }
 

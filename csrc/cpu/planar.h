@@ -43,9 +43,8 @@ struct Planar {
           const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);
           const auto k = of_channel(coefficients, c);
           write_row<T>(start, e.s1 - e.s0, writes.aligned, writes.streamed,
-                       [&](int64_t i, int64_t count, bool streamed) {
-                         f(Spot<T>{start + i, count, streamed, writes.ahead}, k.of);
-                       });
+                       [&](int64_t i, int64_t count, bool streamed)
+                           BN_INLINE { f(Spot<T>{start + i, count, streamed, writes.ahead}, k.of); });
         }
       }
     }
