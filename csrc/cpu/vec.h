@@ -92,9 +92,10 @@ inline auto narrow(const Vec<T>& v) {
 }
 #endif
 
-// Brings the line of p, which may lie outside of any tensor, into the second-level cache.
+// Brings the line of p, which may lie outside of any tensor, into the second-level cache. As a function of its own it
+// would do nothing that GCC can see, and be left out.
 template <class T>
-inline void prefetch(const T* p) {
+BN_INLINE inline void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
