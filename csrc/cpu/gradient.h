@@ -37,7 +37,7 @@ struct Gradient {
   // Whether z is needed, and so x.
   bool repeats_forward() const { return kActivated && mask == nullptr; }
 
-  // At a place where x has been read; k is shift, scale and offset of the forward.
+  // At a place where x has been read; k begins with shift and scale of the forward and ends with its offset.
   template <class Place, class V, int K>
   BN_INLINE V behind(const Place& at, const V& x, const V (&k)[K]) const {
     const V g = at.read(dy);
@@ -46,7 +46,7 @@ struct Gradient {
     } else if (mask != nullptr) {
       return functor.gradient_on(at.read(mask), g);
     } else {
-      const V z = normalize(x, k[0], k[1], k[2]);
+      const V z = normalize(x, k[0], k[1], k[K - 1]);
       return activation::gradient(functor, g, residual != nullptr ? z + at.read(residual) : z);
     }
   }

@@ -18,10 +18,10 @@ struct Interleaved {
   const int64_t copies = fold(tile);
 
   // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
-  template <int K, class Term>
-  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[K], double* sum, double* sum_product)
-      const {
-    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
+  template <class Term>
+  void sums(
+      const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
+    alignas(64) Acc<T> lanes_of[Term::kCoefficients][kMaxLanes];
     alignas(64) double u[kMaxLanes];
     alignas(64) double uw[kMaxLanes];
     const int64_t used = copies * tile.channels() + kWidth<T>;
@@ -44,7 +44,7 @@ struct Interleaved {
 
   // f(spot, k) for every element of the tile, k being its channel's values of the K coefficients.
   template <int K, class F>
-  void map(const Acc<T>* const (&coefficients)[K], const F& f, const Writes& writes) const {
+  void map(const Acc<T>* const* coefficients, F f, Writes writes) const {
     alignas(64) Acc<T> lanes_of[K][kMaxLanes];
     repeat(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
@@ -64,7 +64,7 @@ struct Interleaved {
   }
 
   template <int K>
-  void repeat(const Acc<T>* const (&coefficients)[K], Acc<T> (&lanes_of)[K][kMaxLanes]) const {
+  void repeat(const Acc<T>* const* coefficients, Acc<T> (&lanes_of)[K][kMaxLanes]) const {
     for (int j = 0; j < K; ++j) {
       for (int64_t k = 0; k < copies; ++k) {
         std::memcpy(lanes_of[j] + k * tile.channels(), coefficients[j], tile.channels() * sizeof(Acc<T>));

@@ -85,20 +85,20 @@ void normalize_and_add(const Tile& tile,
   const auto functor = functor_of<Functor>(epilogue.activation);
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                         of_tile<T>(tile, forward.offset)};
-  Rows<T>{tile}.map(coefficients,
-                    [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
-                      Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
-                      if constexpr (kAdds) {
-                        z = z + at.read(residual);
-                      }
-                      if constexpr (kAdds && Gradient<T, Functor>::kActivated) {
-                        if (mask != nullptr) {
-                          at.write(mask, functor.branch(z));
-                        }
-                      }
-                      at.write(y, functor.value(z));
-                    },
-                    {bypass_cache || mask != nullptr, bypass_cache, tile.ahead});
+  Rows<T>{tile}.template map<3>(coefficients,
+                                [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
+                                  Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
+                                  if constexpr (kAdds) {
+                                    z = z + at.read(residual);
+                                  }
+                                  if constexpr (kAdds && Gradient<T, Functor>::kActivated) {
+                                    if (mask != nullptr) {
+                                      at.write(mask, functor.branch(z));
+                                    }
+                                  }
+                                  at.write(y, functor.value(z));
+                                },
+                                {bypass_cache || mask != nullptr, bypass_cache, tile.ahead});
 }
 
 template <template <class> class Rows, class T, class Functor>
@@ -125,7 +125,6 @@ void gradient_sums(const Tile& tile,
   const Rows<T> rows{tile};
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                         of_tile<T>(tile, forward.offset)};
-  const Acc<T>* const none[] = {coefficients[0]};
   double sum[Rows<T>::kMaxChannels];
   double sum_shifted[Rows<T>::kMaxChannels];
   std::fill_n(sum_dz + tile.c0, tile.channels(), 0.0);
@@ -135,7 +134,7 @@ void gradient_sums(const Tile& tile,
     if (x != nullptr) {
       rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted);
     } else {
-      rows.sums(e, SumTerm<T>{static_cast<const T*>(dy)}, none, sum, sum_shifted);
+      rows.sums(e, SumTerm<T>{static_cast<const T*>(dy)}, coefficients, sum, sum_shifted);
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
       sum_dz[tile.c0 + c] += sum[c];
@@ -168,23 +167,25 @@ void input_gradient(const Tile& tile,
     }
   };
   if (backward.slope != nullptr) {
+    constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 5 : 4;
     const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
-                                          of_tile<T>(tile, forward.offset), of_tile<T>(tile, backward.slope),
-                                          of_tile<T>(tile, backward.offset)};
-    rows.map(
+                                          of_tile<T>(tile, backward.slope), of_tile<T>(tile, backward.offset),
+                                          of_tile<T>(tile, forward.offset)};
+    rows.template map<kCoefficients>(
         coefficients,
-        [=](const Spot<T>& at, const Vec<T>(&k)[5]) BN_INLINE {
+        [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
           const Vec<T> x = at.read(gradient.x);
           write(at, gradient.behind(at, x, k),
-                [&](const Vec<T>& dz) { return bn::input_gradient(dz, x, k[0], k[1], k[3], k[4]); });
+                [&](const Vec<T>& dz) { return bn::input_gradient(dz, x, k[0], k[1], k[2], k[3]); });
         },
         writes);
   } else {
     const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                           of_tile<T>(tile, forward.offset)};
-    rows.map(
+    constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 2;
+    rows.template map<kCoefficients>(
         coefficients,
-        [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
+        [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
           const Vec<T> x = gradient.repeats_forward() ? at.read(gradient.x) : Vec<T>(0);
           write(at, gradient.behind(at, x, k), [&](const Vec<T>& dz) { return dz * k[1]; });
         },

@@ -17,9 +17,9 @@ struct Planar {
   const bool joined = tile.blocks.joined;
 
   // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
-  template <int K, class Term>
-  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[K], double* sum, double* sum_product)
-      const {
+  template <class Term>
+  void sums(
+      const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
     joined ? sums_of_lanes(e, term, coefficients, sum, sum_product)
            : sums_of_rows(e, term, coefficients, sum, sum_product);
     repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
@@ -27,7 +27,7 @@ struct Planar {
 
   // f(spot, k) for every element of the tile, k being its channel's values of the K coefficients.
   template <int K, class F>
-  void map(const Acc<T>* const (&coefficients)[K], const F& f, const Writes& writes) const {
+  void map(const Acc<T>* const* coefficients, F f, Writes writes) const {
     alignas(64) Acc<T> lanes_of[K][kMaxLanes];
     if (joined) {
       spread(coefficients, lanes_of);
@@ -41,7 +41,7 @@ struct Planar {
       for (int64_t n = e.n0; n < e.n1; ++n) {
         for (int64_t c = 0; c < tile.channels(); ++c) {
           const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);
-          const auto k = of_channel(coefficients, c);
+          const auto k = of_channel<K>(coefficients, c);
           write_row<T>(start, e.s1 - e.s0, writes.aligned, writes.streamed,
                        [&](int64_t i, int64_t count, bool streamed)
                            BN_INLINE { f(Spot<T>{start + i, count, streamed, writes.ahead}, k.of); });
@@ -62,7 +62,7 @@ struct Planar {
   };
 
   template <int K>
-  static OfChannel<K> of_channel(const Acc<T>* const (&coefficients)[K], int64_t c) {
+  static OfChannel<K> of_channel(const Acc<T>* const* coefficients, int64_t c) {
     OfChannel<K> k;
     for (int j = 0; j < K; ++j) {
       k.of[j] = Vec<T>(coefficients[j][c]);
@@ -71,7 +71,7 @@ struct Planar {
   }
 
   template <int K>
-  void spread(const Acc<T>* const (&coefficients)[K], Acc<T> (&lanes_of)[K][kMaxLanes]) const {
+  void spread(const Acc<T>* const* coefficients, Acc<T> (&lanes_of)[K][kMaxLanes]) const {
     for (int j = 0; j < K; ++j) {
       Acc<T>* lanes = lanes_of[j];
       for (int64_t c = 0; c < tile.channels(); ++c) {
@@ -81,13 +81,10 @@ struct Planar {
     }
   }
 
-  template <int K, class Term>
-  void sums_of_lanes(const Extent& e,
-                     const Term& term,
-                     const Acc<T>* const (&coefficients)[K],
-                     double* sum,
-                     double* sum_product) const {
-    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
+  template <class Term>
+  void sums_of_lanes(
+      const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
+    alignas(64) Acc<T> lanes_of[Term::kCoefficients][kMaxLanes];
     alignas(64) double u[kMaxLanes];
     alignas(64) double uw[kMaxLanes];
     const LaneRows rows = joined_rows(e);
@@ -101,12 +98,9 @@ struct Planar {
     }
   }
 
-  template <int K, class Term>
-  void sums_of_rows(const Extent& e,
-                    const Term& term,
-                    const Acc<T>* const (&coefficients)[K],
-                    double* sum,
-                    double* sum_product) const {
+  template <class Term>
+  void sums_of_rows(
+      const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
     alignas(64) double u[kMaxChannels][kWidth<T>];
     alignas(64) double uw[kMaxChannels][kWidth<T>];
     std::memset(u, 0, tile.channels() * sizeof(u[0]));
@@ -115,7 +109,7 @@ struct Planar {
     const Vec<T> mask = lane_mask<T>(length % kWidth<T>);
     for (int64_t n = e.n0; n < e.n1; ++n) {
       for (int64_t c = 0; c < tile.channels(); ++c) {
-        const auto k = of_channel(coefficients, c);
+        const auto k = of_channel<Term::kCoefficients>(coefficients, c);
         add_row(term, tile.blocks.offset(n, tile.c0 + c, e.s0), length, mask, k.of, u[c], uw[c]);
       }
     }

@@ -77,20 +77,20 @@ struct MomentTerm {
   }
 };
 
-// u = dz, w = x - shift; the coefficients are the forward's.
+// u = dz, w = x - shift; the coefficients are the forward's, of which an activation takes all.
 template <class T, class Functor>
 struct GradientTerm {
-  static constexpr int kCoefficients = 3;
+  static constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 1;
   Gradient<T, Functor> gradient;
 
   template <class Place>
-  void add(const Place& at, const Vec<T> (&k)[3], Vec<T>& sum, Vec<T>& sum_product) const {
+  void add(const Place& at, const Vec<T> (&k)[kCoefficients], Vec<T>& sum, Vec<T>& sum_product) const {
     const Vec<T> x = at.read(gradient.x);
     const Vec<T> dz = at.keep(gradient.behind(at, x, k));
     sum = sum + dz;
     sum_product = at::vec::fmadd(dz, x - k[0], sum_product);
   }
-  Pair exact(int64_t i, const Acc<T> (&k)[3]) const {
+  Pair exact(int64_t i, const Acc<T> (&k)[kCoefficients]) const {
     const Single<T> at{i};
     const Acc<T> x = at.read(gradient.x);
     return {gradient.behind(at, x, k), static_cast<double>(x) - k[0]};
@@ -125,11 +125,11 @@ Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& te
 }
 
 // Replaces the sums that overflowed a float or met NaN or Inf.
-template <class T, int K, class Term>
+template <class T, class Term>
 void repair_sums(const Tile& tile,
                  const Extent& e,
                  const Term& term,
-                 const Acc<T>* const (&coefficients)[K],
+                 const Acc<T>* const* coefficients,
                  double* sum,
                  double* sum_product) {
   if constexpr (std::is_same_v<Acc<T>, float>) {
@@ -143,8 +143,8 @@ void repair_sums(const Tile& tile,
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
       if (!both_finite(c)) {
-        Acc<T> k[K];
-        for (int j = 0; j < K; ++j) {
+        Acc<T> k[Term::kCoefficients];
+        for (int j = 0; j < Term::kCoefficients; ++j) {
           k[j] = coefficients[j][c];
         }
         const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, k);
