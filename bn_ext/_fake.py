@@ -29,9 +29,9 @@ def _batch_norm_forward(
     activation: str | None,
     activation_param: float | None,
     with_mask: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     mean = input.new_empty(input.size(1), dtype=torch.float64)
-    mask = input.new_empty((input.numel() + 31) // 32 * 4 if with_mask else 0, dtype=torch.uint8)
+    mask = input.new_empty((input.numel() + 31) // 32 * 4, dtype=torch.uint8) if with_mask else None
     return _empty_like(input), mean, torch.empty_like(mean), mask
 
 
@@ -49,10 +49,10 @@ def _batch_norm_backward(
     activation: str | None,
     activation_param: float | None,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
     wants_dx, *wants_parameters, wants_dresidual = output_mask
-    dx, dresidual = (_empty_like(input) if wanted else input.new_empty(0) for wanted in (wants_dx, wants_dresidual))
-    dweight, dbias = (input.new_empty(input.size(1) if wanted else 0, dtype=dtype) for wanted in wants_parameters)
+    dx, dresidual = (_empty_like(input) if wanted else None for wanted in (wants_dx, wants_dresidual))
+    dweight, dbias = (input.new_empty(input.size(1), dtype=dtype) if wanted else None for wanted in wants_parameters)
     return dx, dweight, dbias, dresidual

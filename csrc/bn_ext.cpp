@@ -25,7 +25,7 @@ TORCH_LIBRARY(bn_ext, m) {
       tags);
 
   // The same below autograd. mean and invstd, (C,) in float64, are those that were used. The mask, of bytes, has a bit
-  // for each element in the order of memory: the branch of the activation; without with_mask it has no elements.
+  // for each element in the order of memory: the branch of the activation; without with_mask there is none (None).
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
@@ -33,7 +33,7 @@ TORCH_LIBRARY(bn_ext, m) {
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
 
-  // Gradients with respect to input, weight, bias and residual; those not in output_mask have no elements. The residual
+  // Gradients with respect to input, weight, bias and residual; None for those not in output_mask. The residual
   // is needed where there was one, unless there is a mask.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "

@@ -57,6 +57,10 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static constexpr bool is_traceable = true;
 
+  // What a backward has to know besides tensors: biased, added, training, eps, activation and its parameter. One value,
+  // because each costs a small call a string and a place in a table.
+  using Call = std::tuple<bool, bool, bool, double, int64_t, double>;
+
   // Those that can have gradients stand apart, where autograd finds them.
   static Tensor forward(AutogradContext* ctx,
                         const Tensor& input,
@@ -68,13 +72,10 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const auto [output, mean, invstd, mask] = batch_norm_forward(a, keep.mask);
     const bool activated = a.activation.kind != ActivationKind::Identity;
     ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
-                            invstd, keep.residual ? *residual : Tensor(), keep.mask ? mask : Tensor()});
-    ctx->saved_data["biased"] = bias.has_value();
-    ctx->saved_data["added"] = residual.has_value();
-    ctx->saved_data["training"] = a.training;
-    ctx->saved_data["eps"] = a.eps;
-    ctx->saved_data["activation"] = static_cast<int64_t>(a.activation.kind);
-    ctx->saved_data["activation_param"] = a.activation.param;
+                            invstd, keep.residual ? *residual : Tensor(), mask});
+    ctx->saved_data["call"] =
+        Call{bias.has_value(),  residual.has_value(), a.training, a.eps, static_cast<int64_t>(a.activation.kind),
+             a.activation.param};
     return output;
   }
 
@@ -86,15 +87,15 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
     const OptionalTensor weight = optional(1), bias = optional(2), residual = optional(5), mask = optional(6);
-    const Activation activation{static_cast<ActivationKind>(ctx->saved_data["activation"].toInt()),
-                                ctx->saved_data["activation_param"].toDouble()};
+    const auto [biased, added, training, eps, kind, param] = ctx->saved_data["call"].to<Call>();
+    const Activation activation{static_cast<ActivationKind>(kind), param};
     // Autograd numbers the tensors that are there.
     size_t edge = 0;
     const auto wants = [&](bool there) { return there && ctx->needs_input_grad(edge++); };
     const bool wants_dx = wants(true);
     const bool wants_dweight = wants(weight.has_value());
-    const bool wants_dbias = wants(ctx->saved_data["biased"].toBool());
-    const bool wants_dresidual = wants(ctx->saved_data["added"].toBool());
+    const bool wants_dbias = wants(biased);
+    const bool wants_dresidual = wants(added);
     const bool passes_on = activation.kind == ActivationKind::Identity;  // dresidual is dy
     const BackwardArguments a{dy,
                               saved[0],
@@ -102,7 +103,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                               bias,
                               saved[3],
                               saved[4],
-                              ctx->saved_data["training"].toBool(),
+                              training,
                               residual,
                               mask,
                               activation,
@@ -113,10 +114,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
         c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) || has_tangent(dy) ||
         has_tangent(a.input) || tangent(weight) || tangent(bias) || tangent(residual);
     const bool differentiable = at::GradMode::is_enabled() || transformed;
-    const auto [dx, dweight, dbias, dresidual] =
-        differentiable ? decomposed_backward(a, ctx->saved_data["eps"].toDouble()) : batch_norm_backward(a);
-    return {wants_dx ? dx : Tensor(), wants_dweight ? dweight : Tensor(), wants_dbias ? dbias : Tensor(),
-            wants_dresidual ? (passes_on ? dy : dresidual) : Tensor(), Tensor()};
+    const auto [dx, dweight, dbias, dresidual] = differentiable ? decomposed_backward(a, eps) : batch_norm_backward(a);
+    return {dx, dweight, dbias, wants_dresidual && passes_on ? dy : dresidual, Tensor()};
   }
 };
 

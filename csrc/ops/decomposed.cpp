@@ -235,7 +235,9 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps) {
   if (a.weight.has_value()) {
     dx = dx * a.weight->to(type).view(per_channel);
   }
-  return {dx.to(a.input.scalar_type()), dz_x_hat.sum(others), dz.sum(others), dz.to(a.input.scalar_type())};
+  const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = a.output_mask;
+  return {wants_dx ? dx.to(a.input.scalar_type()) : Tensor(), wants_dweight ? dz_x_hat.sum(others) : Tensor(),
+          wants_dbias ? dz.sum(others) : Tensor(), wants_dresidual ? dz.to(a.input.scalar_type()) : Tensor()};
 }
 
 }  // namespace bn::ops

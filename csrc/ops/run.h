@@ -71,7 +71,7 @@ FourTensors batch_norm_forward(const Tensor& input,
   Tensor output = empty_like(x);
   Tensor mean = empty_statistics(input);
   Tensor invstd = empty_statistics(input);
-  Tensor mask = at::zeros({with_mask ? mask_bytes(input.numel()) : 0}, input.options().dtype(at::kByte));
+  Tensor mask = with_mask ? at::zeros({mask_bytes(input.numel())}, input.options().dtype(at::kByte)) : Tensor();
   const bool counts = training && num_batches_tracked.has_value();
   if (input.numel() == 0) {
     mean.zero_();
@@ -119,14 +119,16 @@ FourTensors batch_norm_backward(const Tensor& dy,
   const Operand g(dy, x);
   const auto parameter =
       mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type()));
-  const auto like_input = [&](bool wanted) { return wanted ? empty_like(x) : at::empty({0}, input.options()); };
-  Tensor dx = like_input(wants_dx);
-  Tensor dweight = at::empty({wants_dweight ? input.size(1) : 0}, parameter);
-  Tensor dbias = at::empty({wants_dbias ? input.size(1) : 0}, parameter);
-  Tensor dresidual = like_input(wants_dresidual);
+  Tensor dx = wants_dx ? empty_like(x) : Tensor();
+  Tensor dweight = wants_dweight ? at::empty({input.size(1)}, parameter) : Tensor();
+  Tensor dbias = wants_dbias ? at::empty({input.size(1)}, parameter) : Tensor();
+  Tensor dresidual = wants_dresidual ? empty_like(x) : Tensor();
   if (input.numel() == 0) {
-    dweight.zero_();
-    dbias.zero_();
+    for (const Tensor& sum : {dweight, dbias}) {
+      if (sum.defined()) {
+        sum.zero_();
+      }
+    }
     return {dx, dweight, dbias, dresidual};
   }
   const bool passes_on = activation.kind == ActivationKind::Identity;
