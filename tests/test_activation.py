@@ -4,6 +4,8 @@ number type, against torch's separate operators and the float64 formulas."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +40,18 @@ check = partial(check, slack=2.0)  # of thousands of problems some are off by ch
 # Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
 LARGE = [(5003, 7), (4, 2, 70001), (16, 33, 14, 14), (32, 64, 32, 32)]
+
+
+@contextmanager
+def filled_memory() -> Iterator[None]:
+    """New tensors are of all ones."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1, dtype=torch.uint8) == 255
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
 
 every_activation = pytest.mark.parametrize("activation", NAMES)
 with_and_without_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
@@ -168,13 +182,15 @@ def test_gradient_is_that_of_the_output(layout, types: Types, residual: bool, de
 
 @pytest.mark.parametrize("activation", STRAIGHT)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("shape", [(2, 16, 33, 32), (3, 65, 7, 7), (5, 3)], ids=str)
-def test_mask(activation: str, layout, shape, device: str) -> None:
-    """A bit an element in the order of memory, and none beyond them."""
-    a = Problem(shape, layout, DOUBLE, residual=True, activation=activation).arguments(device)
-    output, _, _, mask = OPS.batch_norm_forward(
-        a.input, a.weight, a.bias, None, None, None, True, 0.1, a.eps, a.residual, activation, None, True
-    )
+@pytest.mark.parametrize("shape", [(2, 16, 33, 32), (3, 64, 7, 7), (3, 65, 7, 7), (2, 24, 1, 4), (5, 3)], ids=str)
+@pytest.mark.parametrize("types", [DOUBLE, FLOAT], ids=str)
+def test_mask(activation: str, types: Types, layout, shape, device: str) -> None:
+    """A bit an element in the order of memory, and none beyond them, whatever was there before."""
+    a = Problem(shape, layout, types, residual=True, activation=activation).arguments(device)
+    with filled_memory():
+        output, _, _, mask = OPS.batch_norm_forward(
+            a.input, a.weight, a.bias, None, None, None, True, 0.1, a.eps, a.residual, activation, None, True
+        )
     assert mask.numel() == (a.input.numel() + 31) // 32 * 4
     bits = (mask[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
     stored = output if output.is_contiguous() else output.movedim(1, -1)

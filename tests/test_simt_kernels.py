@@ -562,6 +562,7 @@ WRONG = [
     ),
     Broken("bits that do not meet", "mask.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "mask", 0),
     Broken("a byte of others too", "slab.h", "whole_bytes(!plan.zeroed_mask)", "whole_bytes(true)", "mask", 1),
+    Broken("a mask of anything", "forward.cu", "if (plan.zeroed_mask)", "if (false)", "mask", 1),
     Broken("no atomic", "mask.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
     Broken("bits of the next word", "mask.h", "high != 0", "false", "mask", 1),
     Broken("no residual", "forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),

@@ -38,8 +38,8 @@ struct PerChannel {
 struct Epilogue {
   Activation activation;
   const void* residual = nullptr;  // laid out as x, or null
-  // A bit for each element, in the order of memory: the branch of the activation that z is on. A forward writes it, a
-  // backward then needs no z. Or null.
+  // A bit for each element, in the order of memory: the branch of the activation that z is on. A forward writes it, and
+  // zeros behind the last one; a backward then needs no z. Or null.
   uint8_t* mask = nullptr;
 };
 

@@ -7,6 +7,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 
@@ -124,6 +125,10 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   if (args.training && args.num_batches_tracked != nullptr) {
     const int64_t batches = ++*args.num_batches_tracked;
     momentum = args.cumulative ? 1 / static_cast<double>(batches) : momentum;
+  }
+
+  if (args.epilogue.mask != nullptr && plan.zeroed_mask) {
+    std::memset(args.epilogue.mask, 0, mask_bytes(args.problem.count() * c));
   }
 
   const auto reduce = [&](const Tile& tile, int64_t chunk) {

@@ -135,6 +135,9 @@ class ForwardPass {
 
 void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {
   const bool aligned = packs_align(args.problem, plan, {args.x, args.epilogue.residual, args.y});
+  if (plan.zeroed_mask) {
+    gpu::set_to_zero(args.epilogue.mask, mask_bytes(args.problem.count() * args.problem.c), stream);
+  }
   const auto run = [&](const auto& activation) {
     with_type(args.problem.dtype, [&](auto type) {
       launch_batch_norm(ForwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation), args.problem,

@@ -127,6 +127,10 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
+inline void set_to_zero(void* memory, int64_t bytes, Stream stream) {
+  check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
+}
+
 // Kernels may have all the shared memory there is: the same for every launch, whichever thread of the host it is from.
 inline void allow_all_shared_memory(const void* kernel, const char* name) {
   int device = 0;

@@ -5,7 +5,6 @@
 
 #include <ATen/OpMathType.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 // batch_norm_forward and batch_norm_backward for any backend: check, view as a problem, allocate, run. A backend has
 // two static functions, forward(args, input) and backward(args, input), for inputs with elements.
@@ -71,7 +70,7 @@ FourTensors batch_norm_forward(const Tensor& input,
   Tensor output = empty_like(x);
   Tensor mean = empty_statistics(input);
   Tensor invstd = empty_statistics(input);
-  Tensor mask = with_mask ? at::zeros({mask_bytes(input.numel())}, input.options().dtype(at::kByte)) : Tensor();
+  Tensor mask = with_mask ? at::empty({mask_bytes(input.numel())}, input.options().dtype(at::kByte)) : Tensor();
   const bool counts = training && num_batches_tracked.has_value();
   if (input.numel() == 0) {
     mean.zero_();

@@ -3,7 +3,6 @@
 #include "cuda/batch_norm.h"
 #include "model.h"
 
-#include <cstring>
 #include <vector>
 
 namespace {
@@ -26,15 +25,6 @@ bn::Problem in_one_form(const bn::Problem& p) {
   return bn::problem_of(p.layout, p.dtype, p.n, p.c, p.s);
 }
 
-// Zeros where the plan asks for them, else what must not matter.
-void fill_mask(const bn::ForwardArgs& args, const LaunchPlan& plan) {
-  if (args.epilogue.mask != nullptr) {
-    const int64_t values = args.problem.count() * args.problem.c;
-    std::memset(args.epilogue.mask, plan.zeroed_mask ? 0 : 0xa5, static_cast<size_t>(bn::mask_bytes(values)));
-  }
-}
-void fill_mask(const bn::BackwardArgs&, const LaunchPlan&) {}
-
 template <class Args, class Launch>
 const char* plan_and_launch(Args args, const Device& device, const Launch& launch) {
   return bn::simt::error_of([&] {
@@ -47,7 +37,6 @@ const char* plan_and_launch(Args args, const Device& device, const Launch& launc
       throw std::runtime_error("the device is too small for " + to_string(plan));
     }
     std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);
-    fill_mask(args, plan);
     launch(args, plan, workspace.data(), nullptr);
   });
 }

@@ -117,7 +117,7 @@ NOTHING = Tail()
 
 
 def empty_mask(x: Tensor) -> Tensor:
-    return torch.empty(-(-x.numel() // 32) * 4, dtype=torch.uint8)
+    return torch.full((-(-x.numel() // 32) * 4,), 0xA5, dtype=torch.uint8)
 
 
 def problem_of(x: Tensor) -> Problem:

@@ -126,6 +126,10 @@ BN_DEVICE Shared<T> shared_array(int64_t offset, Site site = Site::current()) {
 
 using Stream = void*;
 
+inline void set_to_zero(void* memory, int64_t bytes, Stream) {
+  std::memset(memory, 0, static_cast<size_t>(bytes));
+}
+
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream, const Args& args) {
   simt::launch(name, shape, [&] { kernel(args); });
