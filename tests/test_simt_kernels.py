@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from compare import assert_as_close, assert_no_worse
+from compare import assert_no_worse
 from problems import (
     BFLOAT,
     DOUBLE,
@@ -22,6 +22,7 @@ from problems import (
     TYPES,
     Arguments,
     Problem,
+    Result,
     Types,
     channels_last,
     contiguous,
@@ -33,7 +34,7 @@ from simt.batch_norm import Device, Kernels, Tail, Work, batch_norm, empty_mask,
 from simt.build import ROOT, sanitized
 from torch import Tensor
 
-from bn_ext.activation import NAMES, apply
+from bn_ext.activation import NAMES
 
 KIB = 1024
 HALF = Types(torch.float16, torch.float32, torch.float32)
@@ -139,7 +140,7 @@ def both_passes(
     return Pass(*out, *running, batches, *gradients[:3])
 
 
-def assert_same_bits(one: Pass | Chain, other: Pass | Chain) -> None:
+def assert_same_bits(one: Pass | Result, other: Pass | Result) -> None:
     for part, a, b in zip(one._fields, one, other, strict=True):
         assert (a is None) == (b is None), part
         assert a is None or torch.equal(a, b), part
@@ -284,77 +285,28 @@ def test_nothing_is_read_or_written_out_of_bounds(shape, types: Types, device: D
         assert_same_bits(sanitized().submit(passes_of, problem, limits_of(device), 1).result(), plain)
 
 
-# The activations with a bit for each element that says all of z that a gradient needs; where gradients jump.
+# The activations with a bit for each element that says all of z that a gradient needs.
 BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda z: z <= 0,
     "relu6": lambda z: (z <= 0) | (z >= 6),
     "leaky_relu": lambda z: z > 0,
     "hardsigmoid": lambda z: (z > -3) & (z < 3),
 }
-KINKS = -3, 0, 3, 6
 PARAMS = {"leaky_relu": 0.2, "elu": 0.7}
 
 
-class Chain(NamedTuple):
-    """What one forward and one backward give of activation(normalized + residual)."""
-
-    y: Tensor
-    dx: Tensor | None
-    dweight: Tensor | None
-    dbias: Tensor | None
-    dresidual: Tensor | None
-
-
-def chain_of(problem: Problem, has_residual: bool = True) -> tuple[Arguments, Tensor | None]:
-    """Arguments, and a residual or none. Where rounding decides on which side of a kink an element is, dy is 0."""
-    a = problem.arguments("cpu")
-    residual = problem.layout(torch.randn(problem.shape).mul(2).to(a.input.dtype)) if has_residual else None
-    z = run_reference(a).result.output + (0 if residual is None else residual)
-    tolerance = 16 * torch.finfo(a.input.dtype).eps * (1 + z.abs().amax())
-    near = torch.stack([(z - kink).abs() < tolerance for kink in KINKS]).any(0)
-    a.dy.masked_fill_(near, 0)
-    return a, residual
-
-
-def separately(a: Arguments, residual: Tensor | None, name: str) -> Chain:
-    """By torch's operators, one after the other."""
-    r = torch.zeros_like(a.input) if residual is None else residual
-    leaves = [t.clone().requires_grad_() for t in (a.input, a.weight, a.bias, r)]
-    x, weight, bias, r = leaves
-    running = a.running_mean.clone(), a.running_var.clone()
-    y = apply(torch.nn.functional.batch_norm(x, *running, weight, bias, a.training) + r, name, PARAMS.get(name))
-    return Chain(y.detach(), *torch.autograd.grad(y, leaves, a.dy))
-
-
-def exactly(a: Arguments, residual: Tensor | None, name: str) -> tuple[Chain, Chain]:
-    """By the float64 formulas; and the size of the terms that each is made of."""
-    normalized = run_reference(a).result.output
-    terms = [normalized, torch.zeros_like(normalized) if residual is None else residual.double()]
-    z = sum(terms).requires_grad_()
-    y = (z + 3).clamp(0, 6) / 6 if name == "hardsigmoid" else apply(z, name, PARAMS.get(name))  # torch's 1/6 is a float
-    (dz,) = torch.autograd.grad(y, z, a.dy.double())
-    result, scale = run_reference(replace(a, dy=dz), True).result, run_reference(a, True).scale
-    size = torch.stack([y.detach(), *terms]).abs().amax(0)
-    return Chain(y.detach(), *result[3:6], dz), Chain(size, *scale[3:6], a.dy.double())
-
-
 def together(
-    kernels: Kernels,
-    device: Device,
-    a: Arguments,
-    residual: Tensor | None,
-    name: str,
-    mask: Tensor | None = None,
-    wanted: Sequence[bool] = (True, True, True, True),
-) -> Chain:
+    kernels: Kernels, device: Device, a: Arguments, mask: Tensor | None = None, wanted: Sequence[bool] | None = None
+) -> Result:
     """By the kernels: a forward fills the mask, if there is one, and its backward takes that for the residual."""
-    tail = Tail(name, PARAMS.get(name, 0), residual, mask)
+    tail = Tail(a.activation or "identity", a.param, a.residual, mask)
     running = a.running_mean.clone(), a.running_var.clone()
     y, *statistics = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, tail=tail)
     if mask is not None:
         tail = tail._replace(residual=None)
     inputs = a.dy, a.input, a.weight, a.bias, *statistics, a.training
-    return Chain(y, *kernels.backward(device, *inputs, wanted, tail))
+    wanted = wanted or (True, True, True, a.residual is not None)
+    return Result(y, *running, *kernels.backward(device, *inputs, wanted, tail))
 
 
 def bits_of(mask: Tensor, like: Tensor) -> Tensor:
@@ -370,43 +322,43 @@ def test_activations(name: str, types: Types, shape, layout, device, kernels: Ke
     """As torch's operators, each with a tensor for its result; in training and evaluation, one with a residual."""
     slack = 1 if name in BRANCHES else 2  # exp and its like have their own error in the last place
     odd = (NAMES.index(name) + len(shape) + types.input.itemsize // 2) % 2 == 1
-    for mode, has_residual in zip((MODES[0], MODES[2]), (odd, not odd)):
-        a, residual = chain_of(Problem(shape, layout, types, mode), has_residual)
-        chains = [together(kernels, device, a, residual, name)]
-        if name in BRANCHES and has_residual:
+    for mode, residual in zip((MODES[0], MODES[2]), (odd, not odd)):
+        fused = {"residual": residual, "activation": name, "activation_param": PARAMS.get(name)}
+        a = Problem(shape, layout, types, mode, **fused).arguments("cpu")
+        results = [together(kernels, device, a)]
+        if name in BRANCHES and residual:
             mask = empty_mask(a.input)
-            chains.append(together(kernels, device, a, residual, name, mask))
-            assert torch.equal(chains[0].dresidual, chains[1].dresidual), "the backward finds another z"
-            z = together(kernels, device, a, residual, "identity").y
+            results.append(together(kernels, device, a, mask))
+            assert torch.equal(results[0].dresidual, results[1].dresidual), "the backward finds another z"
+            z = together(kernels, device, replace(a, activation=None)).output
             if types in (FLOAT, DOUBLE) or name in ("relu", "leaky_relu"):  # rounded, it could reach the other branches
                 assert torch.equal(bits_of(mask, a.input), BRANCHES[name](z))
-        of_torch, exact = separately(a, residual, name), exactly(a, residual, name)
-        for part, *ours, theirs, right, scale in zip(Chain._fields, *chains, of_torch, *exact, strict=True):
-            for mine in ours:
-                assert_as_close(mine, theirs, right, scale, f"{mode}, residual: {has_residual}: {part}", slack)
+        of_torch, exact = run_torch(a, True), run_reference(a, True)
+        for ours in results:
+            assert_no_worse(ours, of_torch, exact, f"{mode}, residual: {residual}", slack)
 
 
 class Masked(NamedTuple):
-    """A chain and its mask, as bools, where its activation has one."""
+    """A result and its mask, as bools, where its activation has one."""
 
-    chain: Chain
+    result: Result
     mask: Tensor | None
 
 
 def masked(kernels: Kernels, device: Device, problem: Problem, seed: int = 0, name: str = "relu") -> Masked:
-    """With a residual."""
+    """With a residual and an activation."""
     kernels.configure(seed, preempt=seed % 3 * 20)
     torch.manual_seed(0)
-    a, residual = chain_of(problem)
+    a = replace(problem, residual=True, activation=name).arguments("cpu")
     mask = empty_mask(a.input) if name in BRANCHES else None
-    chain = together(kernels, device, a, residual, name, mask)
+    result = together(kernels, device, a, mask)
     kernels.configure()
-    return Masked(chain, None if mask is None else bits_of(mask, a.input))
+    return Masked(result, None if mask is None else bits_of(mask, a.input))
 
 
 def assert_same(one: Masked, other: Masked) -> None:
     assert one.mask is None or torch.equal(one.mask, other.mask), "mask"
-    assert_same_bits(one.chain, other.chain)
+    assert_same_bits(one.result, other.result)
 
 
 @ways
@@ -430,13 +382,13 @@ def test_residuals_that_are_not_aligned(shape, layout, device, types: Types, ker
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
 @pytest.mark.parametrize("name", ["relu", "silu"])
 def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, mode, kernels: Kernels) -> None:
-    a, residual = chain_of(Problem(shape, layout, mode=mode))
+    a = Problem(shape, layout, mode=mode, residual=True, activation=name).arguments("cpu")
     mask = empty_mask(a.input) if name == "relu" else None
-    every = together(kernels, device, a, residual, name, mask)
+    every = together(kernels, device, a, mask)
     for wanted in itertools.product((False, True), repeat=4):
         if any(wanted):
-            some = together(kernels, device, a, residual, name, mask, wanted)
-            expected = every._replace(**{part: None for part, want in zip(Chain._fields[1:], wanted) if not want})
+            some = together(kernels, device, a, mask, wanted)
+            expected = every._replace(**{part: None for part, want in zip(Result._fields[3:], wanted) if not want})
             assert_same_bits(some, expected)
 
 
