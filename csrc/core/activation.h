@@ -59,7 +59,9 @@ struct Curved {
   static constexpr bool kBranches = false;
 };
 
-struct Identity : Curved {
+struct Identity {
+  static constexpr bool kBranches = false;
+
   template <class V>
   BN_HD V value(const V& z) const {
     return z;

@@ -102,7 +102,7 @@ struct Spot {
 
 // f(spot, k) for all elements of all rows, k being the values of K coefficients, given per lane.
 template <class T, int K, int64_t kMaxLanes, class F>
-BN_INLINE void map_lanes(F f, LaneRows rows, const Acc<T> (&coefficients)[K][kMaxLanes], Writes writes) {
+BN_INLINE inline void map_lanes(F f, LaneRows rows, const Acc<T> (&coefficients)[K][kMaxLanes], Writes writes) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t start = rows.start + r * rows.stride;
     write_row<T>(start, rows.lanes, writes.aligned, writes.streamed,

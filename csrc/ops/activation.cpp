@@ -4,6 +4,7 @@
 
 #include <c10/util/Exception.h>
 
+#include <iterator>
 #include <string>
 
 namespace bn::ops {
@@ -28,6 +29,17 @@ constexpr Known kKnown[] = {
     {ActivationKind::Sigmoid, "sigmoid", std::nullopt},
     {ActivationKind::Tanh, "tanh", std::nullopt},
 };
+
+static_assert(
+    [] {
+      for (size_t i = 0; i < std::size(kKnown); ++i) {
+        if (kKnown[i].kind != static_cast<ActivationKind>(i)) {
+          return false;
+        }
+      }
+      return true;
+    }(),
+    "in the order of ActivationKind");
 
 const Known& known(ActivationKind kind) {
   return kKnown[static_cast<int>(kind)];

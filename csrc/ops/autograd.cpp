@@ -176,65 +176,45 @@ void check_gradients(const Arguments& a, bool recorded) {
               "Inference tensors cannot be saved for backward: clone input, weight, bias and residual");
 }
 
-Tensor batch_norm(const Tensor& input,
-                  const OptionalTensor& weight,
-                  const OptionalTensor& bias,
-                  const OptionalTensor& running_mean,
-                  const OptionalTensor& running_var,
-                  const OptionalTensor& num_batches_tracked,
-                  bool training,
-                  std::optional<double> momentum,
-                  double eps,
-                  const OptionalTensor& residual,
-                  Name activation,
-                  Param activation_param) {
-  const Arguments a{input,
-                    weight,
-                    bias,
-                    running_mean,
-                    running_var,
-                    num_batches_tracked,
-                    training,
-                    momentum,
-                    eps,
-                    residual,
-                    activation_of(activation, activation_param)};
-  TORCH_CHECK_TYPE(input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
+Tensor batch_norm(const Arguments& a) {
+  TORCH_CHECK_TYPE(a.input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
   if (!has_kernels(a) || any_of(a, has_tangent)) {
     return decomposed(a);
   }
   check_inputs(a);  // here too: fake kernels do not
   const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
   check_gradients(a, recorded);
-  return recorded ? BatchNorm::apply(input, weight, bias, residual, a)
+  return recorded ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
                   : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));
 }
 
-// Under functorch's transforms, which the C++ autograd function does not know.
-Tensor batch_norm_transformed(const Tensor& input,
-                              const OptionalTensor& weight,
-                              const OptionalTensor& bias,
-                              const OptionalTensor& running_mean,
-                              const OptionalTensor& running_var,
-                              const OptionalTensor& num_batches_tracked,
-                              bool training,
-                              std::optional<double> momentum,
-                              double eps,
-                              const OptionalTensor& residual,
-                              Name activation,
-                              Param activation_param) {
-  return decomposed({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-                     residual, activation_of(activation, activation_param)});
+// As the dispatcher calls it.
+template <Tensor (*function)(const Arguments&)>
+Tensor called(const Tensor& input,
+              const OptionalTensor& weight,
+              const OptionalTensor& bias,
+              const OptionalTensor& running_mean,
+              const OptionalTensor& running_var,
+              const OptionalTensor& num_batches_tracked,
+              bool training,
+              std::optional<double> momentum,
+              double eps,
+              const OptionalTensor& residual,
+              Name activation,
+              Param activation_param) {
+  return function({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
+                   residual, activation_of(activation, activation_param)});
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
-  m.impl("batch_norm", batch_norm);
+  m.impl("batch_norm", called<batch_norm>);
 }
 
+// Under functorch's transforms, which the C++ autograd function does not know.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("batch_norm", batch_norm_transformed);
+  m.impl("batch_norm", called<decomposed>);
 }
 
 }  // namespace bn::ops
