@@ -39,6 +39,8 @@ OPS = torch.ops.bn_ext
 check = partial(check, slack=2.0)  # of thousands of problems some are off by chance
 # Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
+# Rows, runs of planes and masks that end with a byte, or with a word, or not.
+MASKED = [(2, 16, 33, 32), (3, 64, 7, 7), (3, 65, 7, 7), (32, 65, 7, 7), (3, 8, 1, 5), (2, 24, 1, 4), (5, 3)]
 LARGE = [(5003, 7), (4, 2, 70001), (16, 33, 14, 14), (32, 64, 32, 32)]
 
 
@@ -182,7 +184,7 @@ def test_gradient_is_that_of_the_output(layout, types: Types, residual: bool, de
 
 @pytest.mark.parametrize("activation", STRAIGHT)
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("shape", [(2, 16, 33, 32), (3, 64, 7, 7), (3, 65, 7, 7), (2, 24, 1, 4), (5, 3)], ids=str)
+@pytest.mark.parametrize("shape", MASKED, ids=str)
 @pytest.mark.parametrize("types", [DOUBLE, FLOAT], ids=str)
 def test_mask(activation: str, types: Types, layout, shape, device: str) -> None:
     """A bit an element in the order of memory, and none beyond them, whatever was there before."""

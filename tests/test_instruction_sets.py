@@ -11,7 +11,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-CORE = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py"]
+ACTIVATIONS = [f"test_activation.py::{name}" for name in ("test_types", "test_shapes", "test_mask")]
+CORE = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py", *ACTIVATIONS]
 AVAILABLE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
 
 
