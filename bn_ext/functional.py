@@ -23,7 +23,7 @@ def exporting() -> bool:
 
 def as_tensor(residual: Any, input: Tensor) -> Any:
     """A number to be added, as a tensor: the operator takes no other."""
-    is_number = residual is not None and isinstance(residual, (int, float, SymInt, SymFloat))
+    is_number = isinstance(residual, (int, float, SymInt, SymFloat))
     return input.new_full((), residual) if is_number else residual  # type: ignore[arg-type]
 
 

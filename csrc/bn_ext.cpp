@@ -25,7 +25,7 @@ TORCH_LIBRARY(bn_ext, m) {
       tags);
 
   // The same below autograd. mean and invstd, (C,) in float64, are those that were used. The mask, of bytes, has a bit
-  // for each element in the order of memory: the branch of the activation; without with_mask there is none (None).
+  // for each element in the order of memory: the branch of the activation; None without with_mask.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "

@@ -48,6 +48,10 @@ BN_HD constexpr int64_t mask_bytes(int64_t elements) {
   return divide_up(elements, 32) * 4;
 }
 
+BN_HD constexpr bool fills_mask(int64_t elements) {
+  return elements % 32 == 0;
+}
+
 // Normalize by the batch's own statistics and update the running ones (training), or by the running ones.
 struct ForwardArgs {
   Problem problem;

@@ -127,7 +127,7 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
     momentum = args.cumulative ? 1 / static_cast<double>(batches) : momentum;
   }
 
-  if (args.epilogue.mask != nullptr && plan.zeroed_mask) {
+  if (args.epilogue.mask != nullptr && !(plan.whole_bytes && kernels.lanes % 8 == 0)) {  // bits are added to others'
     std::memset(args.epilogue.mask, 0, mask_bytes(args.problem.count() * c));
   }
 

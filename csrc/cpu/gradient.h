@@ -37,7 +37,8 @@ struct Gradient {
   // Whether z is needed, and so x.
   bool repeats_forward() const { return kActivated && mask == nullptr; }
 
-  // At a place where x has been read; k begins with shift and scale of the forward and ends with its offset.
+  // At a place where x has been read. An activation takes of the forward shift and scale, with which k begins, and the
+  // offset, with which it ends.
   template <class Place, class V, int K>
   BN_INLINE V behind(const Place& at, const V& x, const V (&k)[K]) const {
     const V g = at.read(dy);

@@ -18,9 +18,10 @@ struct Interleaved {
   const int64_t copies = fold(tile);
 
   // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
-  template <class Term>
-  void sums(
-      const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
+  template <class Term, int N>
+  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[N], double* sum, double* sum_product)
+      const {
+    static_assert(Term::kCoefficients <= N);
     alignas(64) Acc<T> lanes_of[Term::kCoefficients][kMaxLanes];
     alignas(64) double u[kMaxLanes];
     alignas(64) double uw[kMaxLanes];
@@ -42,9 +43,11 @@ struct Interleaved {
     repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
   }
 
-  // f(spot, k) for every element of the tile, k being its channel's values of the K coefficients.
-  template <int K, class F>
-  void map(const Acc<T>* const* coefficients, F f, Writes writes) const {
+  // f(spot, k) for every element of the tile, k being its channel's values of the first K coefficients. A copy of f, so
+  // that what it holds stays in registers: every store could change another's.
+  template <int K, int N, class F>
+  void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
+    static_assert(K <= N);
     alignas(64) Acc<T> lanes_of[K][kMaxLanes];
     repeat(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {

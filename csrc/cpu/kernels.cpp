@@ -166,6 +166,7 @@ void input_gradient(const Tile& tile,
       at.write(dx, gradient_of(dz));
     }
   };
+  // The forward's offset comes last: without an activation it is not needed.
   if (backward.slope != nullptr) {
     constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 5 : 4;
     const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
@@ -180,9 +181,9 @@ void input_gradient(const Tile& tile,
         },
         writes);
   } else {
+    constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 2;
     const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                           of_tile<T>(tile, forward.offset)};
-    constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 2;
     rows.template map<kCoefficients>(
         coefficients,
         [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
@@ -195,7 +196,7 @@ void input_gradient(const Tile& tile,
 }
 
 template <template <class> class Rows, class T, class Functor>
-constexpr Kernels kKernels = {moments<Rows, T>, normalize<Rows, T, Functor>, gradient_sums<Rows, T, Functor>,
+constexpr Kernels kKernels = {kWidth<T>, moments<Rows, T>, normalize<Rows, T, Functor>, gradient_sums<Rows, T, Functor>,
                               input_gradient<Rows, T, Functor>};
 
 template <template <class> class Rows, class Functor>

@@ -33,6 +33,7 @@ struct Tile {
 // their layout and of the problem's dtype; everything per channel starts at channel 0. Coefficients, an array of each,
 // are of the accumulation type: float, or double for float64.
 struct Kernels {
+  int64_t lanes;  // of a vector
   // mean is the distance from the channel's first value, or, where that is not finite, from 0.
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
   void (*normalize)(

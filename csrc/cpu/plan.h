@@ -56,7 +56,7 @@ struct Plan {
   int threads;        // that take part
   bool split;         // all threads share every tile, with a barrier between the passes; else each has its own
   bool bypass_cache;  // of the output, which is not read again soon
-  bool zeroed_mask;   // bits are added to those of others in a byte: the mask has to be zero before
+  bool whole_bytes;   // of a mask are all that a run of vectors covers, if its vectors are
   int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile; or 0
 
   BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }

@@ -15,6 +15,10 @@
 #include <immintrin.h>
 #endif
 
+// For functions and lambdas between an innermost loop and a vector that it writes: only inlined they know whether the
+// vector is whole and where it goes, and GCC leaves off inlining what is used often.
+#define BN_INLINE __attribute__((always_inline))
+
 namespace bn {
 
 template <class A>
@@ -31,10 +35,6 @@ struct Math<at::vec::Vectorized<A>> {
 };
 
 }  // namespace bn
-
-// For what stands inside the innermost loops, functions and lambdas: whether a vector is whole and where it goes are
-// constants only where it is inlined, and the compiler counts its uses.
-#define BN_INLINE __attribute__((always_inline))
 
 namespace bn::cpu {
 namespace {

@@ -76,8 +76,7 @@ class Planner {
 
   // Whether no row of a slab and no block's share ends within a byte of a mask, and the mask itself with the last row.
   bool cut_into_bytes() const {
-    const int64_t elements = problem_.count() * problem_.c;
-    return mask_bytes(elements) * kByte == elements && problem_.c * problem_.s % kByte == 0 &&
+    return fills_mask(problem_.count() * problem_.c) && problem_.c * problem_.s % kByte == 0 &&
            (plan_.slabs == 1 || plan_.channels * problem_.s % kByte == 0) &&
            (plan_.team_blocks == 1 || plan_.share * lanes_ % kByte == 0);
   }

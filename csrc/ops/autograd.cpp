@@ -53,13 +53,26 @@ Kept kept(const Arguments& a) {
   return {needed && has_branches(a.activation), needed && !has_branches(a.activation)};
 }
 
+// What a backward has to know besides tensors. Autograd keeps values by name, in a table that small calls would feel:
+// all of this is one.
+struct Call {
+  bool biased;
+  bool added;
+  bool training;
+  double eps;
+  Activation activation;
+
+  std::vector<double> packed() const {
+    return {double(biased), double(added), double(training), eps, double(activation.kind), activation.param};
+  }
+  static Call unpacked(const std::vector<double>& v) {
+    return {v[0] != 0, v[1] != 0, v[2] != 0, v[3], {static_cast<ActivationKind>(v[4]), v[5]}};
+  }
+};
+
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static constexpr bool is_traceable = true;
-
-  // What a backward has to know besides tensors: biased, added, training, eps, activation and its parameter. One value,
-  // because each costs a small call a string and a place in a table.
-  using Call = std::tuple<bool, bool, bool, double, int64_t, double>;
 
   // Those that can have gradients stand apart, where autograd finds them.
   static Tensor forward(AutogradContext* ctx,
@@ -73,9 +86,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool activated = a.activation.kind != ActivationKind::Identity;
     ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
                             invstd, keep.residual ? *residual : Tensor(), mask});
-    ctx->saved_data["call"] =
-        Call{bias.has_value(),  residual.has_value(), a.training, a.eps, static_cast<int64_t>(a.activation.kind),
-             a.activation.param};
+    ctx->saved_data["call"] = Call{bias.has_value(), residual.has_value(), a.training, a.eps, a.activation}.packed();
     return output;
   }
 
@@ -87,8 +98,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
     const OptionalTensor weight = optional(1), bias = optional(2), residual = optional(5), mask = optional(6);
-    const auto [biased, added, training, eps, kind, param] = ctx->saved_data["call"].to<Call>();
-    const Activation activation{static_cast<ActivationKind>(kind), param};
+    const auto [biased, added, training, eps, activation] = Call::unpacked(ctx->saved_data["call"].toDoubleVector());
     // Autograd numbers the tensors that are there.
     size_t edge = 0;
     const auto wants = [&](bool there) { return there && ctx->needs_input_grad(edge++); };
@@ -188,20 +198,20 @@ Tensor batch_norm(const Arguments& a) {
                   : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));
 }
 
-// As the dispatcher calls it.
+// A function as the dispatcher calls it.
 template <Tensor (*function)(const Arguments&)>
-Tensor called(const Tensor& input,
-              const OptionalTensor& weight,
-              const OptionalTensor& bias,
-              const OptionalTensor& running_mean,
-              const OptionalTensor& running_var,
-              const OptionalTensor& num_batches_tracked,
-              bool training,
-              std::optional<double> momentum,
-              double eps,
-              const OptionalTensor& residual,
-              Name activation,
-              Param activation_param) {
+Tensor with_arguments(const Tensor& input,
+                      const OptionalTensor& weight,
+                      const OptionalTensor& bias,
+                      const OptionalTensor& running_mean,
+                      const OptionalTensor& running_var,
+                      const OptionalTensor& num_batches_tracked,
+                      bool training,
+                      std::optional<double> momentum,
+                      double eps,
+                      const OptionalTensor& residual,
+                      Name activation,
+                      Param activation_param) {
   return function({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                    residual, activation_of(activation, activation_param)});
 }
@@ -209,12 +219,12 @@ Tensor called(const Tensor& input,
 }  // namespace
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
-  m.impl("batch_norm", called<batch_norm>);
+  m.impl("batch_norm", with_arguments<batch_norm>);
 }
 
 // Under functorch's transforms, which the C++ autograd function does not know.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("batch_norm", called<decomposed>);
+  m.impl("batch_norm", with_arguments<decomposed>);
 }
 
 }  // namespace bn::ops

@@ -226,17 +226,13 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps) {
     z = a.residual.has_value() ? z + a.residual->to(type) : z;
     dz = behind(dz, z, a.activation);
   }
-  const Tensor dz_x_hat = dz * x_hat;
-  Tensor dx = dz;
-  if (a.training) {
-    dx = dz - dz.mean(others, true) - x_hat * dz_x_hat.mean(others, true);
-  }
-  dx = dx * invstd;
-  if (a.weight.has_value()) {
-    dx = dx * a.weight->to(type).view(per_channel);
-  }
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = a.output_mask;
-  return {wants_dx ? dx.to(a.input.scalar_type()) : Tensor(), wants_dweight ? dz_x_hat.sum(others) : Tensor(),
+  const auto dx = [&] {
+    Tensor centred = a.training ? dz - dz.mean(others, true) - x_hat * (dz * x_hat).mean(others, true) : dz;
+    centred = centred * invstd;
+    return (a.weight.has_value() ? centred * a.weight->to(type).view(per_channel) : centred).to(a.input.scalar_type());
+  };
+  return {wants_dx ? dx() : Tensor(), wants_dweight ? (dz * x_hat).sum(others) : Tensor(),
           wants_dbias ? dz.sum(others) : Tensor(), wants_dresidual ? dz.to(a.input.scalar_type()) : Tensor()};
 }
 

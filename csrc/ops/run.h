@@ -63,9 +63,8 @@ FourTensors batch_norm_forward(const Tensor& input,
   check_inputs(Arguments{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                          residual, activation});
   check_residual(residual, input);
-  TORCH_CHECK(!with_mask || (residual.has_value() && has_branches(activation)),
-              "batch_norm_forward: a mask is of a residual and an activation of straight branches, got ",
-              name_of(activation));
+  TORCH_CHECK(!with_mask || residual.has_value(), "batch_norm_forward: without a residual there is no mask");
+  TORCH_CHECK(!with_mask || has_branches(activation), "batch_norm_forward: ", name_of(activation), " has no mask");
   const View x = view_as_problem(input);
   Tensor output = empty_like(x);
   Tensor mean = empty_statistics(input);
