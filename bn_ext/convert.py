@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch.fx import GraphModule
 from torch.nn.utils import parametrize
 
 from bn_ext import modules
@@ -53,13 +54,22 @@ def revert(model: Model) -> Model:
     """Undoes :func:`convert`: every module of ours in ``model`` becomes torch's again, in place. Returns ``model``.
 
     Raises:
-        ValueError: a module with an activation, which torch's would not apply. Nothing is changed then.
+        ValueError: a module with an activation, which torch's would not apply, or one that a graph calls with a
+            residual, which torch's would not take. Nothing is changed then.
     """
     for name, module in model.named_modules():
         activation = getattr(module, "activation", None)
-        if parametrize.type_before_parametrizations(module) in _TORCHS and activation not in (None, "identity"):
+        if _is_ours(module) and activation not in (None, "identity"):
             raise ValueError(f"revert: {name or 'the model'} has activation={activation!r}, which torch's has not")
+        for node in module.graph.nodes if isinstance(module, GraphModule) else ():
+            called = node.op == "call_module" and _is_ours(module.get_submodule(node.target))
+            if called and len(node.args) + len(node.kwargs) > 1:
+                raise ValueError(f"revert: {node.target} is called with a residual, which torch's would not take")
     return _with_classes(model, _TORCHS)
+
+
+def _is_ours(module: torch.nn.Module) -> bool:
+    return parametrize.type_before_parametrizations(module) in _TORCHS
 
 
 def _with_classes(model: Model, classes: dict[type, type]) -> Model:

@@ -168,6 +168,24 @@ def test_an_activation_is_not_dropped(kind: tuple[type, type]) -> None:
     assert type(bn_ext.revert(mine(3, activation="identity"))) is not mine
 
 
+class Added(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn(x)
+
+
+def test_calls_with_a_residual_are_not_reverted() -> None:
+    """In a model that was fused, and in one that holds it."""
+    fused = bn_ext.fuse(Added())
+    for model in (fused, nn.Sequential(fused)):
+        with pytest.raises(ValueError, match="revert: bn is called with a residual, which torch's would not take"):
+            bn_ext.revert(model)
+    assert isinstance(fused.bn, bn_ext.BatchNorm2d)
+
+
 def test_subclasses_of_ours_are_not_reverted() -> None:
     assert type(bn_ext.revert(nn.Sequential(OwnOfOurs(4)))[0]) is OwnOfOurs
 
