@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from bn_ext import _C
+from bn_ext._load import _C
 
 # Each with its parameter unless given, negative_slope of leaky_relu and alpha of elu, or None where it has none.
 DEFAULTS = dict(_C.activations())
