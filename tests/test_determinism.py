@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from problems import BFLOAT, DOUBLE, FLOAT, MODES, Problem, Result, channels_last, contiguous, run_ours, unaligned
@@ -79,3 +82,28 @@ def test_number_of_threads_with_many_blocks(shape, types) -> None:
     for threads in (2, 3, 8):
         torch.set_num_threads(threads)
         assert_same_bits(run_ours(a, backward=True), alone, f"{threads} threads")
+
+
+def test_a_thread_with_a_small_stack() -> None:
+    """64 kB, as the C libraries of small systems give: kernels keep their arrays elsewhere. In a process of its own."""
+    code = """
+import threading, torch
+from bn_ext.functional import batch_norm
+
+def step():
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        for shape in ((4, 2048, 3, 3), (64, 2048), (8, 64, 64, 64)):
+            for format in (torch.contiguous_format, torch.channels_last)[: len(shape) // 2]:
+                x = torch.randn(shape, dtype=dtype).to(memory_format=format).requires_grad_()
+                for activation in (None, "silu"):
+                    y = batch_norm(x, None, None, training=True, residual=x.detach(), activation=activation)
+                    y.sum().backward()
+
+torch.set_num_threads(1)
+threading.stack_size(64 * 1024)
+thread = threading.Thread(target=step)
+thread.start()
+thread.join()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr

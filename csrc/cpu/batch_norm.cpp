@@ -37,6 +37,15 @@ const InstructionSet& chosen() {
   return set;
 }
 
+// Kept from call to call: to ask for it anew costs a small call more than its kernel.
+Scratch scratch_of_thread() {
+  struct alignas(64) Memory {
+    std::byte bytes[Scratch::kBytes];
+  };
+  thread_local const std::unique_ptr<Memory> memory(new Memory);
+  return Scratch(memory->bytes);
+}
+
 template <class F>
 void parallel(int threads, int64_t tasks, const F& f) {
   if (threads == 1) {
@@ -58,7 +67,8 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
                 std::min((t + 1) * plan.tile, blocks.c),
                 chunk * blocks.per_chunk,
                 std::min((chunk + 1) * blocks.per_chunk, blocks.count),
-                plan.ahead};
+                plan.ahead,
+                scratch_of_thread()};
   };
   const int64_t tiles = plan.tiles();
   if (!plan.split) {

@@ -19,12 +19,16 @@ struct Interleaved {
 
   // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
   template <class Term, int N>
-  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[N], double* sum, double* sum_product)
-      const {
+  void sums(const Extent& e,
+            const Term& term,
+            const Acc<T>* const (&coefficients)[N],
+            double* sum,
+            double* sum_product,
+            Scratch scratch) const {
     static_assert(Term::kCoefficients <= N);
-    alignas(64) Acc<T> lanes_of[Term::kCoefficients][kMaxLanes];
-    alignas(64) double u[kMaxLanes];
-    alignas(64) double uw[kMaxLanes];
+    auto& lanes_of = scratch.take<Acc<T>[Term::kCoefficients][kMaxLanes]>();
+    auto& u = scratch.take<double[kMaxLanes]>();
+    auto& uw = scratch.take<double[kMaxLanes]>();
     const int64_t used = copies * tile.channels() + kWidth<T>;
     std::fill_n(u, used, 0.0);
     std::fill_n(uw, used, 0.0);
@@ -48,7 +52,8 @@ struct Interleaved {
   template <int K, int N, class F>
   void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
     static_assert(K <= N);
-    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
+    Scratch scratch = tile.scratch;
+    auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
     repeat(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
       for_each_part(tile.blocks.extent(b), [&](const LaneRows& rows) { map_lanes<T>(f, rows, lanes_of, writes); });

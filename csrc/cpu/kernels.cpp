@@ -22,11 +22,12 @@ template <template <class> class Rows, class T>
 void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   const auto* x = static_cast<const T*>(x_);
   const Rows<T> rows{tile};
-  double origin[Rows<T>::kMaxChannels];
-  Acc<T> shift[Rows<T>::kMaxChannels];
+  Scratch scratch = tile.scratch;
+  auto& origin = scratch.take<double[Rows<T>::kMaxChannels]>();
+  auto& shift = scratch.take<Acc<T>[Rows<T>::kMaxChannels]>();
   const Acc<T>* const about[] = {shift};
-  double sum[Rows<T>::kMaxChannels];
-  double sum_sq[Rows<T>::kMaxChannels];
+  auto& sum = scratch.take<double[Rows<T>::kMaxChannels]>();
+  auto& sum_sq = scratch.take<double[Rows<T>::kMaxChannels]>();
   mean += tile.c0;
   m2 += tile.c0;
   for (int64_t c = 0; c < tile.channels(); ++c) {
@@ -46,7 +47,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
     const auto block_count = static_cast<double>(e.count());
     set_shift(count);
     if (b == tile.b0) {
-      rows.sums(e.quarter(), MomentTerm<T>{x}, about, sum, sum_sq);
+      rows.sums(e.quarter(), MomentTerm<T>{x}, about, sum, sum_sq, scratch);
       const auto quarter_count = static_cast<double>(e.quarter().count());
       for (int64_t c = 0; c < tile.channels(); ++c) {
         const Moments quarter = shifted_moments(quarter_count, shift[c] - origin[c], sum[c], sum_sq[c]);
@@ -56,7 +57,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
       set_shift(quarter_count);
       std::fill_n(m2, tile.channels(), 0.0);
     }
-    rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq);
+    rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq, scratch);
     for (int64_t c = 0; c < tile.channels(); ++c) {
       const Moments block = shifted_moments(block_count, shift[c] - origin[c], sum[c], sum_sq[c]);
       const Moments all = merge({count, mean[c], m2[c]}, block);
@@ -125,16 +126,17 @@ void gradient_sums(const Tile& tile,
   const Rows<T> rows{tile};
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                         of_tile<T>(tile, forward.offset)};
-  double sum[Rows<T>::kMaxChannels];
-  double sum_shifted[Rows<T>::kMaxChannels];
+  Scratch scratch = tile.scratch;
+  auto& sum = scratch.take<double[Rows<T>::kMaxChannels]>();
+  auto& sum_shifted = scratch.take<double[Rows<T>::kMaxChannels]>();
   std::fill_n(sum_dz + tile.c0, tile.channels(), 0.0);
   std::fill_n(sum_dz_shifted + tile.c0, tile.channels(), 0.0);
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     const Extent e = tile.blocks.extent(b);
     if (x != nullptr) {
-      rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted);
+      rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted, scratch);
     } else {
-      rows.sums(e, SumTerm<T>{static_cast<const T*>(dy)}, coefficients, sum, sum_shifted);
+      rows.sums(e, SumTerm<T>{static_cast<const T*>(dy)}, coefficients, sum, sum_shifted, scratch);
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
       sum_dz[tile.c0 + c] += sum[c];

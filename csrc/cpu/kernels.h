@@ -4,9 +4,12 @@
 #include "core/normalize.h"
 #include "cpu/plan.h"
 
+#include <cstddef>
+#include <cstdlib>
+
 namespace bn::cpu {
 
-// The widest tile a kernel takes, by layout: what its accumulators hold on the stack.
+// The widest tile a kernel takes, by layout.
 constexpr int64_t kMaxTile[kLayouts] = {64, 2048};
 
 // Values of an image's short planes that are handled together, so that memory is passed over in runs of kilobytes.
@@ -18,6 +21,30 @@ constexpr int64_t kRowsAtOnce = 8;
 // Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
 constexpr int64_t kFoldBelow = 64;
 
+// Memory for the arrays of a kernel, which a thread's stack may be too small for. A function gets a copy and passes
+// copies on: its arrays are free again when it returns.
+class Scratch {
+ public:
+  static constexpr int64_t kBytes = 128 << 10;
+
+  explicit Scratch(std::byte* memory) : next_(memory), end_(memory + kBytes) {}
+
+  template <class Array>
+  Array& take() {
+    constexpr int64_t kAligned = round_up(sizeof(Array), 64);
+    if (end_ - next_ < kAligned) {
+      std::abort();
+    }
+    auto* const array = reinterpret_cast<Array*>(next_);
+    next_ += kAligned;
+    return *array;
+  }
+
+ private:
+  std::byte* next_;
+  std::byte* end_;
+};
+
 // The channels [c0, c1) of the blocks [b0, b1). While a tile is written, memory has time to read: what lies
 // `ahead` elements further on, and comes next, is fetched meanwhile.
 struct Tile {
@@ -25,6 +52,7 @@ struct Tile {
   int64_t c0, c1;
   int64_t b0, b1;
   int64_t ahead;
+  Scratch scratch;
 
   BN_HD constexpr int64_t channels() const { return c1 - c0; }
 };

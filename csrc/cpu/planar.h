@@ -18,10 +18,14 @@ struct Planar {
 
   // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
   template <class Term, int N>
-  void sums(const Extent& e, const Term& term, const Acc<T>* const (&coefficients)[N], double* sum, double* sum_product)
-      const {
+  void sums(const Extent& e,
+            const Term& term,
+            const Acc<T>* const (&coefficients)[N],
+            double* sum,
+            double* sum_product,
+            Scratch scratch) const {
     static_assert(Term::kCoefficients <= N);
-    joined ? sums_of_lanes(e, term, coefficients, sum, sum_product)
+    joined ? sums_of_lanes(e, term, coefficients, sum, sum_product, scratch)
            : sums_of_rows(e, term, coefficients, sum, sum_product);
     repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
   }
@@ -31,7 +35,8 @@ struct Planar {
   template <int K, int N, class F>
   void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
     static_assert(K <= N);
-    alignas(64) Acc<T> lanes_of[K][kMaxLanes];
+    Scratch scratch = tile.scratch;
+    auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
     if (joined) {
       spread(coefficients, lanes_of);
     }
@@ -85,11 +90,15 @@ struct Planar {
   }
 
   template <class Term>
-  void sums_of_lanes(
-      const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
-    alignas(64) Acc<T> lanes_of[Term::kCoefficients][kMaxLanes];
-    alignas(64) double u[kMaxLanes];
-    alignas(64) double uw[kMaxLanes];
+  void sums_of_lanes(const Extent& e,
+                     const Term& term,
+                     const Acc<T>* const* coefficients,
+                     double* sum,
+                     double* sum_product,
+                     Scratch scratch) const {
+    auto& lanes_of = scratch.take<Acc<T>[Term::kCoefficients][kMaxLanes]>();
+    auto& u = scratch.take<double[kMaxLanes]>();
+    auto& uw = scratch.take<double[kMaxLanes]>();
     const LaneRows rows = joined_rows(e);
     std::fill_n(u, rows.lanes + kWidth<T>, 0.0);
     std::fill_n(uw, rows.lanes + kWidth<T>, 0.0);
