@@ -6,6 +6,12 @@ def activations() -> list[tuple[str, float | None]]:
 def instruction_set() -> str:
     """The instruction set whose CPU kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""
 
+def last_cache_bytes() -> int:
+    """The size of the first core's last cache in bytes, 32 MiB where the system does not tell."""
+
+def bypasses_cache(output_bytes: int, last_cache_bytes: int) -> bool:
+    """Whether the CPU kernels write an output of this size past a last cache of this size."""
+
 class LaunchPlan:
     """How one pass is laid out on a GPU; ``csrc/cuda/plan.h`` says what each number means."""
 

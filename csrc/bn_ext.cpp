@@ -1,6 +1,8 @@
 // Every operator's schema, and the Python module that loads them.
 
 #include "cpu/batch_norm.h"
+#include "cpu/last_cache.h"
+#include "cpu/plan.h"
 #include "cuda/plan.h"
 #include "ops/batch_norm.h"
 
@@ -116,6 +118,8 @@ LaunchPlan launch_plan(int64_t n,
 PYBIND11_MODULE(_C, m) {
   m.def("activations", &bn::ops::activations);
   m.def("instruction_set", &bn::cpu::instruction_set);
+  m.def("last_cache_bytes", &bn::cpu::last_cache_bytes);
+  m.def("bypasses_cache", &bn::cpu::bypasses_cache, py::arg("output_bytes"), py::arg("last_cache_bytes"));
 
   py::class_<LaunchPlan>(m, "LaunchPlan")
       .def_property_readonly("strategy", [](const LaunchPlan& p) { return name_of(p.strategy); })

@@ -2,6 +2,7 @@
 
 #include "core/finish.h"
 #include "cpu/kernels.h"
+#include "cpu/last_cache.h"
 #include "cpu/plan.h"
 
 #include <ATen/Parallel.h>
@@ -118,7 +119,7 @@ bool streamable(const void* tensor) {
 template <class A>
 void forward(const ForwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
-  const Plan plan = cpu::plan(args.problem, args.training, at::get_num_threads());
+  const Plan plan = cpu::plan(args.problem, args.training, at::get_num_threads(), last_cache_bytes());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(args.training ? 2 * blocks.chunks * c : 0);
   double* const partial_mean = partial.get();
@@ -185,7 +186,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const bool activated = args.epilogue.activation.kind != ActivationKind::Identity;
   const bool reduces = through_statistics || args.dweight || args.dbias;
   const void* const x_to_reduce = through_statistics || args.dweight || activated ? args.x : nullptr;
-  const Plan plan = cpu::plan(args.problem, reduces, at::get_num_threads());
+  const Plan plan = cpu::plan(args.problem, reduces, at::get_num_threads(), last_cache_bytes());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
   double* const partial_dz = partial.get();

@@ -1,0 +1,11 @@
+#pragma once
+
+#include <cstdint>
+
+namespace bn::cpu {
+
+// The size of the cache between the cores and memory, in bytes: of the first core's, as Linux tells; 32 MiB where it
+// does not. Asked once.
+int64_t last_cache_bytes();
+
+}  // namespace bn::cpu
