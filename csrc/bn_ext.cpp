@@ -26,12 +26,18 @@ TORCH_LIBRARY(bn_ext, m) {
       "str? activation=None, float? activation_param=None) -> Tensor",
       tags);
 
-  // The same below autograd. mean and invstd, (C,) in float64, are those that were used. The mask, of bytes, has a bit
-  // for each element in the order of memory: the branch of the activation; None without with_mask.
+  // The same below autograd: in training, and in evaluation, which writes to nothing. mean and invstd, (C,) in float64,
+  // are the statistics that normalized the input. The mask, of bytes, has a bit for each element in the order of
+  // memory: the branch of the activation; None without with_mask.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
       "Tensor? residual, str? activation, float? activation_param, bool with_mask) "
+      "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
+      tags);
+  m.def(
+      "batch_norm_forward.evaluation(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
+      "Tensor running_var, float eps, Tensor? residual, str? activation, float? activation_param, bool with_mask) "
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
 

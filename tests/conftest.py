@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 # Threads that spin at a barrier starve each other where cores are shared (pytest -n): before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -11,6 +14,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import problems
 import pytest
 import torch
+
+# Inductor's cache outlives the operators that its code calls, so each build of them has its own.
+_PACKAGE = Path(__file__).parent.parent / "bn_ext"
+_BUILT = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(_PACKAGE.glob("_C*.so")))).hexdigest()[:16]
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), f"bn_ext-inductor-{_BUILT}")))
 
 # On a GPU convolutions would otherwise round to TF32 and add in any order.
 torch.backends.cudnn.allow_tf32 = False

@@ -191,7 +191,7 @@ def test_mask(activation: str, types: Types, layout, shape, device: str) -> None
     a = Problem(shape, layout, types, residual=True, activation=activation).arguments(device)
     with filled_memory():
         output, _, _, mask = OPS.batch_norm_forward(
-            a.input, a.weight, a.bias, None, None, None, True, 0.1, a.eps, a.residual, activation, None, True
+            a.input, a.weight, a.bias, None, None, None, 0.1, a.eps, a.residual, activation, None, True
         )
     assert mask.numel() == (a.input.numel() + 31) // 32 * 4
     bits = (mask[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
@@ -326,7 +326,7 @@ def test_residual_that_torch_would_broadcast_or_promote(activation, change, devi
     ids=["sizes", "device", "type"],
 )
 def test_rejected_residual_changes_nothing(wrong, error: str, device: str) -> None:
-    module = bn_ext.BatchNorm2d(3, device=device, activation="silu")
+    module = bn_ext.BatchNormAct2d(3, device=device, activation="silu")
     x = torch.randn(4, 3, 5, 5, device=device)
     before = {name: t.clone() for name, t in module.state_dict().items()}
     with pytest.raises(RuntimeError, match=error):
@@ -335,7 +335,7 @@ def test_rejected_residual_changes_nothing(wrong, error: str, device: str) -> No
 
 
 def test_number_for_a_residual(device: str) -> None:
-    module = bn_ext.BatchNorm2d(3, device=device, activation="relu").eval()
+    module = bn_ext.BatchNormAct2d(3, device=device, activation="relu").eval()
     x = torch.randn(2, 3, 4, 4, device=device)
     torch.testing.assert_close(module(x, 2), module(x, torch.full_like(x, 2)))
 
@@ -360,7 +360,7 @@ def test_mistakes(device: str) -> None:
         batch_norm(x, mean, var, training=False, residual=x[:, :, :3])
     for options, message in ((("swish", None), "got 'swish'"), (("gelu", 1.0), "got 1.0 with activation='gelu'")):
         with pytest.raises(ValueError, match=message):
-            bn_ext.BatchNorm2d(3, activation=options[0], activation_param=options[1])
+            bn_ext.BatchNormAct2d(3, activation=options[0], activation_param=options[1])
     assert torch.equal(mean, torch.zeros_like(mean)), "a rejected call changes nothing"
 
 
@@ -370,7 +370,7 @@ def test_names_and_parameters() -> None:
 
 
 def test_module(device: str) -> None:
-    module = bn_ext.BatchNorm2d(3, device=device, activation="leaky_relu", activation_param=0.2)
+    module = bn_ext.BatchNormAct2d(3, device=device, activation="leaky_relu", activation_param=0.2)
     assert repr(module).endswith("activation=leaky_relu, activation_param=0.2)")
     x, r = torch.randn(2, 2, 3, 4, 4, device=device)
     expected = torch.nn.functional.leaky_relu(torch.nn.BatchNorm2d(3, device=device)(x) + r, 0.2)

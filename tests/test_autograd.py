@@ -105,7 +105,7 @@ def test_transforms(transform: str, training: bool, track: bool, device: str) ->
 @pytest.mark.parametrize("training", [True, False])
 def test_transforms_of_residual_and_activation(activation: str, transform: str, training: bool, device: str) -> None:
     options = {"device": device, "dtype": torch.float64, "track_running_stats": not training}
-    mine, theirs = bn_ext.BatchNorm1d(2, activation=activation, **options), nn.BatchNorm1d(2, **options)
+    mine, theirs = bn_ext.BatchNormAct1d(2, activation=activation, **options), nn.BatchNorm1d(2, **options)
 
     def fused(params: dict, input: Tensor) -> Tensor:
         return functional_call(mine.train(training), params, (input, 2 * input)).square().sum()
@@ -298,3 +298,24 @@ def test_gradients_that_are_differentiable_are_the_same(mode, affine, layout, de
     plain = torch.autograd.grad(output, leaves, a.dy, retain_graph=True)
     differentiable = torch.autograd.grad(output, leaves, a.dy, create_graph=True)
     torch.testing.assert_close(differentiable, plain)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3), (1, 3, 1)], ids=str)
+@pytest.mark.parametrize("residual", [None, 0.0], ids=["one call", "decomposed"])
+@pytest.mark.parametrize("training", [True, False])
+def test_parameters_of_other_shapes(shape: tuple[int, ...], residual: float | None, training: bool) -> None:
+    """As many elements as channels; the gradients have the parameters' shapes, under transforms too."""
+    x = torch.randn(4, 3, 5, dtype=torch.float64)
+    mean, var, weight, bias = torch.rand(4, 3, dtype=torch.float64) + 0.5
+
+    def loss(weight: Tensor, bias: Tensor) -> Tensor:
+        y = bn_ext.functional.batch_norm(x, mean.clone(), var.clone(), weight, bias, training, residual=residual)
+        return y.square().sum()
+
+    expected = torch.func.grad(loss, (0, 1))(weight, bias)
+    leaves = [t.reshape(shape).requires_grad_() for t in (weight, bias)]
+    gradients = torch.autograd.grad(loss(*leaves), leaves)
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other.reshape(shape))
+    for one, other in zip(torch.func.grad(loss, (0, 1))(*leaves), gradients, strict=True):
+        torch.testing.assert_close(one, other)

@@ -175,13 +175,33 @@ def test_whole_step_with_optimizer(device: str) -> None:
     torch.testing.assert_close(*states)
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_evaluation_writes_to_nothing(backend: str, device: str) -> None:
+    """No new version of the statistics, which may be shared, kept by another graph, for inference, or expanded."""
+    module = bn_ext.BatchNorm2d(4, device=device).eval()
+    module.running_mean = module.running_mean[:1].expand(4)
+    for_evaluation = torch.compile(module, backend=backend)
+    x = torch.randn(2, 4, 3, 3, device=device)
+    kept = nn.functional.batch_norm(x.clone().requires_grad_(), module.running_mean, module.running_var)
+    versions = module.running_mean._version, module.running_var._version
+    with torch.no_grad():
+        for_evaluation(x)
+        for_evaluation(x)
+    assert (module.running_mean._version, module.running_var._version) == versions
+    kept.sum().backward()
+    with torch.inference_mode():
+        module = bn_ext.BatchNorm2d(4, device=device).eval()
+    with torch.no_grad():
+        torch.compile(module, backend=backend)(x)
+
+
 # ---------------------------------------------------------------------------------------------- residual, activation
 
 
 @pytest.mark.parametrize("activation", activations.NAMES)
 def test_residual_and_activation(activation: str, device: str) -> None:
     param = 0.3 if activations.DEFAULTS[activation] is not None else None
-    eager = bn_ext.BatchNorm2d(4, activation=activation, activation_param=param, device=device)
+    eager = bn_ext.BatchNormAct2d(4, activation=activation, activation_param=param, device=device)
     module = compiled(eager)
     for shape in [(5, 4, 6, 6), (3, 4, 6, 6)]:
         tensors = torch.randn(3, *shape, device=device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from operator import attrgetter
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from problems import (
     unaligned,
 )
 from torch import Tensor
+from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -31,11 +33,15 @@ from bn_ext import reference
 
 OPS = torch.ops.bn_ext
 MUTABLE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
-NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}, bool training, float? momentum, float eps"
+NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}"
+FUSED = "Tensor? residual, str? activation, float? activation_param, bool with_mask"
 SCHEMAS = {
-    "batch_norm": f"({NORM}, Tensor? residual=None, str? activation=None, float? activation_param=None) -> Tensor",
-    "batch_norm_forward": f"({NORM}, Tensor? residual, str? activation, float? activation_param, bool with_mask) "
+    "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
+    "float? activation_param=None) -> Tensor",
+    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
+    "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
+    f"Tensor running_var, float eps, {FUSED}) -> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
     "batch_norm_backward": "(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
     "bool training, Tensor? residual, Tensor? mask, str? activation, float? activation_param, bool[4] output_mask) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
@@ -44,7 +50,7 @@ SCHEMAS = {
 
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_schema(name: str) -> None:
-    op = getattr(OPS, name).default
+    op = attrgetter(name if "." in name else f"{name}.default")(OPS)
     assert str(op._schema) == f"bn_ext::{name}{SCHEMAS[name]}"
     assert torch.Tag.pt2_compliant_tag in op.tags
 
@@ -60,13 +66,18 @@ def arguments_of(problem: Problem, device: str, gradients: bool = False, momentu
     return *norm, residual, a.activation, a.activation_param
 
 
-def forward_arguments(problem: Problem, device: str) -> tuple:
-    return *arguments_of(problem, device), has_mask(problem)
+def forward_call(problem: Problem, device: str) -> tuple[OpOverload, tuple]:
+    """The operator of the forward below autograd, in training or evaluation, and its arguments."""
+    arguments = *arguments_of(problem, device), has_mask(problem)
+    if problem.mode.training:
+        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:])
+    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:])
 
 
 def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, ...] = (True,) * 4) -> tuple:
     a = problem.arguments(device)
-    _, mean, invstd, mask = OPS.batch_norm_forward(*forward_arguments(problem, device))
+    forward, arguments = forward_call(problem, device)
+    _, mean, invstd, mask = forward(*arguments)
     kept = (None, mask) if has_mask(problem) else (a.residual, None)
     fused = *kept, a.activation, a.activation_param
     return a.dy, a.input, a.weight, a.bias, mean, invstd, a.training, *fused, list(output_mask)
@@ -109,7 +120,7 @@ def test_opcheck_batch_norm(problem: Problem, gradients: bool, device: str) -> N
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=named)
 def test_opcheck_lower_operators(problem: Problem, device: str) -> None:
-    torch.library.opcheck(OPS.batch_norm_forward.default, forward_arguments(problem, device))
+    torch.library.opcheck(*forward_call(problem, device))
     mask = (True, problem.weight, problem.bias, problem.residual)
     torch.library.opcheck(OPS.batch_norm_backward.default, backward_arguments(problem, device, mask))
 
@@ -124,19 +135,19 @@ def test_opcheck_cumulative_average(device: str) -> None:
 def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
     """Those of the batch to float32's precision of the deviation, whatever the mean; the running ones exactly."""
     problem = Problem((5, 19, 33, 7), layout, mode=mode, offset=offset)
-    arguments = forward_arguments(problem, device)
-    input, _, _, running_mean, running_var, _, _, _, eps, *_ = arguments
-    _, mean, invstd, _ = OPS.batch_norm_forward(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
+    forward, arguments = forward_call(problem, device)
+    input, _, _, running_mean, running_var, *_ = arguments
+    _, mean, invstd, _ = forward(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
     assert mean.dtype == invstd.dtype == torch.float64
     assert mean.shape == invstd.shape == (19,)
     if not mode.training:
         assert torch.equal(mean, running_mean.double())
-        torch.testing.assert_close(invstd, (running_var.double() + eps).rsqrt(), rtol=1e-15, atol=0)
+        torch.testing.assert_close(invstd, (running_var.double() + problem.eps).rsqrt(), rtol=1e-15, atol=0)
         return
     exact_mean, exact_var = reference.statistics(input)
     deviation = exact_var.sqrt()
     assert ((mean - exact_mean).abs() / deviation).max() < 2**-22
-    torch.testing.assert_close(invstd, (exact_var + eps).rsqrt(), rtol=2**-22, atol=0)
+    torch.testing.assert_close(invstd, (exact_var + problem.eps).rsqrt(), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=4)), ids=str)
@@ -223,6 +234,37 @@ def test_mistakes_are_seen_without_data(wrong: str, where: str, device: str) -> 
     arguments[i] = change(arguments[i])
     with pytest.raises((RuntimeError, ValueError), match=message):
         OPS.batch_norm(*arguments)
+
+
+LOWER = (OPS.batch_norm_forward.default, OPS.batch_norm_forward.evaluation, OPS.batch_norm_backward.default)
+UNFIT = {
+    "device": lambda t: torch.empty_like(t, device="cpu" if t.is_meta else "meta"),
+    "size": lambda t: t[..., None],
+    "type": Tensor.cfloat,
+}
+
+
+def lower_arguments(op: OpOverload, device: str) -> list:
+    mode = EVALUATION if op is OPS.batch_norm_forward.evaluation else TRAINING
+    problem = Problem((3, 4, 5), mode=mode, residual=True, activation="relu")
+    backward = op is OPS.batch_norm_backward.default
+    arguments = backward_arguments(problem, "cpu") if backward else forward_call(problem, "cpu")[1]
+    return [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+
+
+@pytest.mark.parametrize("wrong", UNFIT)
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+@pytest.mark.parametrize("op", LOWER, ids=str)
+def test_lower_operators_refuse_what_does_not_fit(op: OpOverload, where: str, wrong: str) -> None:
+    """A single meta tensor brings a call to the fake kernel, whose outputs on a CPU would hold anything."""
+    arguments = lower_arguments(op, where)
+    op(*arguments)
+    for i, t in enumerate(arguments):
+        per_channel = isinstance(t, Tensor) and t.dim() < 2
+        if isinstance(t, Tensor) and not (wrong == "size" and per_channel):  # any shape of as many elements serves
+            changed = [*arguments[:i], UNFIT[wrong](t), *arguments[i + 1 :]]
+            with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
+                op(*changed)
 
 
 # ---------------------------------------------------------------------------------------------- strided vectors

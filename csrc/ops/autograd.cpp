@@ -15,15 +15,24 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 FourTensors batch_norm_forward(const Arguments& a, bool with_mask) {
-  static const auto op =
+  static const auto training =
       c10::Dispatcher::singleton()
           .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
           .typed<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, const OptionalTensor&, bool, std::optional<double>, double,
+                             const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
                              const OptionalTensor&, Name, Param, bool)>();
+  static const auto evaluation =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("bn_ext::batch_norm_forward", "evaluation")
+          .typed<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
+                             double, const OptionalTensor&, Name, Param, bool)>();
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked, a.training,
-                 a.momentum, a.eps, a.residual, name_of(a.activation), param_of(a.activation), with_mask);
+  const char* name = name_of(a.activation);
+  const Param param = param_of(a.activation);
+  return a.training ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
+                                    a.momentum, a.eps, a.residual, name, param, with_mask)
+                    : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual,
+                                      name, param, with_mask);
 }
 
 FourTensors batch_norm_backward(const BackwardArguments& a) {
@@ -171,8 +180,16 @@ bool is_inference(const OptionalTensor& t) {
   return t.has_value() && t->is_inference();
 }
 
-// What autograd would object to too late, the statistics updated, or not at all.
-void check_gradients(const Arguments& a, bool recorded) {
+// Whether the backward would need a tensor that autograd refuses to save. torch's own operators may do without it: a
+// residual alone has a gradient that knows nothing of the input.
+bool saves_inference(const Arguments& a) {
+  const bool activated = a.activation.kind != ActivationKind::Identity;
+  return a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
+         (kept(a).residual && is_inference(a.residual));
+}
+
+// Errors of autograd that would come after the statistics are updated, or not at all.
+void check_running_statistics(const Arguments& a, bool recorded) {
   for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
     TORCH_CHECK(!at::GradMode::is_enabled() || !t->has_value() || !(*t)->requires_grad(),
                 "batch_norm: running_mean and running_var cannot require gradients");
@@ -180,20 +197,16 @@ void check_gradients(const Arguments& a, bool recorded) {
                 "Inplace update to inference tensor outside InferenceMode is not allowed: clone running_mean and "
                 "running_var");
   }
-  const bool activated = a.activation.kind != ActivationKind::Identity;
-  TORCH_CHECK(!recorded || !(a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
-                             (kept(a).residual && is_inference(a.residual))),
-              "Inference tensors cannot be saved for backward: clone input, weight, bias and residual");
 }
 
 Tensor batch_norm(const Arguments& a) {
   TORCH_CHECK_TYPE(a.input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
-  if (!has_kernels(a) || any_of(a, has_tangent)) {
+  const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
+  if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && saves_inference(a))) {
     return decomposed(a);
   }
-  check_inputs(a);  // here too: fake kernels do not
-  const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
-  check_gradients(a, recorded);
+  check_inputs(a);  // here too: fake kernels leave some of it out
+  check_running_statistics(a, recorded);
   return recorded ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
                   : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));
 }
@@ -212,6 +225,12 @@ Tensor with_arguments(const Tensor& input,
                       const OptionalTensor& residual,
                       Name activation,
                       Param activation_param) {
+  const auto is_flat = [](const OptionalTensor& t) { return !t.has_value() || t->dim() == 1; };
+  if (!is_flat(weight) || !is_flat(bias)) {  // autograd then gives the gradients the parameters' shapes
+    const auto flat = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->reshape(-1)) : t; };
+    return with_arguments<function>(input, flat(weight), flat(bias), running_mean, running_var, num_batches_tracked,
+                                    training, momentum, eps, residual, activation, activation_param);
+  }
   return function({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
                    residual, activation_of(activation, activation_param)});
 }

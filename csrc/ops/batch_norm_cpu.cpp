@@ -17,6 +17,7 @@ struct Cpu {
 
 TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
   m.impl("batch_norm_forward", batch_norm_forward<Cpu>);
+  m.impl("batch_norm_forward.evaluation", batch_norm_forward_evaluation<Cpu>);
   m.impl("batch_norm_backward", batch_norm_backward<Cpu>);
 }
 

@@ -32,6 +32,7 @@ struct Cuda {
 
 TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", batch_norm_forward<Cuda>);
+  m.impl("batch_norm_forward.evaluation", batch_norm_forward_evaluation<Cuda>);
   m.impl("batch_norm_backward", batch_norm_backward<Cuda>);
 }
 

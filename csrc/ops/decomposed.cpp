@@ -2,6 +2,7 @@
 
 #include <ATen/Context.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
@@ -28,6 +29,11 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
+#include <c10/core/InferenceMode.h>
+#include <c10/core/SymBool.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <utility>
 
 namespace bn::ops {
 namespace {
@@ -50,6 +56,11 @@ bool types_suit_torch(const Arguments& a) {
   return true;
 }
 
+// torch's kernels ignore the strides of what they read per channel.
+OptionalTensor flat(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(t->reshape(-1).contiguous()) : std::nullopt;
+}
+
 Tensor call_torch(const Tensor& input,
                   const OptionalTensor& weight,
                   const OptionalTensor& bias,
@@ -57,39 +68,60 @@ Tensor call_torch(const Tensor& input,
                   const OptionalTensor& var,
                   const Arguments& a,
                   double momentum) {
-  return at::batch_norm(input, weight, bias, mean, var, a.training, momentum, a.eps,
+  return at::batch_norm(input, flat(weight), flat(bias), mean, var, a.training, momentum, a.eps,
                         at::globalContext().userEnabledCuDNN());
 }
 
+// The normalized input, and what the call is to write once nothing can fail any more.
+struct Normalized {
+  Tensor output;
+  OptionalTensor running_mean = std::nullopt;
+  OptionalTensor running_var = std::nullopt;
+  OptionalTensor num_batches_tracked = std::nullopt;
+};
+
 // Everything in the accumulation type, the running statistics moved by `momentum` towards the batch's own.
-Tensor converted(const Arguments& a, const Tensor& momentum) {
+Normalized converted(const Arguments& a, const Tensor& momentum) {
   const auto type = at::toOpMathType(a.input.scalar_type());
   const Tensor input = a.input.to(type);
   const auto weight = to(a.weight, type);
   const auto bias = to(a.bias, type);
   if (!a.training) {
-    const auto mean = to(a.running_mean, type);
-    const auto var = to(a.running_var, type);
-    return call_torch(input, weight, bias, mean, var, a, 0).to(a.input.scalar_type());
+    const auto mean = flat(to(a.running_mean, type));
+    const auto var = flat(to(a.running_var, type));
+    return {call_torch(input, weight, bias, mean, var, a, 0).to(a.input.scalar_type())};
   }
-  // With momentum 1 torch writes the batch's own statistics.
+  // With momentum 1 torch writes the batch's own statistics, if the batch has any values.
   const auto options = a.input.options().dtype(type);
   const Tensor mean = at::zeros_symint({a.input.sym_size(1)}, options);
   const Tensor var = at::zeros_symint({a.input.sym_size(1)}, options);
-  const Tensor output = call_torch(input, weight, bias, mean, var, a, 1);
-  const auto update = [&](const OptionalTensor& running, const Tensor& observed) {
-    if (running.has_value()) {
-      running->copy_(running->to(type).lerp(observed, momentum.to(type)));
-    }
+  const Tensor output = call_torch(input, weight, bias, mean, var, a, 1).to(a.input.scalar_type());
+  const bool empty = TORCH_GUARD_OR_FALSE(a.input.sym_numel().sym_eq(0));
+  const auto moved = [&](const OptionalTensor& running, const Tensor& observed) {
+    return running.has_value() && !empty
+               ? OptionalTensor(running->to(type).lerp(observed.view_as(*running), momentum.to(type)))
+               : std::nullopt;
   };
-  update(a.running_mean, mean);
-  update(a.running_var, var);
-  return output.to(a.input.scalar_type());
+  return {output, moved(a.running_mean, mean), moved(a.running_var, var)};
 }
 
-Tensor by_torch(const Arguments& a, double momentum) {
-  return types_suit_torch(a) ? call_torch(a.input, a.weight, a.bias, a.running_mean, a.running_var, a, momentum)
-                             : converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
+bool in_functorch() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
+
+Normalized by_torch(const Arguments& a, double momentum) {
+  if (!types_suit_torch(a)) {
+    return converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
+  }
+  if (!a.training || in_functorch()) {  // which lets torch's own batch norm write to what it captured, but no copy
+    const auto read = [&](const OptionalTensor& t) { return a.training ? t : flat(t); };
+    return {call_torch(a.input, a.weight, a.bias, read(a.running_mean), read(a.running_var), a, momentum)};
+  }
+  const auto copied = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(flat(t)->clone()) : t; };
+  const auto mean = copied(a.running_mean);
+  const bool same = mean.has_value() && a.running_var.has_value() && a.running_mean->is_same(*a.running_var);
+  const auto var = same ? mean : copied(a.running_var);
+  return {call_torch(a.input, a.weight, a.bias, mean, var, a, momentum), mean, var};
 }
 
 // The activation of z.
@@ -167,7 +199,7 @@ Tensor on_branches(const Tensor& mask, const Tensor& input, const Activation& ac
   }
 }
 
-// Whether torch could add the residual, before anything is written.
+// Whether torch can add the residual, before it has normalized anything.
 void check_addition(const Tensor& input, const Tensor& residual) {
   at::infer_size_symint(input.sym_sizes(), residual.sym_sizes());
   TORCH_CHECK(residual.device() == input.device() || residual.dim() == 0, "batch_norm: residual is on ",
@@ -175,7 +207,7 @@ void check_addition(const Tensor& input, const Tensor& residual) {
   TORCH_CHECK(!residual.is_complex(), "batch_norm: residual is of type ", residual.scalar_type());
 }
 
-Tensor normalized(const Arguments& a) {
+Normalized normalized(const Arguments& a) {
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
     check_inputs(a);
   }
@@ -183,20 +215,42 @@ Tensor normalized(const Arguments& a) {
     return by_torch(a, a.momentum.value_or(0));
   }
   const Tensor batches = a.num_batches_tracked->add(1);
-  const Tensor output =
+  Normalized result =
       a.momentum.has_value() ? by_torch(a, *a.momentum) : converted(a, batches.to(at::kDouble).reciprocal());
-  a.num_batches_tracked->copy_(batches);
-  return output;
+  result.num_batches_tracked = batches;
+  return result;
+}
+
+// Writes what the call updates. Only copies stand behind the last check.
+void write(const Arguments& a, const Normalized& updates) {
+  std::vector<std::pair<Tensor, Tensor>> writes;
+  const auto add = [&](const OptionalTensor& to, const OptionalTensor& from) {
+    if (from.has_value()) {
+      at::assert_no_internal_overlap(*to);
+      TORCH_CHECK(!to->is_inference() || c10::InferenceMode::is_enabled(),
+                  "Inplace update to inference tensor outside InferenceMode is not allowed: clone running_mean, "
+                  "running_var and num_batches_tracked");
+      writes.emplace_back(*to, from->view_as(*to));
+    }
+  };
+  add(a.running_mean, updates.running_mean);
+  add(a.running_var, updates.running_var);
+  add(a.num_batches_tracked, updates.num_batches_tracked);
+  for (const auto& [to, from] : writes) {
+    to.copy_(from);
+  }
 }
 
 }  // namespace
 
 Tensor decomposed(const Arguments& a) {
-  if (!a.residual.has_value()) {
-    return activated(normalized(a), a.activation);
+  if (a.residual.has_value()) {
+    check_addition(a.input, *a.residual);
   }
-  check_addition(a.input, *a.residual);
-  return activated(normalized(a) + *a.residual, a.activation);
+  const Normalized n = normalized(a);
+  const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
+  write(a, n);
+  return output;
 }
 
 FourTensors decomposed_backward(const BackwardArguments& a, double eps) {

@@ -46,54 +46,75 @@ class Operand {
 };
 
 template <class Backend>
+FourTensors run_forward(const Arguments& a, bool with_mask) {
+  check_inputs(a);
+  check_residual(a.residual, a.input);
+  TORCH_CHECK(!with_mask || a.residual.has_value(), "batch_norm_forward: without a residual there is no mask");
+  TORCH_CHECK(!with_mask || has_branches(a.activation), "batch_norm_forward: ", name_of(a.activation), " has no mask");
+  const View x = view_as_problem(a.input);
+  Tensor output = empty_like(x);
+  Tensor mean = empty_statistics(a.input);
+  Tensor invstd = empty_statistics(a.input);
+  Tensor mask = with_mask ? at::empty({mask_bytes(a.input.numel())}, a.input.options().dtype(at::kByte)) : Tensor();
+  const bool counts = a.training && a.num_batches_tracked.has_value();
+  if (a.input.numel() == 0) {
+    mean.zero_();
+    invstd.zero_();
+    if (counts) {
+      a.num_batches_tracked->add_(1);
+    }
+    return {output, mean, invstd, mask};
+  }
+  const Operand r(a.residual, x);
+  Backend::forward({x.problem, x.tensor.const_data_ptr(), per_channel(a.weight), per_channel(a.bias),
+                    a.training ? per_channel_to_write(a.running_mean) : per_channel(a.running_mean),
+                    a.training ? per_channel_to_write(a.running_var) : per_channel(a.running_var),
+                    counts ? a.num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr, a.training,
+                    counts && !a.momentum.has_value(), a.momentum.value_or(0), a.eps,
+                    Epilogue{a.activation, r.data(), with_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr},
+                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>()},
+                   a.input);
+  if (a.training) {
+    bump_version(a.num_batches_tracked);
+    bump_version(a.running_mean);
+    bump_version(a.running_var);
+  }
+  return {output, mean, invstd, mask};
+}
+
+template <class Backend>
 FourTensors batch_norm_forward(const Tensor& input,
                                const OptionalTensor& weight,
                                const OptionalTensor& bias,
                                const OptionalTensor& running_mean,
                                const OptionalTensor& running_var,
                                const OptionalTensor& num_batches_tracked,
-                               bool training,
                                std::optional<double> momentum,
                                double eps,
                                const OptionalTensor& residual,
-                               Name activation_name,
+                               Name activation,
                                Param activation_param,
                                bool with_mask) {
-  const Activation activation = activation_of(activation_name, activation_param);
-  check_inputs(Arguments{input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-                         residual, activation});
-  check_residual(residual, input);
-  TORCH_CHECK(!with_mask || residual.has_value(), "batch_norm_forward: without a residual there is no mask");
-  TORCH_CHECK(!with_mask || has_branches(activation), "batch_norm_forward: ", name_of(activation), " has no mask");
-  const View x = view_as_problem(input);
-  Tensor output = empty_like(x);
-  Tensor mean = empty_statistics(input);
-  Tensor invstd = empty_statistics(input);
-  Tensor mask = with_mask ? at::empty({mask_bytes(input.numel())}, input.options().dtype(at::kByte)) : Tensor();
-  const bool counts = training && num_batches_tracked.has_value();
-  if (input.numel() == 0) {
-    mean.zero_();
-    invstd.zero_();
-    if (counts) {
-      num_batches_tracked->add_(1);
-    }
-    return {output, mean, invstd, mask};
-  }
-  const Operand r(residual, x);
-  Backend::forward({x.problem, x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
-                    training ? per_channel_to_write(running_mean) : per_channel(running_mean),
-                    training ? per_channel_to_write(running_var) : per_channel(running_var),
-                    counts ? num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr, training,
-                    counts && !momentum.has_value(), momentum.value_or(0), eps,
-                    Epilogue{activation, r.data(), with_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr},
-                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>()},
-                   input);
-  if (training) {
-    bump_version(num_batches_tracked);
-    bump_version(running_mean);
-    bump_version(running_var);
-  }
-  return {output, mean, invstd, mask};
+  return run_forward<Backend>({input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
+                               momentum, eps, residual, activation_of(activation, activation_param)},
+                              with_mask);
+}
+
+template <class Backend>
+FourTensors batch_norm_forward_evaluation(const Tensor& input,
+                                          const OptionalTensor& weight,
+                                          const OptionalTensor& bias,
+                                          const Tensor& running_mean,
+                                          const Tensor& running_var,
+                                          double eps,
+                                          const OptionalTensor& residual,
+                                          Name activation,
+                                          Param activation_param,
+                                          bool with_mask) {
+  return run_forward<Backend>(
+      {input, weight, bias, running_mean, running_var, /*num_batches_tracked=*/std::nullopt, /*training=*/false,
+       /*momentum=*/std::nullopt, eps, residual, activation_of(activation, activation_param)},
+      with_mask);
 }
 
 template <class Backend>
