@@ -15,10 +15,10 @@ bool is_floating(at::ScalarType type) {
   return type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16;
 }
 
-// (N, L, C) seen as (N, C, L). torch has no such memory format and its output would be contiguous; kept as it is,
-// a training step was 2 to 4 times faster than with copies.
+// (N, L, C) seen as (N, C, L), which is no memory format of torch. As torch does, a GPU keeps it, and a CPU makes it
+// contiguous, at the cost of a copy.
 bool rows_of_channels(const Tensor& t) {
-  return t.dim() == 3 && !t.is_contiguous() && t.stride(1) == 1 && t.stride(2) == t.size(1) &&
+  return t.is_cuda() && t.dim() == 3 && !t.is_contiguous() && t.stride(1) == 1 && t.stride(2) == t.size(1) &&
          (t.size(0) == 1 || t.stride(0) == t.size(1) * t.size(2));
 }
 
