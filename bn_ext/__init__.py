@@ -1,16 +1,19 @@
 """Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``."""
 
-from bn_ext import activation, functional
+from bn_ext import _load, activation, functional  # noqa: F401 (_load first)
 from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.convert import convert, revert
 from bn_ext.fold import fold
 from bn_ext.fuse import fuse
-from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 
 __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
     "activation",
     "checkpoint_contexts",
     "convert",
@@ -19,4 +22,4 @@ __all__ = [
     "fuse",
     "revert",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -40,9 +40,8 @@ def convert(model: Model) -> Model:
     """Makes every :class:`torch.nn.BatchNorm1d`, ``2d`` and ``3d`` in ``model`` (itself included) ours.
 
     The modules stay the same objects with the same parameters, buffers, parametrizations, hooks and flags; only their
-    class changes. Lazy ones become ours with their first input. Subclasses, whose forward may be their own,
-    modules with an attribute ``activation``, and :class:`torch.nn.SyncBatchNorm`, whose statistics span processes, are
-    left as they are.
+    class changes. Lazy ones become ours with their first input. Subclasses, whose forward may be their own, and
+    :class:`torch.nn.SyncBatchNorm`, whose statistics span processes, are left as they are.
 
     Returns:
         ``model``.
@@ -51,20 +50,18 @@ def convert(model: Model) -> Model:
 
 
 def revert(model: Model) -> Model:
-    """Undoes :func:`convert`: every module of ours in ``model`` becomes torch's again, in place. Returns ``model``.
+    """Undoes :func:`convert`: every module of ours in ``model`` that is one of torch's too becomes torch's again, in
+    place. Returns ``model``.
 
     Raises:
-        ValueError: a module with an activation, which torch's would not apply, or one that a graph calls with a
-            residual, which torch's would not take. Nothing is changed then.
+        ValueError: a module that a graph calls with a residual or an activation, which torch's would not take.
+            Nothing is changed then.
     """
-    for name, module in model.named_modules():
-        activation = getattr(module, "activation", None)
-        if _is_ours(module) and activation not in (None, "identity"):
-            raise ValueError(f"revert: {name or 'the model'} has activation={activation!r}, which torch's has not")
+    for module in model.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             called = node.op == "call_module" and _is_ours(module.get_submodule(node.target))
             if called and len(node.args) + len(node.kwargs) > 1:
-                raise ValueError(f"revert: {node.target} is called with a residual, which torch's would not take")
+                raise ValueError(f"revert: {node.target} is called with a residual or an activation: torch's has none")
     return _with_classes(model, _TORCHS)
 
 
@@ -75,8 +72,6 @@ def _is_ours(module: torch.nn.Module) -> bool:
 def _with_classes(model: Model, classes: dict[type, type]) -> Model:
     for module in model.modules():
         cls = type(module)
-        if classes is _OURS and hasattr(module, "activation"):  # of its own, whatever it means
-            continue
         if cls in classes:
             module.__class__ = classes[cls]
         elif (base := parametrize.type_before_parametrizations(module)) in classes:

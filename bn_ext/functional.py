@@ -63,8 +63,7 @@ def batch_norm(
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
 
     Returns:
-        (N, C, *), of the dtype of ``input``, its channels last in memory if those of ``input`` are (in three
-        dimensions too, unlike torch's).
+        (N, C, *), of the dtype of ``input`` and with the strides of torch's output.
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an

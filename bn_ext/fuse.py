@@ -197,8 +197,6 @@ class _Fuser:
             raise _ObstacleError(f"is a {type(module).__name__}")
         if altered(module):
             raise _ObstacleError("has hooks or a forward set on the object")
-        if module.activation is not None:
-            raise _ObstacleError("has an activation already")
         if self.calls[module] > 1:
             raise _ObstacleError("is called more than once")
 
@@ -241,10 +239,7 @@ class _Fuser:
         extras = {"activation": name}
         if has_param and param is not None:
             extras["activation_param"] = param
-        if (its_module := self.module(batch_norm)) is not None:
-            vars(its_module).update(extras)
-        else:
-            batch_norm.kwargs = {**batch_norm.kwargs, **extras}
+        batch_norm.kwargs = {**batch_norm.kwargs, **extras}
         return name
 
     def writes(self, node: Node, tensor: Node) -> bool:

@@ -2,60 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.jit import is_scripting
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from bn_ext import activation as activations
 from bn_ext.functional import as_tensor, exporting, finished, operator
 
 
-class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
+class _FusedForward(_NormBase):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
-    __constants__ = [*torch.nn.modules.batchnorm._BatchNorm.__constants__, "activation", "activation_param"]  # noqa: RUF012
+    def _traced(self, input: Any, **options: Any) -> Any:
+        """A call of this module in a graph of torch.fx, which makes leaves of torch.nn's modules only."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)
 
-    # Of a module that has none, it is no attribute of its own.
-    activation = cast("str | None", None)
-    activation_param = cast("float | None", None)
-
-    def __init__(
-        self,
-        num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-        *,
-        activation: str | None = None,
-        activation_param: float | None = None,
-        **options: Any,
-    ) -> None:
-        activations.check(activation, activation_param)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
-        if activation is not None:
-            self.activation = activation
-        if activation_param is not None:
-            self.activation_param = activation_param
-
-    def extra_repr(self) -> str:
-        of_activation = "" if self.activation is None else f", activation={self.activation}"
-        of_param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
-        return super().extra_repr() + of_activation + of_param
-
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _fused(
+        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+    ) -> Tensor:
         if not is_scripting():
-            if isinstance(input, Proxy):  # fx makes leaves of torch.nn's modules only
-                inputs = (input,) if residual is None else (input, residual)
-                return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), inputs, {})
             residual = as_tensor(residual, input)
             if exporting():
-                return finished(super().forward(input), residual, self.activation, self.activation_param)
+                activations.check(activation, activation_param)
+                return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
         num_batches_tracked: Tensor | None = None
@@ -81,22 +55,112 @@ class _FusedForward(torch.nn.modules.batchnorm._BatchNorm):
             momentum,
             self.eps,
             residual,
-            self.activation,
-            self.activation_param,
+            activation,
+            activation_param,
         )
 
 
-class BatchNorm1d(_FusedForward, torch.nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d` on fused kernels: (N, C) or (N, C, L)."""
+class _FusedBatchNorm(_FusedForward):
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: str | None = None,
+        activation_param: float | None = None,
+    ) -> Tensor:
+        if not is_scripting():  # noqa: SIM102, which would have TorchScript compile what is inside
+            if isinstance(input, Proxy):
+                return self._traced(input, residual=residual, activation=activation, activation_param=activation_param)
+        return self._fused(input, residual, activation, activation_param)
 
 
-class BatchNorm2d(_FusedForward, torch.nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` on fused kernels: (N, C, H, W), contiguous or channels-last.
+class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` on fused kernels: (N, C) or (N, C, L).
 
-    ``activation`` and ``activation_param`` are those of :func:`bn_ext.functional.batch_norm`; called as
-    ``module(input, residual)`` it gives ``activation(batch_norm(input) + residual)``.
+    Called as :class:`BatchNorm2d` is.
     """
 
 
-class BatchNorm3d(_FusedForward, torch.nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` on fused kernels: (N, C, D, H, W), contiguous or channels-last."""
+class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` on fused kernels: (N, C, H, W), contiguous or channels-last.
+
+    ``module(input, residual, activation="relu", activation_param=None)`` gives
+    ``activation(batch_norm(input) + residual)`` in one pass; the three are those of
+    :func:`bn_ext.functional.batch_norm`, each of them optional. They belong to the call, so that torch's class in the
+    place of this one raises TypeError where it would drop them.
+    """
+
+
+class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` on fused kernels: (N, C, D, H, W), contiguous or channels-last.
+
+    Called as :class:`BatchNorm2d` is.
+    """
+
+
+class BatchNormAct(_FusedForward):
+    """What the three classes of batch norm with an activation have in common."""
+
+    __constants__ = [*_NormBase.__constants__, "activation", "activation_param"]  # noqa: RUF012
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str = "relu",
+        activation_param: float | None = None,
+        **options: Any,
+    ) -> None:
+        activations.check(activation, activation_param)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.activation = activation
+        self.activation_param = activation_param
+
+    def extra_repr(self) -> str:
+        param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
+        return f"{super().extra_repr()}, activation={self.activation}{param}"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if not is_scripting():  # noqa: SIM102
+            if isinstance(input, Proxy):
+                return self._traced(input, residual=residual)
+        return self._fused(input, residual, self.activation, self.activation_param)
+
+
+class BatchNormAct1d(BatchNormAct):
+    """Batch norm and an activation as one module, for (N, C) or (N, C, L): see :class:`BatchNormAct2d`."""
+
+    _check_input_dim = torch.nn.BatchNorm1d._check_input_dim
+
+
+class BatchNormAct2d(BatchNormAct):
+    """Batch norm and an activation as one module, for (N, C, H, W), as :class:`torch.nn.Sequential` wants it.
+
+    ``module(input, residual=None)`` gives ``activation(batch_norm(input) + residual)`` in one pass. The names of
+    parameters and buffers are those of :class:`torch.nn.BatchNorm2d`, but it is no subclass of it: whoever replaces,
+    freezes or synchronizes torch's batch norms would drop the activation. Such tools leave this class alone, so
+    :func:`torch.optim.swa_utils.update_bn` does not reset its statistics.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for
+            :class:`torch.nn.BatchNorm2d`.
+        activation: a name of :data:`bn_ext.activation.NAMES`.
+        activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
+
+    Raises:
+        ValueError: an unknown activation, or a parameter for one that has none.
+    """
+
+    _check_input_dim = torch.nn.BatchNorm2d._check_input_dim
+
+
+class BatchNormAct3d(BatchNormAct):
+    """Batch norm and an activation as one module, for (N, C, D, H, W): see :class:`BatchNormAct2d`."""
+
+    _check_input_dim = torch.nn.BatchNorm3d._check_input_dim

@@ -62,7 +62,7 @@ class Activations(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norms = nn.ModuleList(bn_ext.BatchNorm2d(4, activation=name) for name in activations.NAMES)
+        self.norms = nn.ModuleList(bn_ext.BatchNormAct2d(4, activation=name) for name in activations.NAMES)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([norm(x, x.flip(0)) for norm in self.norms])

@@ -181,20 +181,25 @@ def test_two_batch_norms_in_a_row() -> None:
 
 @pytest.mark.parametrize("keyword", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("own", [False, True], ids=["of the call", "of the module"])
 @pytest.mark.parametrize(("activation", "param"), [(None, None), ("relu", None), ("leaky_relu", 0.3), ("elu", 0.5)])
 def test_ours_with_residual_and_activation(
-    activation: str | None, param: float | None, residual: bool, keyword: bool
+    activation: str | None, param: float | None, own: bool, residual: bool, keyword: bool
 ) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.conv = nn.Conv2d(6, 6, 3, padding=1)
-            self.norm = bn_ext.BatchNorm2d(6, activation=activation, activation_param=param)
+            options = {"activation": activation, "activation_param": param}
+            self.norm = bn_ext.BatchNormAct2d(6, **options) if own else bn_ext.BatchNorm2d(6)
+            self.options = {} if own else options
 
         def forward(self, x: Tensor) -> Tensor:
             shortcut = x.square() if residual else None
             y = self.conv(x)
-            return self.norm(input=y, residual=shortcut) if keyword else self.norm(y, shortcut)
+            if keyword:
+                return self.norm(input=y, residual=shortcut, **self.options)
+            return self.norm(y, shortcut, *self.options.values())
 
     model = trained(Block()).double()
     folded = bn_ext.fold(model)

@@ -88,7 +88,7 @@ def test_traced_network(training: bool, device: str) -> None:
 @pytest.mark.parametrize("activation", activations.NAMES)
 @pytest.mark.parametrize("training", [True, False])
 def test_traced_residual_and_activation(activation: str, training: bool, device: str) -> None:
-    module = bn_ext.BatchNorm2d(4, activation=activation, device=device).train(training)
+    module = bn_ext.BatchNormAct2d(4, activation=activation, device=device).train(training)
     tensors = torch.randn(4, 2, 4, 6, 6, device=device)
     traced = torch.jit.trace(copy.deepcopy(module), (tensors[0], tensors[1]), check_trace=False)
     module(tensors[0], tensors[1])
@@ -131,7 +131,7 @@ def test_symbolic_trace_of_a_residual(device: str) -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv, self.norm = nn.Conv2d(3, 3, 1), bn_ext.BatchNorm2d(3, activation="relu")
+            self.conv, self.norm = nn.Conv2d(3, 3, 1), bn_ext.BatchNormAct2d(3, activation="relu")
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.norm(self.conv(x), residual=x)

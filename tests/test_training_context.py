@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     def __init__(self, momentum: float | None, within: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(4, 4, 1), bn_ext.BatchNorm2d(4, momentum=momentum, activation="relu")
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), bn_ext.BatchNormAct2d(4, momentum=momentum, activation="relu")
         self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), bn_ext.BatchNorm2d(4, momentum=momentum))
         self.register_buffer("mean", torch.zeros(4))
         self.register_buffer("var", torch.ones(4))
