@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -30,10 +31,17 @@ _RANK: dict[type, int] = {
 # The batch norms that can be folded, and the ranks that they take.
 _RANKS: dict[type, tuple[int, ...]] = {
     nn.SyncBatchNorm: (2, 3, 4, 5),
-    **dict.fromkeys((nn.BatchNorm1d, modules.BatchNorm1d), (2, 3)),
-    **dict.fromkeys((nn.BatchNorm2d, modules.BatchNorm2d), (4,)),
-    **dict.fromkeys((nn.BatchNorm3d, modules.BatchNorm3d), (5,)),
+    **dict.fromkeys((nn.BatchNorm1d, modules.BatchNorm1d, modules.BatchNormAct1d), (2, 3)),
+    **dict.fromkeys((nn.BatchNorm2d, modules.BatchNorm2d, modules.BatchNormAct2d), (4,)),
+    **dict.fromkeys((nn.BatchNorm3d, modules.BatchNorm3d, modules.BatchNormAct3d), (5,)),
 }
+
+
+_BATCH_NORMS = (_BatchNorm, modules.BatchNormAct)
+_AnyBatchNorm: TypeAlias = _BatchNorm | modules.BatchNormAct
+
+
+_SIMPLE = (type(None), bool, int, float, str)  # what torch.fx compares with what is given later
 
 
 class Fold(NamedTuple):
@@ -47,7 +55,7 @@ class Fold(NamedTuple):
         return f"{self.batch_norm}: " + (f"folded into {self.into}" if self.into else f"not folded ({self.reason})")
 
 
-def fold(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> fx.GraphModule:
+def fold(model: nn.Module, example_inputs: tuple[Any, ...] | Tensor | None = None) -> fx.GraphModule:
     """``model`` for evaluation, each batch norm folded into the convolution or linear layer before it.
 
     The layers are :class:`torch.nn.Linear`, ``Conv1d``, ``2d``, ``3d`` and ``ConvTranspose1d``, ``2d``, ``3d``. Their
@@ -61,7 +69,9 @@ def fold(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> fx.
     Args:
         model: in evaluation mode, and such that :mod:`torch.fx` can trace it. It is not changed, and shares with the
             result all but the folded layers.
-        example_inputs: positional arguments on which to hold the result's outputs to those of ``model``.
+        example_inputs: positional arguments, or the only one, on which to hold the result's outputs to those of
+            ``model``. A forward may do what tracing does not see (``isinstance(x, Tensor)``): give them.
+            Optional arguments that are not among them keep their defaults, and the result refuses others.
 
     Returns:
         A graph module. Its ``folds`` hold one :class:`Fold` for each batch norm, to look at or
@@ -73,12 +83,13 @@ def fold(model: nn.Module, example_inputs: tuple[Any, ...] | None = None) -> fx.
         AssertionError: outputs that are off by more than rounding explains.
     """
     for name, module in model.named_modules():
-        if module.training and (module is model or isinstance(module, _BatchNorm)):
+        if module.training and (module is model or isinstance(module, _BATCH_NORMS)):
             raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first")
-    folded = _trace(model)
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    folded = _trace(model, len(inputs or ()))
     vars(folded)["folds"] = _fold(folded, model)
-    if example_inputs is not None:
-        _check(folded, model, example_inputs)
+    if inputs is not None:
+        _check(folded, model, inputs)
     return folded
 
 
@@ -86,17 +97,20 @@ class _Tracer(Tracer):
     """Keeps every batch norm whole, and what has hooks: traced through, they would run once, on proxies."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or altered(m) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, _BATCH_NORMS) or altered(m) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module) -> fx.GraphModule:
-    """The graph of ``model``, with its hooks, as a module that shares all that is in ``model``."""
+def _trace(model: nn.Module, inputs: int) -> fx.GraphModule:
+    """The graph of ``model``, with its hooks, as a module that shares all that is in ``model``. Of the arguments of its
+    forward, the first ``inputs`` and all without a default are inputs."""
     name = type(model).__name__
     if "forward" in vars(model):
         raise TraceError(f"fold: {name} has a forward set on the object, which is not traced")
     try:
         root = copy.copy(model)  # constants that tracing meets become attributes of it
-        traced = fx.GraphModule(root, _Tracer().trace(root), name)
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        defaults = {p.name: p.default for p in parameters[inputs:] if isinstance(p.default, _SIMPLE)}
+        traced = fx.GraphModule(root, _Tracer().trace(root, defaults), name)
     except Exception as error:
         raise TraceError(f"fold: {name} cannot be traced: {error}") from error
     vars(traced).update((kind, copy.copy(hooks)) for kind, hooks in vars(model).items() if "hook" in kind)
@@ -108,11 +122,11 @@ def _trace(model: nn.Module) -> fx.GraphModule:
 
 def _arguments(call: fx.Node) -> dict[str, Any]:
     """Of a batch norm or the layer before it."""
-    return {**dict(zip(("input", "residual"), call.args)), **call.kwargs}
+    return {**dict(zip(("input", "residual", "activation", "activation_param"), call.args)), **call.kwargs}
 
 
 def _fold(folded: fx.GraphModule, model: nn.Module) -> list[Fold]:
-    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+    norms = {name: module for name, module in model.named_modules() if isinstance(module, _BATCH_NORMS)}
     uses = _uses(folded, model)
     pairs: dict[tuple[str, str, Any], list[fx.Node]] = defaultdict(list)  # a batch norm after the same: its calls
     for node in folded.graph.find_nodes(op="call_module"):
@@ -136,7 +150,9 @@ def _uses(folded: fx.GraphModule, model: nn.Module) -> Counter[int]:
     return uses
 
 
-def _fold_pair(folded: fx.GraphModule, name: str, norm: _BatchNorm, nodes: list[fx.Node], uses: Counter[int]) -> Fold:
+def _fold_pair(
+    folded: fx.GraphModule, name: str, norm: _AnyBatchNorm, nodes: list[fx.Node], uses: Counter[int]
+) -> Fold:
     """Folds the batch norm of these calls into the layer that all of them follow, unless something is against it."""
     sources = [_arguments(node)["input"] for node in nodes]
     before = str(sources[0].target)
@@ -157,7 +173,7 @@ def _fold_pair(folded: fx.GraphModule, name: str, norm: _BatchNorm, nodes: list[
 
 
 def _obstacles(
-    norm: _BatchNorm, layer: Any, nodes: list[fx.Node], sources: list[fx.Node], uses: Counter[int]
+    norm: _AnyBatchNorm, layer: Any, nodes: list[fx.Node], sources: list[fx.Node], uses: Counter[int]
 ) -> Iterator[str]:
     """What is against folding. Each assumes that nothing before it is."""
     follows = f"it follows {sources[0].name}"
@@ -219,15 +235,13 @@ def _assert_rank(call: fx.Node, rank: int, what: str) -> None:
         torch._assert(is_it, f"{what} for inputs of {rank} dimensions alone")
 
 
-def _replace(call: fx.Node, source: fx.Node, norm: _BatchNorm) -> None:
+def _replace(call: fx.Node, source: fx.Node, norm: _AnyBatchNorm) -> None:
     """Puts what follows the normalization in the place of the call of ``norm``."""
+    given = _arguments(call)
+    options = vars(norm) if isinstance(norm, modules.BatchNormAct) else given
+    activation, param = (options.get(name) for name in ("activation", "activation_param"))
     with call.graph.inserting_before(call):
-        output: Any = finished(
-            _operand(source),
-            _operand(_arguments(call).get("residual")),
-            getattr(norm, "activation", None),
-            getattr(norm, "activation_param", None),
-        )
+        output: Any = finished(_operand(source), _operand(given.get("residual")), activation, param)
     call.replace_all_uses_with(output.node)
     call.graph.erase_node(call)
 
@@ -235,7 +249,11 @@ def _replace(call: fx.Node, source: fx.Node, norm: _BatchNorm) -> None:
 def _check(folded: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Holds the outputs to half the digits of their type, beside the largest of them."""
     with torch.no_grad():
-        actual, expected = (pytree.tree_leaves(m(*copy.deepcopy(inputs))) for m in (folded, model))
+        (actual, form), (expected, expected_form) = (
+            pytree.tree_flatten(m(*copy.deepcopy(inputs))) for m in (folded, model)
+        )
+    if form != expected_form:
+        raise AssertionError(f"fold: the folded model returns {form}, the model {expected_form}")
     for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
         if isinstance(other, Tensor) and other.is_floating_point() and other.numel():
             tolerance = torch.finfo(other.dtype).eps ** 0.5 * other.abs().max().item()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -495,3 +496,40 @@ def test_addition_in_place_stays_in_place() -> None:
     folded = bn_ext.fold(model)
     assert folded.folds[0].into == "c"
     torch.testing.assert_close(folded(x), model(x))
+
+
+# ---------------------------------------------------------------------------------------------- optional arguments
+
+
+class Optional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, twice: bool = False, scale: float = 2.0) -> Any:
+        y = self.norm(self.conv(x)) * scale
+        y = y if mask is None else y * mask
+        return (y, y) if twice else y
+
+
+def test_optional_arguments_have_their_defaults() -> None:
+    model, x, mask = trained(Optional()), torch.randn(2, 3, 5, 5), torch.rand(2, 4, 5, 5)
+    folded = bn_ext.fold(model)
+    assert outcomes(folded) == {"norm": "conv"}
+    torch.testing.assert_close(folded(x), model(x))
+    for other in ((mask,), (None, True), (None, False, 3.0)):
+        with pytest.raises((AssertionError, TypeError)):
+            folded(x, *other)
+    torch.testing.assert_close(bn_ext.fold(model, (x, mask))(x, mask), model(x, mask))
+
+
+def test_an_example_may_be_a_tensor() -> None:
+    model, x = trained(Optional()), torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(bn_ext.fold(model, x)(x), model(x))
+
+
+@pytest.mark.parametrize("other", [lambda y: (y, y), lambda y: y.relu()], ids=["structure", "values"])
+def test_what_tracing_does_not_see_is_refused_by_an_example(other: Callable[[Tensor], Any]) -> None:
+    model = trained(Custom(lambda m, x: other(m.norm(m.conv(x))) if isinstance(x, Tensor) else m.norm(m.conv(x))))
+    with pytest.raises(AssertionError, match=r"fold: (the folded model returns|output 0 differs)"):
+        bn_ext.fold(model, torch.randn(2, 6, 5, 5))
