@@ -129,9 +129,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                               {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
     // Whatever has to see through the gradient gets it by standard operators.
     const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
-    const bool transformed =
-        c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) || has_tangent(dy) ||
-        has_tangent(a.input) || tangent(weight) || tangent(bias) || tangent(residual);
+    const bool transformed = in_functorch() || has_tangent(dy) || has_tangent(a.input) || tangent(weight) ||
+                             tangent(bias) || tangent(residual);
     const bool differentiable = at::GradMode::is_enabled() || transformed;
     const auto [dx, dweight, dbias, dresidual] = differentiable ? decomposed_backward(a, eps) : batch_norm_backward(a);
     return {dx, dweight, dbias, wants_dresidual && passes_on ? dy : dresidual, Tensor()};
@@ -180,12 +179,14 @@ bool is_inference(const OptionalTensor& t) {
   return t.has_value() && t->is_inference();
 }
 
-// Whether the backward would need a tensor that autograd refuses to save. torch's own operators may do without it: a
-// residual alone has a gradient that knows nothing of the input.
-bool saves_inference(const Arguments& a) {
+// Whether our backward needs a tensor that autograd refuses to save, and torch's, of separate calls, does not.
+bool only_torch_can_save(const Arguments& a) {
+  const bool normalizes = requires_grad(a.input) || (a.weight.has_value() && requires_grad(*a.weight)) ||
+                          (a.bias.has_value() && requires_grad(*a.bias));
+  const bool refused = a.input.is_inference() || is_inference(a.weight);
+  TORCH_CHECK(!(normalizes && refused), "Inference tensors cannot be saved for backward: clone input and weight");
   const bool activated = a.activation.kind != ActivationKind::Identity;
-  return a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
-         (kept(a).residual && is_inference(a.residual));
+  return refused || (activated && is_inference(a.bias)) || (kept(a).residual && is_inference(a.residual));
 }
 
 // Errors of autograd that would come after the statistics are updated, or not at all.
@@ -202,7 +203,7 @@ void check_running_statistics(const Arguments& a, bool recorded) {
 Tensor batch_norm(const Arguments& a) {
   TORCH_CHECK_TYPE(a.input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
   const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
-  if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && saves_inference(a))) {
+  if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && only_torch_can_save(a))) {
     return decomposed(a);
   }
   check_inputs(a);  // here too: fake kernels leave some of it out

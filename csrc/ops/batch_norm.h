@@ -3,6 +3,7 @@
 #include "core/activation.h"
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
 #include <optional>
@@ -61,6 +62,11 @@ Param param_of(const Activation& activation);
 
 // The names, each with its parameter unless given, if it has one.
 std::vector<std::pair<std::string, Param>> activations();
+
+// Whether a transform of torch.func is under way.
+inline bool in_functorch() {
+  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+}
 
 // batch_norm by standard operators: for transforms that have to see through it, for devices without kernels.
 Tensor decomposed(const Arguments& a);

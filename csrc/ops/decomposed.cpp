@@ -31,7 +31,6 @@
 #include <ATen/ops/zeros_like.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/SymBool.h>
-#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <utility>
 
@@ -105,15 +104,12 @@ Normalized converted(const Arguments& a, const Tensor& momentum) {
   return {output, moved(a.running_mean, mean), moved(a.running_var, var)};
 }
 
-bool in_functorch() {
-  return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
-}
-
 Normalized by_torch(const Arguments& a, double momentum) {
   if (!types_suit_torch(a)) {
     return converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
   }
-  if (!a.training || in_functorch()) {  // which lets torch's own batch norm write to what it captured, but no copy
+  // Under functorch a copy into a captured tensor is an error, but torch's own batch norm may write to it.
+  if (!a.training || in_functorch()) {
     const auto read = [&](const OptionalTensor& t) { return a.training ? t : flat(t); };
     return {call_torch(a.input, a.weight, a.bias, read(a.running_mean), read(a.running_var), a, momentum)};
   }
