@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shutil import which
 
 import torch
 from setuptools import setup
@@ -36,12 +38,12 @@ if platform.machine() in ("x86_64", "AMD64"):
 
 
 class Build(BuildExtension):
-    """Compiles the kernels once per instruction set, and notes the torch that all of it was built against."""
+    """Compiles the kernels once per instruction set, and notes how, and the torch that all of it was built against."""
 
     def run(self) -> None:
         super().run()
-        package = Path(self.get_ext_fullpath("bn_ext._C")).parent
-        (package / "_build_info.py").write_text(f'torch_version = "{torch.__version__}"\n')
+        lines = [f"{name} = {value!r}\n" for name, value in build_info().items()]
+        (Path(self.get_ext_fullpath("bn_ext._C")).parent / "_build_info.py").write_text("".join(lines))
 
     def build_extensions(self) -> None:
         with ThreadPoolExecutor() as pool:
@@ -69,19 +71,55 @@ class Build(BuildExtension):
         return compiled
 
 
+def without_cuda() -> str:
+    """Why there will be no GPU kernels; empty if there will be."""
+    wants = os.environ.get("BN_EXT_CUDA", "")
+    if wants not in ("", "0", "1"):
+        raise SystemExit(f"bn_ext: BN_EXT_CUDA should be 0 or 1, got {wants}")
+    if wants == "0":
+        return "BN_EXT_CUDA=0"
+    missing = ""
+    if torch.version.cuda is None:
+        missing = f"torch {torch.__version__} has no CUDA"
+    elif CUDA_HOME is None:
+        missing = "no nvcc was found"
+    if missing and wants == "1":
+        raise SystemExit(f"bn_ext: BN_EXT_CUDA=1 needs nvcc and a CUDA build of torch; {missing}")
+    return missing
+
+
+def output(*command: str) -> str:
+    """The first line that a command prints; nothing where it fails."""
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False) if which(command[0]) else None
+    return run.stdout.partition("\n")[0] if run and run.returncode == 0 else ""
+
+
+def architectures() -> tuple[str, ...]:
+    """The compute capabilities that torch compiles for: those asked for, or those of the GPUs that are here."""
+    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return tuple(asked.replace(" ", ";").split(";"))
+    gpus = range(torch.cuda.device_count())
+    return tuple(sorted({".".join(map(str, torch.cuda.get_device_capability(i))) for i in gpus})) or ("torch's usual",)
+
+
+def build_info() -> dict[str, object]:
+    """What bn_ext/_build_info.py says of this build."""
+    cuda = without_cuda()
+    return {
+        "torch_version": torch.__version__,
+        "commit": output("git", "describe", "--always", "--dirty") or "unknown",
+        "compiler": output(os.environ.get("CXX", "c++"), "--version") or "unknown",
+        "instruction_sets": tuple(INSTRUCTION_SETS),
+        "cuda_architectures": () if cuda else architectures(),
+        "without_cuda": cuda,
+    }
+
+
 def extension() -> CppExtension:
-    has_cuda = torch.version.cuda is not None and CUDA_HOME is not None
-    wants_cuda = os.environ.get("BN_EXT_CUDA", str(int(has_cuda)))
-    if wants_cuda not in ("0", "1"):
-        raise SystemExit(f"bn_ext: BN_EXT_CUDA should be 0 or 1, got {wants_cuda}")
-    if wants_cuda == "1" and not has_cuda:
-        raise SystemExit(
-            f"bn_ext: BN_EXT_CUDA=1 needs nvcc and a CUDA build of torch; this is torch {torch.__version__}"
-        )
     # OpenMP's runtime is the one inside torch: linking another would give it threads of its own.
     flags = {"cxx": [*FLAGS, "-fopenmp"], "nvcc": NVCC_FLAGS}
     common = {"include_dirs": [str(ROOT / "csrc")], "depends": HEADERS}
-    if wants_cuda == "1":
+    if not without_cuda():
         return CUDAExtension("bn_ext._C", [*SOURCES, *GPU_SOURCES], extra_compile_args=flags, **common)
     return CppExtension("bn_ext._C", SOURCES, extra_compile_args=flags["cxx"], **common)
 
