@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -11,11 +14,32 @@ from bn_ext._load import _C
 DEFAULTS = dict(_C.activations())
 NAMES = tuple(DEFAULTS)
 
+# The names for editors and type checkers. TorchScript, which compiles the modules' forward, knows no Literal.
+Names = Literal[
+    "identity",
+    "relu",
+    "relu6",
+    "leaky_relu",
+    "elu",
+    "silu",
+    "gelu",
+    "hardswish",
+    "hardsigmoid",
+    "sigmoid",
+    "tanh",
+]
+if TYPE_CHECKING:
+    Name = Names
+else:
+    Name = str
+
 
 def check(activation: str | None, param: float | None) -> None:
     """Raises ValueError for a name that is none of :data:`NAMES`, or a parameter for one that has none."""
     if activation is not None and activation not in NAMES:
-        raise ValueError(f"activation should be None or one of {', '.join(NAMES)}, got {activation!r}")
+        near = get_close_matches(str(activation).lower(), NAMES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"activation should be None or one of {', '.join(NAMES)}, got {activation!r}{hint}")
     if param is not None and DEFAULTS[activation or "identity"] is None:
         raise ValueError(f"activation_param is for leaky_relu and elu, got {param} with activation={activation!r}")
 

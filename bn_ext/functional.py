@@ -27,7 +27,17 @@ def as_tensor(residual: Any, input: Tensor) -> Any:
     return input.new_full((), residual) if is_number else residual  # type: ignore[arg-type]
 
 
-def finished(output: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None) -> Tensor:
+def check(input: Any, activation: str | None, activation_param: float | None) -> None:
+    """Raises the errors that the dispatcher would give other words: it prints the values of what is no tensor."""
+    if not hasattr(input, "__torch_function__"):
+        raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
+    if activation is not None or activation_param is not None:
+        activations.check(activation, activation_param)
+
+
+def finished(
+    output: Tensor, residual: Tensor | None, activation: activations.Name | None, activation_param: float | None
+) -> Tensor:
     """What follows the normalization, in standard operators."""
     return activations.apply(output if residual is None else output + residual, activation, activation_param)
 
@@ -42,7 +52,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: activations.Name | None = None,
     activation_param: float | None = None,
 ) -> Tensor:
     """Batch normalization, as :func:`torch.nn.functional.batch_norm`: each channel to mean 0 and variance 1, then
@@ -75,11 +85,11 @@ def batch_norm(
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
     """
     if not is_scripting():
+        check(input, activation, activation_param)
         if momentum is None:  # to the operator it means a cumulative average
             raise TypeError("batch_norm(): momentum must be a number, got None")
         residual = as_tensor(residual, input)
         if exporting():
-            activations.check(activation, activation_param)
             output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
             return finished(output, residual, activation, activation_param)
     return operator(

@@ -11,7 +11,7 @@ from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from bn_ext import activation as activations
-from bn_ext.functional import as_tensor, exporting, finished, operator
+from bn_ext.functional import as_tensor, check, exporting, finished, operator
 
 
 class _FusedForward(_NormBase):
@@ -23,12 +23,16 @@ class _FusedForward(_NormBase):
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)
 
     def _fused(
-        self, input: Tensor, residual: Tensor | None, activation: str | None, activation_param: float | None
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: activations.Name | None,
+        activation_param: float | None,
     ) -> Tensor:
         if not is_scripting():
+            check(input, activation, activation_param)
             residual = as_tensor(residual, input)
             if exporting():
-                activations.check(activation, activation_param)
                 return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var
@@ -65,7 +69,7 @@ class _FusedBatchNorm(_FusedForward):
         self,
         input: Tensor,
         residual: Tensor | None = None,
-        activation: str | None = None,
+        activation: activations.Name | None = None,
         activation_param: float | None = None,
     ) -> Tensor:
         if not is_scripting():  # noqa: SIM102, which would have TorchScript compile what is inside
@@ -113,7 +117,7 @@ class BatchNormAct(_FusedForward):
         device: Any = None,
         dtype: Any = None,
         *,
-        activation: str = "relu",
+        activation: activations.Name = "relu",
         activation_param: float | None = None,
         **options: Any,
     ) -> None:

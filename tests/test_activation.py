@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import get_args
 
 import pytest
 import torch
@@ -352,10 +353,12 @@ def test_residual_that_is_the_input(device: str) -> None:
 def test_mistakes(device: str) -> None:
     x = torch.randn(2, 3, 4, 4, device=device)
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
-    with pytest.raises(ValueError, match=r"activation should be None or one of identity, relu, .*tanh, got mish"):
+    with pytest.raises(ValueError, match=r"activation should be None or one of identity, relu, .*tanh, got 'mish'"):
         batch_norm(x, mean, var, training=True, activation="mish")
-    with pytest.raises(ValueError, match=r"activation_param is for leaky_relu and elu, got 0.1 with activation relu"):
+    with pytest.raises(ValueError, match=r"activation_param is for leaky_relu and elu, got 0.1 with activation='relu'"):
         batch_norm(x, mean, var, training=True, activation="relu", activation_param=0.1)
+    with pytest.raises(ValueError, match=r"got 'Relu'; did you mean 'relu'\?"):
+        bn_ext.BatchNorm2d(3, device=device)(x, activation="Relu")
     with pytest.raises(RuntimeError, match="size of tensor a"):
         batch_norm(x, mean, var, training=False, residual=x[:, :, :3])
     for options, message in ((("swish", None), "got 'swish'"), (("gelu", 1.0), "got 1.0 with activation='gelu'")):
@@ -365,6 +368,7 @@ def test_mistakes(device: str) -> None:
 
 
 def test_names_and_parameters() -> None:
+    assert get_args(bn_ext.activation.Names) == NAMES
     assert tuple(bn_ext.reference.ACTIVATIONS) == NAMES
     assert {name for name, param in DEFAULTS.items() if param is not None} == {"leaky_relu", "elu"}
 

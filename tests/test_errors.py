@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import re
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from compare import ulps_off
@@ -149,6 +151,16 @@ def test_inference_tensors(name: str, device: str) -> None:
         if not training and name.startswith("running"):  # torch's backward wants them, ours does not
             errors[0] = None
         assert errors[0] == errors[1], f"training {training}, gradients {gradients}"
+
+
+CALLS = [bn_ext.BatchNorm1d(3), lambda x: bn_ext.functional.batch_norm(x, None, None, training=True)]
+
+
+@pytest.mark.parametrize("call", CALLS, ids=["module", "function"])
+def test_values_of_what_is_no_tensor_are_not_printed(call: Callable) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(np.ones((100, 3)))
+    assert str(caught.value) == "batch_norm(): argument 'input' must be Tensor, not ndarray"
 
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
