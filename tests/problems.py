@@ -165,7 +165,8 @@ class Problem:
 
     def __str__(self) -> str:
         fused = "-residual" * self.residual + ("" if self.activation is None else f"-{self.activation}")
-        return f"{'x'.join(map(str, self.shape))}-{self.layout.__name__}-{self.types}{fused}"
+        evaluation = "-evaluation" * (not self.mode.training)
+        return f"{'x'.join(map(str, self.shape))}-{self.layout.__name__}-{self.types}{fused}{evaluation}"
 
     def arguments(self, device: str) -> Arguments:
         """Random tensors of this problem: channels of differing mean and deviation."""

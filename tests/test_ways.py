@@ -20,3 +20,16 @@ def test_every_strategy_and_team() -> None:
     assert any(p.team == "grid" and 1 < p.teams < p.slabs for p in plans), "teams with more than one slab"
     assert any(p.layout is channels_last for p in WAYS)
     assert all(plan_of(problem, "inference").strategy == "elementwise" for problem in WAYS)
+
+
+def test_every_epilogue() -> None:
+    """No residual and ReLU; a residual with nothing, with a mask that is written as it is and one that is zeroed
+    first, with an activation that has no mask; by blocks and by grids, and in evaluation."""
+    plans = [(p, plan_of(p, "forward")) for p in WAYS if p.mode.training]
+    found = {(p.activation, p.residual, plan.team, plan.zeroed_mask) for p, plan in plans}
+    assert ("relu", False, "block", False) in found
+    assert (None, True, "block", False) in found
+    assert found >= {("relu", True, "grid", zeroed) for zeroed in (False, True)}
+    assert found >= {("relu", True, team, True) for team in ("block", "cluster")}
+    assert found >= {("silu", True, team, False) for team in ("block", "grid")}
+    assert {(p.activation, p.residual) for p in WAYS if not p.mode.training} == {(None, False), ("relu", True)}
