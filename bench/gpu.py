@@ -1,9 +1,9 @@
 """The measurement on a GPU: time on the device alone, of calls whose tensors no cache holds.
 
-    python -m bench.gpu            measure, write bench/results/gpu.json and gpu.png
-    python -m bench.gpu_report     table and targets from that file
+    python -m bench.gpu core           measures one of the parts; writes build/gpu/core.json after every case
+    python -m bench.gpu_report --data build/gpu/*.json    tables and targets from what was measured
 
-Inputs and outputs of one sample are together larger than the L2 cache twice over.
+Inputs and outputs of one sample are together larger than the L2 cache twice over. What is worth most comes first.
 """
 
 from __future__ import annotations
@@ -11,121 +11,70 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
+import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby, product
 from time import perf_counter
 from typing import Any
 
 import torch
 
-from bench import gpu_report, measure, memory, record, training
-from bench.measure import Row
+from bench import kernelbench, measure, memory, record, training
+from bench.gpu_clock import copy_rate, sets_past, timed
+from bench.gpu_plan import Case, in_words, limits_of, on_chip, plans_of
+from bench.measure import COPY, COPY_MOVES, Row
 from bench.peers import OTHERS, OURS, PEERS
-from bench.problems import BLOCKS, DTYPES, LAYOUTS, PASSES, RESNET, Problem, sizes_of
-from bench.timing import interleave
-from bn_ext._C import LaunchPlan, launch_plan
+from bench.problems import BLOCKS, DTYPES, LAYOUTS, LEAST_MOVES, PASSES, Problem, sizes_of
 
 DEVICE = "cuda"
-RECORD = record.RESULTS / "gpu.json"
-BATCHES = (32, 256)
-GRID: dict[str, Any] = {
-    "sections": record.SECTIONS,
-    "blocks": BLOCKS,
-    "shapes": tuple(f"{batch}x{shape.partition('x')[2]}" for batch in BATCHES for shape in RESNET),
-    "layouts": tuple(LAYOUTS),
-    "dtypes": ("float32", "bfloat16", "float16"),  # should the time run out, the last is like the one before
-    "passes": PASSES,
-    "peers": OTHERS["cuda"],
+FOLDER = record.ROOT / "build" / "gpu"
+
+# By what ResNet-50 spends on them: their size times how often they are normalized.
+BY_VALUE = ("256x56x56", "512x28x28", "1024x14x14", "64x56x56", "2048x7x7")
+BATCHES = (256, 32)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is measured together; of a product the first factor changes last: dtypes, blocks, shapes, layouts."""
+
+    sections: tuple[str, ...] = ("blocks",)
+    blocks: tuple[str, ...] = ("bn",)
+    shapes: tuple[str, ...] = tuple(f"{batch}x{shape}" for shape in BY_VALUE for batch in BATCHES)
+    layouts: tuple[str, ...] = tuple(reversed(LAYOUTS))  # half precision is trained channels-last
+    dtypes: tuple[str, ...] = ("bfloat16", "float32")
+    passes: tuple[str, ...] = PASSES
+    peers: tuple[str, ...] = ("cuDNN",)
+
+
+PARTS = {
+    "core": Part(sections=("blocks", "kernelbench"), passes=("forward", "backward")),
+    "fused": Part(sections=("blocks", "memory"), blocks=BLOCKS[::-1], passes=("both", "inference")),
+    "inductor": Part(  # which compiles each case for some ten seconds
+        blocks=("bn+add+relu", "bn"),
+        shapes=("256x256x56x56", "32x256x56x56", "32x512x28x28", "256x1024x14x14"),
+        dtypes=("bfloat16",),
+        passes=("both", "inference"),
+        peers=OTHERS["cuda"],
+    ),
+    "training": Part(sections=("training",), peers=OTHERS["cuda"]),
 }
-ON_CHIP = {"on_chip": "whether the plan keeps the tensors on chip between the two passes over them"}
+SECTIONS = ("blocks", "kernelbench", "memory", "training")
+KEPT = {"kernelbench": 30.0, "memory": 10.0}  # seconds that blocks leave to what comes after them
+COMPILING = 0.5  # of the time, at most, to compile ahead
+
+FIELDS = {
+    "bytes_per_second": "the least bytes that the pass must move / its time",
+    "over_bound_us": "the time beyond what the least bytes take at the rate of a copy of 1 GiB",
+    "plan": "of ours, of each launch: strategy, kind of team, teams x blocks of each, slabs",
+    "on_chip": "of ours: whether the plan keeps the tensors on chip between the two passes over them",
+}
+TRAINING = 3.0  # seconds of steps, at the least
 TRAINED: dict[str, Any] = {"shape": "128x3x224x224", "layout": "channels_last", "dtype": "bfloat16"}
-TRAINING_SHARE = 0.4  # of the time, left for the section that compiles a whole network twice
-
-Case = tuple[str, str, str, str]  # shape, layout, dtype, block
-
-
-class GpuClock:
-    """Takes samples of GPU time. The GPU sleeps until all calls of a sample are queued: it never waits for the host."""
-
-    CYCLES = 2e9  # a second, of the fastest GPU
-    FIRST = 2e-3  # seconds that calls not known yet are given
-    MARGIN = 2.0
-    ATTEMPTS = 5
-
-    def __init__(self) -> None:
-        self._queueing: dict[int, float] = {}
-
-    def sample(self, call: Callable[[], object], times: int) -> float:
-        """Seconds per call over ``times`` calls."""
-        for _ in range(self.ATTEMPTS):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(int(self._queueing.get(id(call), self.FIRST) * self.CYCLES))
-            start.record()
-            begin = perf_counter()
-            for _ in range(times):
-                call()
-            self._queueing[id(call)] = self.MARGIN * (perf_counter() - begin)
-            in_time = not start.query()
-            end.record()
-            end.synchronize()
-            if in_time:
-                break
-        return start.elapsed_time(end) / 1e3 / times
-
-
-def timed(calls: dict[str, Callable[[], object]], seconds: float, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """A turn over the sets is long enough for a sample."""
-    return interleave(calls, seconds, rounds, GpuClock().sample, shortest=0)
-
-
-def sets_past(cache: int, tensor: int) -> int:
-    """How many tensors of so many bytes are together twice as large as the cache; no less than two take turns."""
-    return max(2, math.ceil(2 * cache / tensor))
-
-
-# Words of a GPU's name, and the limits that they stand for.
-LIMITS = {
-    "h100": "h100",
-    "h200": "h100",
-    "b200": "b200",
-    "a100": "a100",
-    "5090": "rtx5090",
-    "4090": "rtx4090",
-    "t4": "t4",
-}
-
-
-def limits_of(gpu: str) -> str | None:
-    """The named limits for a GPU of this name."""
-    words = gpu.lower().replace("-", " ").split()
-    return next((limits for word, limits in LIMITS.items() if word in words), None)
-
-
-def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
-    shape, layout, dtype, block = case
-    n, c, *spatial = sizes_of(shape)
-    order = "planar" if layout == "contiguous" else "interleaved"
-    activation = "relu" if "relu" in block else "identity"
-    return launch_plan(
-        n,
-        c,
-        math.prod(spatial),
-        gpu=limits,
-        dtype=dtype,
-        layout=order,
-        direction=direction,
-        activation=activation,
-        residual="add" in block,
-    )
-
-
-def on_chip(case: Case, name: str, limits: str | None) -> bool:
-    """Whether each direction of the pass finds its tensors on chip the second time."""
-    directions = ("forward", "backward") if name == "both" else (name,)
-    return limits is not None and all(
-        plan_of(case, direction, limits).strategy in ("small", "resident") for direction in directions
-    )
 
 
 def machine() -> dict[str, Any]:
@@ -137,6 +86,7 @@ def machine() -> dict[str, Any]:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_gib": round(properties.total_memory / 2**30),
+        "copy_bytes_per_second": copy_rate(),
         "driver": (record.output(*query).splitlines() or ["unknown"])[0],
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
@@ -163,83 +113,181 @@ def compile_ahead(cases: Sequence[Case], workers: int, seconds: float) -> None:
             print("not everything was compiled ahead", file=sys.stderr)
 
 
-def run_blocks(
-    cases: Sequence[Case], options: argparse.Namespace, machine: dict[str, Any], end: float
+class PersistentError(Exception):
+    """An error after which the GPU refuses all further work of this process."""
+
+
+def check_device() -> None:
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise PersistentError(str(error).splitlines()[0]) from error
+
+
+def if_it_fits(cases: Iterator[list[Row]], what: str) -> Iterator[list[Row]]:
+    try:
+        yield from cases
+    except torch.OutOfMemoryError:
+        print(f"left out: {what}: the GPU has too little memory", flush=True)
+
+
+def sets_of(shape: str, dtype: str, here: dict[str, Any]) -> int:
+    return sets_past(here["l2_bytes"], math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize)
+
+
+def problem_of(case: Case, here: dict[str, Any]) -> Problem:
+    shape, layout, dtype, block = case
+    return Problem(shape, layout, dtype, block, DEVICE, sets_of(shape, dtype, here))
+
+
+def noted(rows: list[Row], case: Case, here: dict[str, Any]) -> list[Row]:
+    """The rows of a pass with the case before and the rates behind."""
+    shape, layout, dtype, block = case
+    tensor = math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize
+    limits = limits_of(here["gpu"])
+    for row in rows:
+        if "median_ms" in row:
+            least = tensor * (COPY_MOVES if row["peer"] == COPY else LEAST_MOVES[block][row["pass"]])
+            seconds = row["median_ms"] / 1e3
+            row["bytes_per_second"] = least / seconds
+            row["over_bound_us"] = 1e6 * (seconds - least / here["copy_bytes_per_second"])
+        if row["peer"] == OURS:
+            plans = plans_of(case, row["pass"], limits) if limits else []
+            row["plan"] = "; ".join(map(in_words, plans)) or "unknown"
+            row["on_chip"] = bool(plans) and on_chip(plans)
+    return [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+
+
+def run_case(
+    made: Callable[[], Problem], names: Iterable[str], options: argparse.Namespace, here: dict[str, Any], end: float
 ) -> Iterator[list[Row]]:
-    """The rows of one case after the other, until the time is up."""
-    limits = limits_of(machine["gpu"])
-    for case in cases:
-        shape, layout, dtype, block = case
-        tensor = math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize
-        problem = Problem(*case, DEVICE, sets_past(machine["l2_bytes"], tensor))
-        peers = measure.build(problem, options.peers)
-        for name in options.passes:
-            if perf_counter() > end:
-                return
+    """The rows of one pass after the other, until the time is up."""
+    problem = made()
+    peers = measure.build(problem, options.peers)
+    for name in names:
+        if perf_counter() > end:
+            return
+        try:
             rows = measure.measure(problem, peers, name, options.seconds, options.rounds, timed)
-            for row in rows:
-                if row["peer"] == OURS:
-                    row["on_chip"] = on_chip(case, name, limits)
-            yield [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+        except Exception as error:  # of a call that had been validated
+            rows = [{"pass": name, "peer": OURS, **measure.refusal(error)}]
+        yield noted(rows, (problem.shape, problem.layout, problem.dtype, problem.block), here)
 
 
-def run_memory(cases: Sequence[Case]) -> Iterator[list[Row]]:
+def run_blocks(
+    cases: Iterable[tuple[Case, str]], options: argparse.Namespace, here: dict[str, Any], end: float
+) -> Iterator[list[Row]]:
+    for case, passes in groupby(cases, key=lambda both: both[0]):
+        if perf_counter() > end:
+            return
+        rows = run_case(partial(problem_of, case, here), [name for _, name in passes], options, here, end)
+        yield from if_it_fits(rows, " ".join(case))
+
+
+def run_kernelbench(options: argparse.Namespace, here: dict[str, Any]) -> Iterator[list[Row]]:
+    sets = sets_of(kernelbench.SHAPE, kernelbench.DTYPE, here)
+    made = partial(kernelbench.Problem33, kernelbench.SHAPE, DEVICE, sets)
+    for rows in run_case(made, [kernelbench.PASS], options, here, math.inf):
+        yield [{**row, "block": kernelbench.NAME} for row in rows]
+
+
+def run_memory(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Of the first shape: in tensors of its size all are alike."""
-    for shape, layout, dtype, block in cases:
-        if shape == cases[0][0] and block == BLOCKS[-1]:
-            rows = memory.measure(Problem(shape, layout, dtype, block, DEVICE))
-            yield [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+    for dtype, layout in product(options.dtypes, options.layouts):
+        case = {"block": BLOCKS[-1], "shape": options.shapes[0], "layout": layout, "dtype": dtype}
+        rows = memory.measure(Problem(case["shape"], layout, dtype, case["block"], DEVICE))
+        yield [{**case, **row} for row in rows]
 
 
 def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
-    """ResNet-50, by the clock on the wall: the host's work belongs to a step."""
-    rows = training.measure(50, **TRAINED, others=options.peers, seconds=3.0, rounds=options.rounds, device=DEVICE)
-    yield [{"block": "ResNet-50", **TRAINED, **row} for row in rows]
+    """ResNet-50, by the clock on the wall: the host's work belongs to a step. Compiled last, which takes longest."""
+    eager = [name for name in options.peers if name != "Inductor"]
+    known: set[str] = set()
+    for others in [eager, *([options.peers] if "Inductor" in options.peers else [])]:
+        rows = training.measure(50, **TRAINED, others=others, seconds=TRAINING, rounds=options.rounds, device=DEVICE)
+        yield [{"block": "ResNet-50", **TRAINED, **row} for row in rows if row["peer"] not in known]
+        known.update(row["peer"] for row in rows)
+
+
+def cases_of(options: argparse.Namespace) -> list[tuple[Case, str]]:
+    """Each case and pass, in the order in which they are measured."""
+    factors = options.dtypes, options.blocks, options.shapes, options.layouts, options.passes
+    return [((shape, layout, dtype, block), name) for dtype, block, shape, layout, name in product(*factors)]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = record.parser("python -m bench.gpu", __doc__, GRID, rounds=5)
-    parser.add_argument("--within", type=float, default=285.0, help="seconds for all of it; what is left then is not")
+    grid = {"sections": SECTIONS, "peers": OTHERS["cuda"]}
+    parser = record.parser("python -m bench.gpu", __doc__, grid, rounds=5, out="build/gpu, by the part's name")
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--within", type=float, default=300.0, help="seconds for all of it; what is left then is not")
     parser.add_argument("--workers", type=int, default=8, help="processes that compile ahead")
-    return record.settle(parser.parse_args(argv), GRID, GRID | {"seconds": 0.15}, RECORD)
+    parser.add_argument("--resume", action="store_true", help="keep what the file has, measure what it has not")
+    options = parser.parse_args(argv)
+    defaults = asdict(PARTS[options.part]) | {"seconds": 0.15, "out": FOLDER / f"{options.part}.json"}
+    for name, value in defaults.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
+
+
+def section_of(row: Row) -> str:
+    if row["block"] == kernelbench.NAME:
+        return "kernelbench"
+    return {memory.PASS: "memory", training.PASS: "training"}.get(row["pass"], "blocks")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    end = perf_counter()
+    begin = perf_counter()
     options = arguments(argv)
-    end += options.within
     if DEVICE == "cuda" and not torch.cuda.is_available():
         print("there is no GPU", file=sys.stderr)
         return 1
-    cases = [(s, la, d, b) for d, b, s, la in product(options.dtypes, options.blocks, options.shapes, options.layouts)]
-    if "blocks" in options.sections and "Inductor" in options.peers and options.workers > 1:
-        compile_ahead(cases, options.workers, options.within / 3)
+    known = record.rows_of(options.out) if options.resume else []
+    done = {(row["shape"], row["layout"], row["dtype"], row["block"], row["pass"]) for row in known}
+    sections = [s for s in options.sections if s == "blocks" or s not in map(section_of, known)]
+    cases = [(case, name) for case, name in cases_of(options) if (*case, name) not in done]
+    cases = cases if "blocks" in sections else []
+    if cases and "Inductor" in options.peers and options.workers > 1:
+        compile_ahead(list(dict.fromkeys(case for case, _ in cases)), options.workers, COMPILING * options.within)
     here = machine()
     data: dict[str, Any] = {
         "machine": here,
         "versions": record.versions(),
-        "settings": {"seconds": options.seconds, "rounds": options.rounds},
-        "fields": {"blocks": measure.FIELDS | ON_CHIP, "memory": memory.FIELDS, "training": training.FIELDS},
+        "settings": {"seconds": options.seconds, "rounds": options.rounds, "cases_left": len(cases)},
+        "fields": {"blocks": measure.FIELDS | FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
+        "rows": known,
     }
-    if "training" in options.sections:
-        end -= TRAINING_SHARE * options.within
-    data["settings"]["cases_left_for_want_of_time"] = len(cases) * len(options.passes)
-
-    def counted() -> Iterator[list[Row]]:
-        for rows in run_blocks(cases, options, here, end):
-            data["settings"]["cases_left_for_want_of_time"] -= 1
-            yield rows
-
-    run = {
-        "blocks": counted,
-        "memory": lambda: run_memory(cases),
+    end = begin + options.within - sum(KEPT.get(section, 0) for section in sections)
+    run: dict[str, Callable[[], Iterator[list[Row]]]] = {
+        "blocks": lambda: run_blocks(cases, options, here, end),
+        "kernelbench": lambda: run_kernelbench(options, here),
+        "memory": lambda: run_memory(options),
         "training": lambda: run_training(options),
     }
-    status = record.collect((run[section]() for section in options.sections), data, options.out)
-    if "blocks" in options.sections:
-        gpu_report.main(["--data", str(options.out)])
-    return status
+
+    def checked(section: str) -> Iterator[list[Row]]:
+        for rows in if_it_fits(run[section](), section):
+            data["settings"]["cases_left"] -= section == "blocks"
+            yield rows
+            check_device()
+
+    try:
+        return record.collect(map(checked, sections), data, options.out)
+    except PersistentError as error:
+        print(f"this process can do no more on the GPU: {error}", file=sys.stderr)
+        return os.EX_TEMPFAIL
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        if left := data["settings"]["cases_left"]:
+            print(f"left out: {left} of {len(cases)} cases: the time was up", flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    if status == os.EX_TEMPFAIL:  # on a GPU in that state the interpreter's end might abort
+        os._exit(status)
+    sys.exit(status)

@@ -1,7 +1,8 @@
-"""The recorded measurement on a GPU as a table, as a picture, and against what was to be reached.
+"""The measurement on a GPU as tables, as a picture, and against what was to be reached.
 
-python -m bench.gpu_report                      prints table and targets, draws bench/results/gpu.png
-python -m bench.gpu_report --readme README.md   puts the table between the two marks of that file
+python -m bench.gpu_report --data build/gpu/*.json            prints tables and targets, draws build/gpu/gpu.png
+python -m bench.gpu_report --data build/gpu/*.json --record   writes all of them to bench/results/gpu.json first
+python -m bench.gpu_report --readme README.md                 puts the table of the record between that file's marks
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
-from bench.measure import COPY
-from bench.peers import OURS
-from bench.problems import BLOCKS, LEAST_MOVES, sizes_of
-from bench.record import RESULTS
+from bench.measure import COPY, Row
+from bench.peers import OURS, PEERS
+from bench.problems import BLOCKS, LEAST_MOVES, PASSES, sizes_of
+from bench.record import RESULTS, write
 from bench.report import (
     BLOCK_NAMES,
     LAYOUT_NAMES,
@@ -31,6 +32,7 @@ from bench.report import (
     put_into,
 )
 
+RECORD = RESULTS / "gpu.json"
 MARKS = ("<!-- bench-gpu:begin -->", "<!-- bench-gpu:end -->")
 COLORS = {"float32": "#0b6e99", "float16": "#e0a030", "bfloat16": "#7a4f9a"}
 # What a pass is judged by, and how that is written.
@@ -86,6 +88,30 @@ def cases_table(results: Results) -> str:
     return markdown(["", *heads.values()], body)
 
 
+def rates_table(results: Results) -> str:
+    """A line for each pass that was measured: how fast, how near to the bound, how it was laid out."""
+    others = [peer for peer in PEERS if peer != OURS and results.select(peer=peer, **{"pass": PASSES})]
+    body = []
+    for row in results.select(peer=OURS):
+        if "bytes_per_second" not in row:
+            continue
+        case = {name: row[name] for name in ("block", "shape", "layout", "dtype", "pass")}
+        over = [results.select(**case, peer=peer) for peer in others]
+        block = [] if row["block"] == "bn" else [row["block"]]
+        body.append(
+            [
+                ", ".join([*block, place(row), row["dtype"], row["pass"]]),
+                f"{row['bytes_per_second'] / 1e9:.0f}",
+                f"{row['of_copy']:.0%}",
+                f"{row['over_bound_us']:.1f}",
+                *(f"{found[0]['over_ours']:.2f}×" if found and "over_ours" in found[0] else "–" for found in over),
+                row["plan"],
+            ]
+        )
+    heads = ["", "GB/s", "of a copy", "µs over the bound", *(f"over {peer}" for peer in others), "plan"]
+    return markdown(heads, body)
+
+
 def copy_rate(results: Results) -> float:
     """Bytes a second that the fastest plain copy moves, read and written."""
     sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -135,13 +161,19 @@ def _panel(axis: Any, results: Results, shapes: list[str], name: str, layout: st
 
 def picture(results: Results, path: Path) -> None:
     """One panel a pass and layout: the fraction of a copy's rate, and the speed-up over the best peer."""
-    import matplotlib
-
+    heads = {name: head for name, head in _heads(results).items() if name != "inference"}
+    layouts, shapes = (list(dict.fromkeys(r[name] for r in results.select(**ALONE))) for name in ("layout", "shape"))
+    if not heads or not layouts:
+        print("left out: the picture: nothing was measured of batch norm alone")
+        return
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        print(f"left out: the picture: {error}")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    heads = {name: head for name, head in _heads(results).items() if name != "inference"}
-    layouts, shapes = (list(dict.fromkeys(r[name] for r in results.select(**ALONE))) for name in ("layout", "shape"))
     size = (1.5 + 6.5 * len(layouts), 1.2 + 2.3 * len(heads))
     figure, axes = plt.subplots(
         len(heads), len(layouts), figsize=size, squeeze=False, sharex=True, sharey="row", layout="constrained"
@@ -162,20 +194,40 @@ def picture(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
+def merged(files: Iterable[Path]) -> dict[str, Any]:
+    """The data of all files; of a case that several have, that with the most peers."""
+    data: dict[str, Any] = {}
+    cases: dict[tuple[str, ...], list[Row]] = {}
+    for file in files:
+        read = json.loads(file.read_text())
+        found: dict[tuple[str, ...], list[Row]] = {}
+        for row in read.pop("rows"):
+            key = tuple(row[name] for name in ("block", "shape", "layout", "dtype", "pass"))
+            found.setdefault(key, []).append(row)
+        cases |= {key: rows for key, rows in found.items() if len(rows) >= len(cases.get(key, []))}
+        data = data or read
+    return {**data, "rows": [row for rows in cases.values() for row in rows]}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu_report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, default=RESULTS / "gpu.json", help="what python -m bench.gpu wrote")
+    parser.add_argument("--data", type=Path, nargs="+", default=[RECORD], help="what python -m bench.gpu wrote")
+    parser.add_argument("--record", action="store_true", help="put all of it into bench/results")
     parser.add_argument("--readme", type=Path, help=f"a file with {' and '.join(MARKS)}")
     options = parser.parse_args(argv)
-    results = Results(json.loads(options.data.read_text()))
+    data = merged(options.data)
+    results = Results(data)
+    if options.record:
+        write(RECORD, data)
     if options.readme:
         put_into(options.readme, table(results), MARKS)
     else:
         print(table(results))
         print("\n".join(target.judge(results)[1] for target in TARGETS))
-    picture(results, options.data.with_suffix(".png"))
+        print(f"\n{rates_table(results)}")
+    picture(results, (RECORD if options.record else options.data[0]).with_name("gpu.png"))
     return 0
 
 

@@ -48,10 +48,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def parser(prog: str, doc: str | None, grid: dict[str, Any], rounds: int) -> argparse.ArgumentParser:
-    """The choices that there are for every device; :func:`settle` completes them."""
-    made = argparse.ArgumentParser(prog=prog, description=doc)
-    made.add_argument("--sections", nargs="+", choices=SECTIONS, help="default: all")
+WHOLE_GRID = "the record in bench/results if this is the whole grid"
+
+
+def parser(
+    prog: str, doc: str | None, grid: dict[str, Any], rounds: int, out: str = WHOLE_GRID
+) -> argparse.ArgumentParser:
+    """The choices that there are for every device, of which none is made yet; ``out`` says where the data go."""
+    made = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--sections", nargs="+", choices=grid["sections"], help="default: all")
     made.add_argument("--blocks", nargs="+", choices=BLOCKS)
     made.add_argument("--shapes", nargs="+", metavar="NxCxHxW")
     made.add_argument("--layouts", nargs="+", choices=LAYOUTS)
@@ -60,7 +65,7 @@ def parser(prog: str, doc: str | None, grid: dict[str, Any], rounds: int) -> arg
     made.add_argument("--peers", nargs="*", choices=grid["peers"], help=f"beside {OURS} and {BASELINE}")
     made.add_argument("--seconds", type=float, help="time for each case, at the least")
     made.add_argument("--rounds", type=int, default=rounds, help="samples for each case, at the least")
-    made.add_argument("--out", type=Path, help="default: the record in bench/results if this is the whole grid")
+    made.add_argument("--out", type=Path, help=f"default: {out}")
     return made
 
 
@@ -93,18 +98,20 @@ def _figure(row: Row) -> str:
 
 
 def collect(sections: Iterable[Iterable[list[Row]]], data: dict[str, Any], path: Path) -> int:
-    """Adds the rows of all cases to ``data``, each printed as it comes; writes after each section."""
-    data["rows"] = []
+    """Adds the rows of all cases to ``data``; each case is printed and written as it comes."""
+    data.setdefault("rows", [])
+    write(path, data)
     for cases in sections:
         for case in cases:
-            print(line(case), flush=True)
             data["rows"] += case
-        write(path, data)
+            write(path, data)
+            print(line(case), flush=True)
+    print(f"wrote {path}")
     return refused(data["rows"])
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
-    """JSON with one row a line, four digits a figure."""
+    """JSON with one row a line, four digits a figure. Whoever is ended meanwhile leaves the file as it was."""
 
     def short(value: Any) -> Any:
         return float(f"{value:.4g}") if isinstance(value, float) else value
@@ -112,8 +119,14 @@ def write(path: Path, data: dict[str, Any]) -> None:
     rows = ",\n".join(json.dumps({k: short(v) for k, v in row.items()}) for row in data["rows"])
     head = json.dumps({k: v for k, v in data.items() if k != "rows"}, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
-    print(f"wrote {path}")
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n]}}\n')
+    unfinished.replace(path)
+
+
+def rows_of(path: Path) -> list[Row]:
+    """What was written there, if there is anything."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
 
 
 def refused(rows: list[Row]) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,12 +14,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
 
-from bench import gpu, gpu_report, measure, peers, problems, record, report, timing, traffic, training
+from bench import (
+    gpu,
+    gpu_clock,
+    gpu_plan,
+    gpu_report,
+    kernelbench,
+    measure,
+    memory,
+    peers,
+    problems,
+    record,
+    report,
+    timing,
+    traffic,
+)
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "2x4x5x5"
 CASE = (SHAPE, "contiguous", "float32", "bn")
-MACHINE = {"gpu": "NVIDIA H100 80GB HBM3", "l2_bytes": 500, "driver": "1.2", "cuda": "13.0", "cudnn": 9}
+MACHINE = {
+    "gpu": "NVIDIA H100 80GB HBM3",
+    "l2_bytes": 500,
+    "copy_bytes_per_second": 1e9,
+    "driver": "1.2",
+    "cuda": "13.0",
+    "cudnn": 9,
+}
+SHORT = ["--seconds", "0", "--rounds", "2"]
 
 
 @pytest.fixture(scope="module")
@@ -29,51 +52,137 @@ def no_gpu() -> Iterator[None]:
         patch.setattr(gpu, "machine", lambda: MACHINE)
         patch.setattr(gpu, "timed", partial(timing.interleave, shortest=0))
         patch.setattr(gpu, "TRAINED", {**gpu.TRAINED, "shape": "16x3x64x64", "width": 4})
+        patch.setattr(gpu, "TRAINING", 0.0)
+        patch.setattr(kernelbench, "SHAPE", "3x4x9x9")
         yield
 
 
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory, no_gpu: None) -> Path:
-    pytest.importorskip("matplotlib")
-    path = tmp_path_factory.mktemp("bench") / "gpu.json"
-    options = ["--shapes", SHAPE, "--peers", "cuDNN", "--seconds", "0", "--rounds", "2", "--out", str(path)]
-    assert gpu.main(options) == 0
-    return path
+def recorded(tmp_path_factory: pytest.TempPathFactory, no_gpu: None) -> list[Path]:
+    """The data files of all parts but Inductor's, whose compilation takes long."""
+    folder = tmp_path_factory.mktemp("bench")
+    files = [folder / f"{part}.json" for part in gpu.PARTS if part != "inductor"]
+    for file in files:
+        assert gpu.main([file.stem, "--shapes", SHAPE, "--peers", "cuDNN", *SHORT, "--out", str(file)]) == 0
+    return files
 
 
-def test_data_file_is_complete(recorded: Path) -> None:
-    data = json.loads(recorded.read_text())
-    assert data["machine"] == MACHINE
-    assert data["settings"]["cases_left_for_want_of_time"] == 0
-    trained = [row for row in data["rows"] if row["pass"] == training.PASS]
-    assert [row["peer"] for row in trained] == [peers.BASELINE, peers.OURS, "cuDNN"]
-    assert all(row["status"] == "ok" for row in trained)
-    rows = [row for row in data["rows"] if row["pass"] in problems.PASSES]
-    assert (
-        len(rows) == len(problems.BLOCKS) * len(problems.LAYOUTS) * len(gpu.GRID["dtypes"]) * len(problems.PASSES) * 4
-    )
-    for row in rows:
+def test_data_files_are_complete(recorded: list[Path]) -> None:
+    core, fused, trained = (json.loads(path.read_text()) for path in recorded)
+    assert [data["machine"] for data in (core, fused, trained)] == [MACHINE] * 3
+    assert [data["settings"]["cases_left"] for data in (core, fused, trained)] == [0, 0, 0]
+    assert [row["peer"] for row in trained["rows"]] == [peers.BASELINE, peers.OURS, "cuDNN"]
+    assert all(row["status"] == "ok" for row in trained["rows"])
+    each = len(problems.LAYOUTS) * 2 * 2 * 4  # dtypes, passes, peers and the copy
+    assert len(core["rows"]) == each + 4 and len(fused["rows"]) == 3 * each + 2 * 2 * len(problems.LAYOUTS)
+    assert {row["pass"] for row in core["rows"]} == {"forward", "backward"}
+    assert {row["pass"] for row in fused["rows"]} == {"both", "inference", memory.PASS}
+    for row in core["rows"] + [row for row in fused["rows"] if row["pass"] in problems.PASSES]:
         if row["peer"] == peers.OURS:
             assert row["status"] == "ok" and row["over_best"] > 0 and row["best"] == peers.BASELINE
-            assert row["on_chip"] == (row["pass"] != "inference")
-            sets = gpu.sets_past(500, 200 * (4 if row["dtype"] == "float32" else 2))
-            assert row["calls"] == sets
+            assert row["on_chip"] == (row["pass"] != "inference") and row["of_copy"] > 0
+            assert row["plan"].startswith("elementwise, block" if row["pass"] == "inference" else "small, block")
+        if row["peer"] == peers.OURS and row["shape"] == SHAPE:
+            tensor = 200 * (4 if row["dtype"] == "float32" else 2)
+            assert row["calls"] == gpu_clock.sets_past(500, tensor)
+            least = tensor * problems.LEAST_MOVES[row["block"]][row["pass"]]
+            assert row["bytes_per_second"] == pytest.approx(1e3 * least / row["median_ms"], rel=1e-3)
+            assert row["over_bound_us"] == pytest.approx(1e3 * row["median_ms"] - 1e6 * least / 1e9, abs=0.1, rel=1e-3)
         elif row["peer"] == "cuDNN":
             assert row["status"] == "unavailable" and "cuDNN" in row["reason"]
 
 
-def test_report_renders(recorded: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_worth_most_comes_first(recorded: list[Path]) -> None:
+    rows = json.loads(recorded[0].read_text())["rows"]
+    assert list(dict.fromkeys(row["dtype"] for row in rows)) == ["bfloat16", "float32"]
+    assert sorted(f"32x{shape}" for shape in gpu.BY_VALUE) == sorted(problems.RESNET)
+    first = gpu.cases_of(gpu.arguments(["core"]))[:3]
+    case = ("256x256x56x56", "channels_last", "bfloat16", "bn")
+    assert first == [(case, "forward"), (case, "backward"), (("256x256x56x56", "contiguous", *case[2:]), "forward")]
+
+
+def test_nothing_is_compiled_before_inductors_part() -> None:
+    assert [part for part in gpu.PARTS if "Inductor" in gpu.PARTS[part].peers] == ["inductor", "training"]
+
+
+def test_problem_of_kernelbench(recorded: list[Path], no_gpu: None) -> None:
+    problem = kernelbench.Problem33("8x4x64x64", "cpu", sets=2)
+    for input in (problem.input, problem.others[0][0][0]):
+        assert input.mean().item() == pytest.approx(5, abs=0.1) and input.std().item() == pytest.approx(3, abs=0.1)
+    expected = problem.expected["forward"]
+    module = torch.nn.BatchNorm2d(4).double()
+    torch.testing.assert_close(expected["output"], module(problem.input.double()), rtol=1e-9, atol=1e-9)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(expected[name], getattr(module, name), rtol=1e-9, atol=1e-9)
+    rows = [row for row in json.loads(recorded[0].read_text())["rows"] if row["block"] == kernelbench.NAME]
+    assert [row["peer"] for row in rows] == [measure.COPY, peers.BASELINE, peers.OURS, "cuDNN"]
+    assert rows[2]["error_per_channel"] > 0 and rows[2]["shape"] == kernelbench.SHAPE
+
+
+def test_running_statistics_of_kernelbench_are_compared(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = kernelbench.Problem33.expected.func
+
+    def off(problem: kernelbench.Problem33) -> dict:
+        results = expected(problem)
+        results["forward"]["running_var"] += 1e-3
+        return results
+
+    monkeypatch.setattr(kernelbench.Problem33, "expected", property(off))
+    (rows,) = gpu.run_kernelbench(gpu.arguments(["core", *SHORT]), MACHINE)
+    found = {row["peer"]: row for row in rows}
+    assert found[peers.OURS]["status"] == "wrong" and "running_var" in found[peers.OURS]["reason"]
+
+
+def test_report_renders(recorded: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     readme = tmp_path / "README.md"
     readme.write_text("before\n{}\nold\n{}\nafter\n".format(*gpu_report.MARKS))
-    assert gpu_report.main(["--data", str(recorded), "--readme", str(readme)]) == 0
+    data = ["--data", *map(str, recorded)]
+    assert gpu_report.main([*data, "--readme", str(readme)]) == 0
     text = readme.read_text()
     assert "geometric mean, batch norm + add + ReLU" in text and "| ResNet-50, 16×3×64×64 NHWC, bfloat16 |" in text
     assert "old" not in text and "| 2×4×5×5 NHWC |" in text and "NVIDIA H100 80GB HBM3" in text
-    assert recorded.with_suffix(".png").stat().st_size > 0
-    assert gpu_report.main(["--data", str(recorded)]) == 0
-    verdicts = capsys.readouterr().out.splitlines()[-len(gpu_report.TARGETS) :]
-    assert all(line.startswith(("ok", "short")) for line in verdicts)
-    assert " at 2×4×5×5 " in verdicts[-1]
+    assert recorded[0].with_name("gpu.png").stat().st_size > 0
+    capsys.readouterr()
+    assert gpu_report.main(data) == 0
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = [line for line in lines if line.startswith(("ok", "short"))]
+    assert len(verdicts) == len(gpu_report.TARGETS) and " at 2×4×5×5 " in verdicts[-1]
+    rates = lines[lines.index("| --- | --- | --- | --- | --- | --- | --- |") + 1 :]
+    assert len(rates) == 8 + 1 + 24
+    assert rates[0].startswith("| 2×4×5×5 NHWC, bfloat16, forward | ") and rates[0].endswith(
+        "| small, block, 1 x 1 blocks, slabs: 1 |"
+    )
+    assert sum(line.startswith("| KernelBench 1/33, 3×4×9×9 NCHW") for line in rates) == 1
+
+
+def test_report_of_what_there_is(recorded: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing of batch norm alone; then no matplotlib."""
+    assert gpu_report.main(["--data", str(recorded[-1])]) == 0
+    assert "left out: the picture: nothing was measured" in capsys.readouterr().out
+    empty = tmp_path / "empty.json"
+    record.write(empty, {**json.loads(recorded[0].read_text()), "rows": []})
+    assert gpu_report.main(["--data", str(empty)]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        assert gpu_report.main(["--data", str(recorded[0])]) == 0
+    assert "left out: the picture: import of matplotlib halted" in capsys.readouterr().out
+
+
+def test_files_are_put_together(recorded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a case in several files, with all the peers of the one that has most."""
+    core = json.loads(recorded[0].read_text())
+    more = [{**row, "peer": f"{row['peer']} again"} for row in core["rows"][:4]] + core["rows"][:4]
+    fewer = core["rows"][:3]
+    files = [tmp_path / f"{name}.json" for name in ("one", "two", "three")]
+    for file, rows in zip(files, (core["rows"], more, fewer), strict=True):
+        record.write(file, {**core, "rows": rows})
+    data = gpu_report.merged(files)
+    assert data["machine"] == MACHINE and data["rows"] == [*more, *core["rows"][4:]]
+    monkeypatch.setattr(gpu_report, "RECORD", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu_report, "picture", lambda results, path: None)
+    assert gpu_report.main(["--data", *map(str, files), "--record"]) == 0
+    assert json.loads((tmp_path / "gpu.json").read_text()) == data
 
 
 def row(**fields: object) -> measure.Row:
@@ -109,7 +218,7 @@ def test_rate_of_a_copy() -> None:
     ("tensor", "sets"), [(1, 100), (33, 4), (50, 2), (51, 2), (99, 2), (100, 2), (101, 2), (10**6, 2)]
 )
 def test_sets_past_the_cache(tensor: int, sets: int) -> None:
-    assert gpu.sets_past(50, tensor) == sets
+    assert gpu_clock.sets_past(50, tensor) == sets
     assert sets * tensor >= 2 * 50
 
 
@@ -145,12 +254,12 @@ class FakeGpu:
         self.awake = self.now = 0.0  # when the sleep ends, and the host's time
         self.host = host  # seconds to queue a call
         self.slept: list[float] = []
-        monkeypatch.setattr(gpu.torch.cuda, "_sleep", self.sleep)
-        monkeypatch.setattr(gpu.torch.cuda, "Event", lambda enable_timing: self)
-        monkeypatch.setattr(gpu, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(torch.cuda, "_sleep", self.sleep)
+        monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: self)
+        monkeypatch.setattr(gpu_clock, "perf_counter", lambda: self.now)
 
     def sleep(self, cycles: int) -> None:
-        self.slept.append(cycles / gpu.GpuClock.CYCLES)
+        self.slept.append(cycles / gpu_clock.GpuClock.CYCLES)
         self.awake = self.now + self.slept[-1]
 
     def call(self) -> None:
@@ -168,7 +277,7 @@ class FakeGpu:
 
 @pytest.mark.parametrize(("host", "attempts"), [(1e-4, 1), (5e-3, 2)])
 def test_clock_tries_again_when_the_host_was_late(host: float, attempts: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake, clock = FakeGpu(monkeypatch, host), gpu.GpuClock()
+    fake, clock = FakeGpu(monkeypatch, host), gpu_clock.GpuClock()
     call = fake.call
     assert clock.sample(call, 1) == pytest.approx(3e-3)
     assert len(fake.slept) == attempts
@@ -177,18 +286,92 @@ def test_clock_tries_again_when_the_host_was_late(host: float, attempts: int, mo
     assert fake.slept[-1] == pytest.approx(clock.MARGIN * host)
 
 
-def test_time_that_is_up_ends_the_grid(no_gpu: None) -> None:
-    options = gpu.arguments(["--shapes", SHAPE, "--peers", "--seconds", "0", "--rounds", "2"])
-    cases = [CASE]
-    assert list(gpu.run_blocks(cases, options, MACHINE, end=0)) == []
-    assert len(list(gpu.run_blocks(cases, options, MACHINE, end=float("inf")))) == len(problems.PASSES)
+def test_copy_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_clock, "COPIED", 1 << 12)
+    FakeGpu(monkeypatch, 0)
+    assert gpu_clock.copy_rate("cpu") == pytest.approx(2 * (1 << 12) / (3e-3 / 5))
 
 
-def test_part_of_the_grid_does_not_replace_the_record() -> None:
-    assert gpu.arguments([]).out == gpu.RECORD
-    assert len(gpu.arguments([]).shapes) == 2 * len(problems.RESNET)
-    for part in (["--shapes", SHAPE], ["--dtypes", "float16"], ["--peers"], ["--layouts", "contiguous"]):
-        assert gpu.arguments(part).out == record.PARTIAL
+def test_time_that_is_up_ends_the_part(no_gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "core.json"
+    options = ["core", "--shapes", SHAPE, "--peers", *SHORT, "--out", str(out)]
+    assert gpu.main([*options, "--within", "0"]) == 0
+    assert "left out: 8 of 8 cases: the time was up" in capsys.readouterr().out
+    assert {row["block"] for row in record.rows_of(out)} == {kernelbench.NAME}, "for which time is kept"
+    assert gpu.main([*options, "--resume"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    rows = record.rows_of(out)
+    assert [row["peer"] for row in rows if row["block"] == kernelbench.NAME].count(peers.OURS) == 1
+    assert len(rows) == 3 + 8 * 3
+
+
+def test_an_error_that_persists_ends_the_process(
+    no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what was measured on disk, the case that ended it too, so that another process goes on behind it."""
+    out = tmp_path / "core.json"
+    options = ["core", "--sections", "blocks", "--shapes", SHAPE, "--peers", *SHORT, "--out", str(out), "--resume"]
+    done = iter([None, None, RuntimeError("an illegal memory access was encountered\nmore")])
+
+    def synchronize() -> None:
+        if error := next(done, None):
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert gpu.main(options) == os.EX_TEMPFAIL
+    printed = capsys.readouterr()
+    assert "an illegal memory access" in printed.err and "left out: 5 of 8 cases" in printed.out
+    assert len(record.rows_of(out)) == 3 * 3
+    assert gpu.main(options) == 0
+    assert len(record.rows_of(out)) == 8 * 3
+
+
+def test_what_fails_while_it_is_timed_is_recorded(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no more")
+
+    monkeypatch.setattr(gpu, "timed", fail)
+    made = partial(problems.Problem, *CASE)
+    (rows,) = gpu.run_case(made, ["forward"], gpu.arguments(["core", "--peers"]), MACHINE, float("inf"))
+    assert [(row["peer"], row["status"], row["reason"]) for row in rows] == [
+        (peers.OURS, "unavailable", "RuntimeError: no more")
+    ]
+
+
+def test_memory_that_does_not_suffice(no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def cases() -> Iterator[list[measure.Row]]:
+        yield []
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert list(gpu.if_it_fits(cases(), "kernelbench")) == [[]]
+    assert capsys.readouterr().out == "left out: kernelbench: the GPU has too little memory\n"
+
+
+def test_interrupted(no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "timed", interrupt)
+    assert gpu.main(["core", "--shapes", SHAPE, *SHORT, "--out", str(tmp_path / "core.json")]) == 130
+
+
+def test_each_part_has_its_file() -> None:
+    assert gpu.arguments(["fused"]).out == ROOT / "build" / "gpu" / "fused.json"
+
+
+def test_a_write_that_fails_leaves_the_file(tmp_path: Path) -> None:
+    path, whole = tmp_path / "some.json", {"machine": {}, "rows": [row()]}
+    record.write(path, whole)
+
+    def half(path: Path, text: str, write: Callable = Path.write_text) -> None:
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", half)
+        record.write(path, {"machine": {}, "rows": [row(), row()]})
+    assert json.loads(path.read_text()) == whole
 
 
 @pytest.mark.parametrize(
@@ -203,14 +386,27 @@ def test_part_of_the_grid_does_not_replace_the_record() -> None:
     ],
 )
 def test_limits_by_name(name: str, limits: str | None) -> None:
-    assert gpu.limits_of(name) == limits
+    assert gpu_plan.limits_of(name) == limits
     if limits:
-        assert gpu.plan_of(CASE, "forward", limits).strategy == "small"
+        assert gpu_plan.plan_of(CASE, "forward", limits).strategy == "small"
 
 
 def test_nothing_fits_on_a_chip_that_is_not_known() -> None:
-    assert gpu.on_chip(CASE, "both", "h100")
-    assert not gpu.on_chip(CASE, "both", None)
+    found = [{"pass": "both", "peer": peers.OURS}]
+    (known,) = gpu.noted([dict(found[0])], CASE, MACHINE)
+    assert (
+        known["on_chip"]
+        and known["plan"] == "small, block, 1 x 1 blocks, slabs: 1; small, block, 1 x 1 blocks, slabs: 1"
+    )
+    (unknown,) = gpu.noted([dict(found[0])], CASE, {**MACHINE, "gpu": "NVIDIA T400"})
+    assert not unknown["on_chip"] and unknown["plan"] == "unknown"
+
+
+def test_plan_in_words() -> None:
+    plan = gpu_plan.plan_of(("32x512x28x28", "channels_last", "bfloat16", "bn"), "forward", "h100")
+    assert (
+        gpu_plan.in_words(plan) == f"resident, cluster, {plan.teams} x {plan.team_blocks} blocks, slabs: {plan.slabs}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- traffic
@@ -228,6 +424,29 @@ def test_traffic_of_each_launch() -> None:
         lines += [ncu_line(launch, "dram__bytes_read.sum", read), ncu_line(launch, "dram__bytes_write.sum", write)]
     assert traffic.moved("\n".join(lines)) == [1500, 2000001]
     text = traffic.table([CASE], [1500, 2400], "h100")
-    assert "| 2×4×5×5 NCHW | float32 | backward | small, block | 0.0 | 0.0 | 1.00 |" in text
+    assert "| 2×4×5×5 NCHW | float32 | backward | small, block, 1 x 1 blocks, slabs: 1 | 0.0 | 0.0 | 1.00 |" in text
     with pytest.raises(SystemExit, match="ncu measured nothing"):
         traffic.moved("==ERROR== no permission")
+
+
+NCU_STUB = """\
+#!/bin/sh
+for last; do case $last in *.csv) cp "$NCU_STUB_WROTE" "$last";; esac; done
+"""
+
+
+def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """ncu, which got to one launch, writes its report; where it is missing, that is said."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: MACHINE["gpu"])
+    report = tmp_path / "profile.csv"
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    assert traffic.main([str(report), "--profile"]) == 0
+    assert capsys.readouterr().out == "left out: bytes that memory moved: there is no ncu\n"
+    (tmp_path / "ncu").write_text(NCU_STUB)
+    (tmp_path / "ncu").chmod(0o755)
+    (tmp_path / "wrote").write_text("\n".join([HEAD, ncu_line(0, "dram__bytes_read.sum", "12,845,056")]))
+    monkeypatch.setenv("NCU_STUB_WROTE", str(tmp_path / "wrote"))
+    assert traffic.main([str(report), "--profile"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].startswith("| 32×64×56×56 NCHW | bfloat16 | forward | ") and "| 12.8 |" in lines[2]
+    assert lines[-1] == "left out: 39 of 40 launches: ncu did not get to them"

@@ -1,0 +1,64 @@
+"""The plans of the cases that are measured on a GPU, by the GPU's name."""
+
+from __future__ import annotations
+
+import math
+
+from bench.problems import sizes_of
+from bn_ext._C import LaunchPlan, launch_plan
+
+Case = tuple[str, str, str, str]  # shape, layout, dtype, block
+
+# Words of a GPU's name, and the limits that they stand for.
+LIMITS = {
+    "h100": "h100",
+    "h200": "h100",
+    "b200": "b200",
+    "a100": "a100",
+    "5090": "rtx5090",
+    "4090": "rtx4090",
+    "t4": "t4",
+}
+DIRECTIONS = {
+    "forward": ("forward",),
+    "backward": ("backward",),
+    "both": ("forward", "backward"),
+    "inference": ("inference",),
+}
+
+
+def limits_of(gpu: str) -> str | None:
+    """The named limits for a GPU of this name."""
+    words = gpu.lower().replace("-", " ").split()
+    return next((limits for word, limits in LIMITS.items() if word in words), None)
+
+
+def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
+    shape, layout, dtype, block = case
+    n, c, *spatial = sizes_of(shape)
+    return launch_plan(
+        n,
+        c,
+        math.prod(spatial),
+        gpu=limits,
+        dtype=dtype,
+        layout="planar" if layout == "contiguous" else "interleaved",
+        direction=direction,
+        activation="relu" if "relu" in block else "identity",
+        residual="add" in block,
+    )
+
+
+def plans_of(case: Case, name: str, limits: str) -> list[LaunchPlan]:
+    """A plan for each launch of the pass."""
+    return [plan_of(case, direction, limits) for direction in DIRECTIONS[name]]
+
+
+def on_chip(plans: list[LaunchPlan]) -> bool:
+    """Whether each launch finds its tensors on chip the second time."""
+    return all(plan.strategy in ("small", "resident") for plan in plans)
+
+
+def in_words(plan: LaunchPlan) -> str:
+    """How the launch is laid out, as short as a table needs it: blocks are counted by team."""
+    return f"{plan.strategy}, {plan.team}, {plan.teams} x {plan.team_blocks} blocks, slabs: {plan.slabs}"
