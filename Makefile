@@ -1,15 +1,15 @@
-# demo, test, bench, cuda-check, lint: each sets up .venv and builds by itself. gpu, gpu-profile: with the torch that is
-# there.
+# demo, test, bench, cuda-check, lint: each sets up .venv and builds by itself. gpu: with the torch that is there.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 JOBS   ?= 2
+PHASES ?= core tests sanitizers profile fused inductor training
 
 CODE    := find csrc tests/simt -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu') setup.py pyproject.toml
 
-.PHONY: demo test bench cuda-check gpu gpu-profile lint format clean
+.PHONY: demo test bench cuda-check gpu lint format clean
 
 demo: $(VENV)/built
 	$(BIN)/python examples/digits.py
@@ -24,15 +24,13 @@ bench: $(VENV)/built
 cuda-check: $(VENV)/tools
 	MAX_JOBS=$(JOBS) $(BIN)/python -m tests.cuda_check
 
+# All phases together take about 20 minutes. In commands of no more than eight, each of which builds what is not built:
+#   make gpu PHASES="core"
+#   make gpu PHASES="tests sanitizers"
+#   make gpu PHASES="profile fused inductor training"
+# What they find goes to build/gpu, or to the folder that OUT names.
 gpu:
-	$(PYTHON) .ci/gpu.py
-
-# After gpu, which builds. The clocks stay as they are: bytes do not depend on them.
-gpu-profile:
-	mkdir -p build
-	ncu --csv --print-units base --clock-control none --kernel-name regex:batch_norm_kernel \
-	    --metrics dram__bytes_read.sum,dram__bytes_write.sum --log-file build/ncu.csv $(PYTHON) -m bench.traffic
-	$(PYTHON) -m bench.traffic build/ncu.csv
+	$(PYTHON) .ci/gpu.py $(PHASES)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

@@ -1,8 +1,11 @@
-"""`make gpu`: every phase runs and is accounted for, whatever becomes of the others."""
+"""`make gpu`: every step runs and is accounted for, whatever becomes of the others; what it found is on disk."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,62 +13,177 @@ from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / ".ci" / "gpu.py"
+ROOT = Path(__file__).parents[1]
+COMMANDS = ["core", "tests sanitizers", "profile fused inductor training"]  # of the Makefile
 
 
 @pytest.fixture
-def phases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("phases", SCRIPT)
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    spec = importlib.util.spec_from_file_location("phases", ROOT / ".ci" / "gpu.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "phases", module)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(module, "GRACE", 1.0)
     return module
 
 
-def python(phases: ModuleType, name: str, code: str):
-    return phases.Phase(name, [sys.executable, "-c", code], {"ADDED": "here"})
+def python(gpu: ModuleType, name: str, code: str, seconds: float = 20, *arguments: str):
+    return gpu.Step(name, seconds, [sys.executable, "-c", code, *arguments], {"ADDED": "here"})
 
 
-def test_each_phase_has_its_outcome_and_log(phases: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    begin = time.monotonic()
-    outcomes = phases.run_together(
+def log_of(gpu: ModuleType) -> Path:
+    return gpu.FOLDER / "gpu.log"
+
+
+def test_each_step_has_its_outcome_and_log(gpu: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    outcomes = gpu.run_all(
         [
-            python(phases, "good", "import os; print('said', os.environ['ADDED'])"),
-            python(phases, "bad", "print('why'); raise SystemExit(3)"),
-            python(phases, "slow", "import time; time.sleep(60)"),
-            phases.Phase("missing", ["no-such-command"]),
+            python(gpu, "good", "import os; print('said', os.environ['ADDED'])"),
+            python(gpu, "bad", "print('why'); raise SystemExit(3)"),
+            gpu.Step("missing", 1, ["no-such-command"]),
+            python(gpu, "part", "print('left out: 3 cases: no time'); print('is left out: no')"),
         ],
-        seconds=2,
+        log_of(gpu),
     )
-    assert time.monotonic() - begin < 30
-    assert [o.name for o in outcomes] == ["good", "bad", "slow", "missing"]
-    results = [o.result for o in outcomes]
-    assert results[:3] == ["ok", "failed with status 3", "took more than 2 s"] and "no-such-command" in results[3]
-    assert (phases.LOGS / "good.log").read_text() == "said here\n"
+    assert [o.result for o in outcomes] == ["ok", "failed with status 3", "left out", "ok"]
+    lines = log_of(gpu).read_text().splitlines()
+    assert lines[:4] == ["--- good", "said here", "--- bad", "why"]
     assert "why" in capsys.readouterr().out
-    assert [line.split()[0] for line in phases.table(outcomes).splitlines()] == ["good", "bad", "slow", "missing"]
+    rows = [" ".join(line.split()) for line in gpu.table(outcomes).splitlines()]
+    assert rows == [
+        "good 0 s ok",
+        "bad 0 s failed with status 3",
+        "missing 0 s left out",
+        "left out: there is no no-such-command",
+        "part 0 s ok",
+        "left out: 3 cases: no time",
+    ]
+
+
+def test_time_that_is_up(gpu: ModuleType) -> None:
+    """SIGINT first, for what can end by itself and say what it has; SIGKILL for what does not."""
+    listens = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('so far')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf'); time.sleep(60)"
+    begin = time.monotonic()
+    steps = [python(gpu, "listens", listens, 3), python(gpu, "deaf", deaf, 3), python(gpu, "next", "print('there')")]
+    outcomes = gpu.run_all(steps, log_of(gpu))
+    assert time.monotonic() - begin < 20
+    assert [o.result for o in outcomes] == ["took more than 3 s", "took more than 3 s", "ok"]
+    assert log_of(gpu).read_text().splitlines() == ["--- listens", "so far", "--- deaf", "deaf", "--- next", "there"]
+
+
+def test_what_a_step_started_ends_with_it(gpu: ModuleType, tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    child = f"import time, pathlib; time.sleep(1.5); pathlib.Path({str(alive)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}])"
+    gpu.run_all([python(gpu, "parent", code)], log_of(gpu))
+    time.sleep(2)
+    assert not alive.exists()
+
+
+def test_what_ends_the_whole_ends_its_step(gpu: ModuleType, tmp_path: Path) -> None:
+    """SIGTERM, as from a limit on the command: the step, in a group of its own, would go on."""
+    script, alive = tmp_path / ".ci" / "gpu.py", tmp_path / "alive"
+    script.parent.mkdir()
+    script.write_text((ROOT / ".ci" / "gpu.py").read_text())
+    build = f"import time, pathlib; print('there'); time.sleep(3); pathlib.Path({str(alive)!r}).touch()"
+    (tmp_path / "setup.py").write_text(build)
+    whole = subprocess.Popen([sys.executable, str(script), "core"], stdout=subprocess.DEVNULL)
+    while not (log_of(gpu).exists() and "there" in log_of(gpu).read_text()):
+        time.sleep(0.05)
+    whole.terminate()
+    assert whole.wait(10) == 128 + signal.SIGTERM
+    time.sleep(3.5)
+    assert not alive.exists()
+
+
+def test_time_that_is_left_is_handed_on(gpu: ModuleType) -> None:
+    step = python(gpu, "told", "import sys; print(sys.argv[1])", 30, "{seconds:.0f}")
+    gpu.run_all([python(gpu, "short", "pass", 100), step], log_of(gpu))
+    assert 125 <= int(log_of(gpu).read_text().splitlines()[-1]) <= 129  # all but what ending takes
+
+
+def test_an_error_that_persists_starts_another_process(gpu: ModuleType, tmp_path: Path) -> None:
+    code = "import os, pathlib, sys; p = pathlib.Path(sys.argv[1]); n = len(p.read_text()) if p.exists() else 0\n"
+    code += "p.write_text('x' * (n + 1)); sys.exit(os.EX_TEMPFAIL if n < 2 else 0)"
+    (outcome,) = gpu.run_all([python(gpu, "poisoned", code, 20, str(tmp_path / "count"))], log_of(gpu))
+    assert outcome.result == "failed: an error on the GPU persisted; of 3 processes the last: ok"
+    (endless,) = gpu.run_all([python(gpu, "endless", "raise SystemExit(75)", 1)], log_of(gpu))
+    assert endless.result.endswith("failed with status 75")
 
 
 def test_a_failure_stops_nothing_but_shows(
-    phases: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("OUT", str(tmp_path))
-    build = python(phases, "build", "raise SystemExit(1)")
-    checks = [python(phases, "tests", "pass"), python(phases, "memcheck", "pass")]
-    monkeypatch.setattr(phases, "building", lambda: build)
-    monkeypatch.setattr(phases, "checks", lambda: checks)
-    monkeypatch.setattr(phases, "RESULTS", [tmp_path / "absent.json"])
-    monkeypatch.setattr(phases.sys, "executable", "true")  # the bench
-    assert phases.main() == 1
-    last = capsys.readouterr().out.splitlines()[-5:]
-    assert [line.split()[0] for line in last] == ["build", "tests", "memcheck", "bench", "whole"]
-    assert sorted(p.name for p in tmp_path.glob("*.log")) == ["bench.log", "build.log", "memcheck.log", "tests.log"]
+    known = {"one": [python(gpu, "one", "raise SystemExit(1)")], "two": [python(gpu, "two", "print('two')")]}
+    monkeypatch.setattr(gpu, "phases", lambda: known)
+    monkeypatch.setattr(gpu, "building", lambda: python(gpu, "build", "raise SystemExit(1)"))
+    assert gpu.main([]) == 1
+    table = capsys.readouterr().out.splitlines()[-4:]
+    assert [line.split()[0] for line in table] == ["build", "one", "two", "whole"]
+    assert log_of(gpu).read_text().splitlines()[-4:] == table
+    monkeypatch.setattr(gpu, "building", lambda: python(gpu, "build", "pass"))
+    assert gpu.main(["two"]) == 0
+    with pytest.raises(SystemExit):
+        gpu.main(["three"])
 
 
-def test_phases_of_a_machine_without_tools(phases: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_three_commands_of_eight_minutes(gpu: ModuleType) -> None:
+    known = gpu.phases()
+    assert " ".join(COMMANDS).split() == list(known)
+    makefile = (ROOT / "Makefile").read_text()
+    for command in COMMANDS:
+        steps = [gpu.building(), *(step for name in command.split() for step in known[name]), gpu.report()]
+        assert sum(step.seconds for step in steps) <= 480
+        assert f'PHASES="{command}"' in makefile
+
+
+def test_the_folder_has_room(gpu: ModuleType) -> None:
+    """No more than eight files of all phases, a data file that a killed bench was about to write among them."""
+    names = {Path(part).name for steps in gpu.phases().values() for s in steps for part in s.command if "out/" in part}
+    assert names == {"core.json", "fused.json", "inductor.json", "training.json", "profile.csv"}
+    assert len(names | {"gpu.log", "gpu.png", "core.part"}) <= 8
+
+
+def test_a_machine_without_tools(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(phases.shutil, "which", lambda name: None)
-    assert phases.building().environment["BN_EXT_CUDA"] == "1"
-    assert [phase.name for phase in phases.checks()] == ["tests", "memcheck", "racecheck", "synccheck"]
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    assert gpu.building().environment["BN_EXT_CUDA"] == "1"
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
+    alone = gpu.pytest("tests", 1, "tests")
+    assert "-n" not in alone.command and "BN_EXT_TESTS_BEGUN" in alone.environment
+
+
+# The bench on a stub of a GPU, which is killed while it measures the fourth case.
+BENCH = """\
+import os, signal, sys
+from functools import partial
+from bench import gpu, timing
+measured = 0
+def timed(*arguments):
+    global measured
+    measured += 1
+    if measured == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return timing.interleave(*arguments, shortest=0)
+gpu.DEVICE, gpu.timed = "cpu", timed
+gpu.machine = lambda: {"gpu": "NVIDIA H100", "l2_bytes": 1, "copy_bytes_per_second": 1e9}
+options = "--sections blocks --shapes 2x4x5x5 --peers --seconds 0 --rounds 2 --resume --within 100 --out"
+sys.exit(gpu.main(["core", *options.split(), sys.argv[1]]))
+"""
+
+
+def test_a_bench_that_is_killed_leaves_what_it_measured(gpu: ModuleType) -> None:
+    out = gpu.FOLDER / "core.json"
+    steps = [python(gpu, name, BENCH, 100, str(out)) for name in ("first", "second", "third")]
+    cases = []
+    for number, step in enumerate(steps):
+        (outcome,) = gpu.run_all([step], log_of(gpu))
+        data = json.loads(out.read_text())
+        cases = list(dict.fromkeys((r["dtype"], r["layout"], r["pass"]) for r in data["rows"]))
+        assert len(cases) == min(3 * (number + 1), 8) and data["settings"]["cases_left"] == 8 - len(cases)
+        assert all({"plan", "bytes_per_second"} <= r.keys() for r in data["rows"] if r["peer"] == "bn_ext")
+        assert outcome.result == ("failed with status -9" if number < 2 else "ok")
+    assert [dtype for dtype, *_ in cases] == ["bfloat16"] * 4 + ["float32"] * 4
