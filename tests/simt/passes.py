@@ -1,0 +1,120 @@
+"""A forward and a backward by the kernels on the model of a GPU, and what they give; for every way through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from problems import Arguments, Problem, Result, channels_last, contiguous
+from simt.batch_norm import Device, Kernels, Tail, empty_mask
+from torch import Tensor
+
+KIB = 1024
+
+# GPUs of two multiprocessors or so, with hardly more shared memory than sums need: small tensors have to be shared.
+ROOMY = Device(8, 48 * KIB, 100 * KIB, 16)
+CLUSTERS = Device(2, 36 * KIB, 74 * KIB, 16)
+NO_CLUSTERS = Device(2, 40 * KIB, 82 * KIB, 1)
+DEVICES = {"roomy": ROOMY, "clusters": CLUSTERS, "no clusters": NO_CLUSTERS}
+
+# One problem for each way through the kernels: rows of one channel or of several; a block, a cluster, a grid that
+# holds everything or streams.
+WAYS = [
+    ((2, 32, 8, 8), contiguous, ROOMY),
+    ((5, 35, 7), contiguous, ROOMY),
+    ((2, 3, 50, 60), contiguous, CLUSTERS),
+    ((64, 5, 7, 7), contiguous, CLUSTERS),
+    ((600, 35), contiguous, NO_CLUSTERS),
+    ((1, 2, 8193), contiguous, NO_CLUSTERS),
+    ((2, 40, 25, 30), channels_last, NO_CLUSTERS),
+]
+
+
+def limits_of(device: Device) -> tuple[int, ...]:
+    """A device as it can be sent to another process."""
+    return tuple(getattr(device, name) for name, _ in Device._fields_)
+
+
+class Pass(NamedTuple):
+    """What one forward and one backward give."""
+
+    y: Tensor
+    mean: Tensor
+    invstd: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+    batches: Tensor
+    dx: Tensor | None
+    dweight: Tensor | None
+    dbias: Tensor | None
+
+
+def both_passes(
+    kernels: Kernels, problem: Problem, device: Device, momentum: float | None = None, **of_backward: Any
+) -> Pass:
+    a = problem.arguments("cpu")
+    running = a.running_mean.clone(), a.running_var.clone()
+    batches = torch.tensor(41)
+    out = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, momentum, batches=batches)
+    gradients = kernels.backward(device, a.dy, a.input, a.weight, a.bias, *out[1:], a.training, **of_backward)
+    return Pass(*out, *running, batches, *gradients[:3])
+
+
+def assert_same_bits(one: Pass | Result, other: Pass | Result) -> None:
+    for part, a, b in zip(one._fields, one, other, strict=True):
+        assert (a is None) == (b is None), part
+        assert a is None or torch.equal(a, b), part
+
+
+# The activations with a bit for each element that says all of z that a gradient needs.
+BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": lambda z: z <= 0,
+    "relu6": lambda z: (z <= 0) | (z >= 6),
+    "leaky_relu": lambda z: z > 0,
+    "hardsigmoid": lambda z: (z > -3) & (z < 3),
+}
+
+
+def together(
+    kernels: Kernels, device: Device, a: Arguments, mask: Tensor | None = None, wanted: Sequence[bool] | None = None
+) -> Result:
+    """By the kernels: a forward fills the mask, if there is one, and its backward takes that for the residual."""
+    tail = Tail(a.activation or "identity", a.param, a.residual, mask)
+    running = a.running_mean.clone(), a.running_var.clone()
+    y, *statistics = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, tail=tail)
+    if mask is not None:
+        tail = tail._replace(residual=None)
+    inputs = a.dy, a.input, a.weight, a.bias, *statistics, a.training
+    wanted = wanted or (True, True, True, a.residual is not None)
+    return Result(y, *running, *kernels.backward(device, *inputs, wanted, tail))
+
+
+def bits_of(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask as a tensor of bools, laid out as ``like``."""
+    bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8)).bitwise_and(1).bool().flatten()
+    return bits.as_strided(like.shape, like.stride())
+
+
+class Masked(NamedTuple):
+    """A result and its mask, as bools, where its activation has one."""
+
+    result: Result
+    mask: Tensor | None
+
+
+def masked(kernels: Kernels, device: Device, problem: Problem, seed: int = 0, name: str = "relu") -> Masked:
+    """With a residual and an activation."""
+    kernels.configure(seed, preempt=seed % 3 * 20)
+    torch.manual_seed(0)
+    a = replace(problem, residual=True, activation=name).arguments("cpu")
+    mask = empty_mask(a.input) if name in BRANCHES else None
+    result = together(kernels, device, a, mask)
+    kernels.configure()
+    return Masked(result, None if mask is None else bits_of(mask, a.input))
+
+
+def assert_same(one: Masked, other: Masked) -> None:
+    assert one.mask is None or torch.equal(one.mask, other.mask), "mask"
+    assert_same_bits(one.result, other.result)

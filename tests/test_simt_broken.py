@@ -1,0 +1,172 @@
+"""The CUDA kernels with something wrong in them: the model of a GPU says what, or the results differ."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from problems import Problem
+from simt.batch_norm import Device, Kernels
+from simt.build import ROOT, sanitized
+from simt.passes import WAYS, assert_same, both_passes, limits_of, masked
+
+
+class Broken(NamedTuple):
+    """What is wrong, where, and what is said of it; one way through the kernels on which it matters."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    error: str
+    way: int
+
+
+BROKEN = [
+    Broken(
+        "missing barrier",
+        "team_sums.h",
+        "gpu::thread(), mine[l]);\n    }\n    gpu::sync_block();",
+        "gpu::thread(), mine[l]);\n    }",
+        r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
+        2,
+    ),
+    Broken(
+        "missing barrier before the coefficients are read",
+        "kernel.h",
+        "    gpu::sync_block();\n",
+        "",
+        r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
+        0,
+    ),
+    Broken(
+        "missing barrier of the cluster",
+        "team_sums.h",
+        "      gpu::sync_cluster();\n      sum_entries",
+        "      sum_entries",
+        "before a cluster barrier|which nothing wrote",
+        2,
+    ),
+    Broken(
+        "block that ends early",
+        "team_sums.h",
+        "      gpu::sync_cluster();\n    }\n  }\n\n private",
+        "    }\n  }\n\n private",
+        "returns its block's shared memory|has returned",
+        2,
+    ),
+    Broken("counter that is not set", "team_sums.h", "*arrivals_ = 0;", "", "deadlock: .*arrivals", 4),
+    Broken(
+        "one arrival too many",
+        "team_sums.h",
+        "meetings_ * g_.team_blocks)",
+        "meetings_ * g_.team_blocks + 1)",
+        "deadlock: .* with 2 of 3 arrivals",
+        4,
+    ),
+    Broken(
+        "lanes that do not come",
+        "team_sums.h",
+        "    double sum = 0;\n",
+        "    if (k >= channels) {\n      break;\n    }\n    double sum = 0;\n",
+        "deadlock: .*shuffle_xor",
+        1,
+    ),
+    Broken(
+        "wrong lane mask",
+        "team_sums.h",
+        "shuffle_xor(gpu::kAllLanes,",
+        "shuffle_xor(0x7fffffff,",
+        "which `lanes` does not name|do not name the caller",
+        0,
+    ),
+    Broken(
+        "off by one",
+        "slab.h",
+        "rest < kLanes ? rest : kLanes",
+        "rest < kLanes ? rest + 1 : kLanes",
+        "heap-buffer-overflow",
+        1,
+    ),
+    Broken(
+        "unguarded tail",
+        "slab.h",
+        "i < packs_ ? channels_ * g_.s - position : 0",
+        "channels_ * g_.s - position",
+        "heap-buffer-overflow",
+        5,
+    ),
+    Broken(
+        "tile without room",
+        "kernel.h",
+        "i + u < g_.held && j",
+        "i + u <= g_.held && j",
+        "out of bounds|which nothing wrote",
+        5,
+    ),
+]
+
+
+# What no barrier, bound or address is broken by, and what then differs.
+WRONG = [
+    Broken(
+        "bits in another order",
+        "mask.h",
+        "bits <<= turn * kLanes",
+        "bits <<= (kThreads - 1 - turn) * kLanes",
+        "mask",
+        0,
+    ),
+    Broken("bits that do not meet", "mask.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "mask", 0),
+    Broken("a byte of others too", "slab.h", "whole_bytes(!plan.zeroed_mask)", "whole_bytes(true)", "mask", 1),
+    Broken("a mask of anything", "forward.cu", "if (plan.zeroed_mask)", "if (false)", "mask", 1),
+    Broken("no atomic", "mask.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
+    Broken("bits of the next word", "mask.h", "high != 0", "false", "mask", 1),
+    Broken("no residual", "forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),
+    Broken("no residual behind it", "backward.cu", "z = z + batch.tensor[2][u].get(l);", "", "dx", 0),
+    Broken("a gradient of a gradient", "kernel.h", "if (i + u >= g_.held)", "", "dx", 0),
+]
+
+
+def write_broken(broken: Broken, folder: Path, functor: str) -> None:
+    """The file that is wrong, and for quick compilation headers that know no number type but float and one functor."""
+    for name, right, wrong in (
+        (f"cuda/{broken.file}", re.escape(broken.right), broken.wrong),
+        ("core/dtype.h", r"return f\(.*\);", "return f(float{});"),
+        ("core/activation.h", r"return f\(activation::.*\);", f"return f(activation::{functor});"),
+    ):
+        source = (ROOT / "csrc" / name).read_text()
+        changed = re.sub(right, lambda _, wrong=wrong: wrong, source)
+        assert changed != source
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(changed)
+
+
+def broken_passes(folder: str, sanitize: bool, shape: tuple[int, ...], layout: Any, limits: tuple[int, ...]) -> None:
+    kernels = Kernels("broken", sanitize=sanitize, include=[Path(folder)])
+    for seed in range(4):
+        kernels.configure(seed)
+        both_passes(kernels, Problem(shape, layout), Device(*limits))
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=[b.name for b in BROKEN])
+def test_what_is_broken_is_found(broken: Broken, tmp_path: Path) -> None:
+    write_broken(broken, tmp_path, "Identity{}")
+    shape, layout, device = WAYS[broken.way]
+    of_memory = "heap" in broken.error
+    case = str(tmp_path), of_memory, shape, layout, limits_of(device)
+    with pytest.raises(RuntimeError, match=f"(?s)kernel batch_norm_(forward|backward): .*({broken.error})"):
+        sanitized().submit(broken_passes, *case).result() if of_memory else broken_passes(*case)
+
+
+@pytest.mark.parametrize("wrong", WRONG, ids=[w.name for w in WRONG])
+def test_what_is_wrong_differs(wrong: Broken, tmp_path: Path) -> None:
+    write_broken(wrong, tmp_path, "Any{{}, a}")
+    shape, layout, device = WAYS[wrong.way]
+    name = "silu" if wrong.error == "dx" else "relu6"
+    each = Kernels(), Kernels("broken", include=[tmp_path])
+    right, broken = (masked(k, device, Problem(shape, layout), name=name) for k in each)
+    with pytest.raises(AssertionError, match=wrong.error):
+        assert_same(broken, right)
