@@ -64,12 +64,12 @@ def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.detach().requires_grad_() for t in tensors)
 
 
-def modules(package: ModuleType, problem: Problem, **options: Any) -> Peer:
-    """``package.BatchNorm1d`` or ``BatchNorm2d``, as a network calls it."""
-    kind = getattr(package, "BatchNorm1d" if problem.input.dim() == 2 else "BatchNorm2d")
+def modules(package: ModuleType, problem: Problem, name: str = "BatchNorm") -> Peer:
+    """The module of ``package`` with this name, for the problem's number of dimensions, as a network calls it."""
+    kind = getattr(package, f"{name}1d" if problem.input.dim() == 2 else f"{name}2d")
 
     def module() -> Any:  # torch's own type calls every attribute a tensor or a module
-        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM, device=problem.input.device, **options)
+        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM, device=problem.input.device)
         names = ("weight", "bias", "running_mean", "running_var")
         made.load_state_dict({name: getattr(problem, name) for name in names}, strict=False)
         return made
@@ -87,7 +87,7 @@ def modules(package: ModuleType, problem: Problem, **options: Any) -> Peer:
 
 def ours(problem: Problem) -> Peer:
     """One call a block."""
-    return modules(bn_ext, problem, **{"activation": "relu"} if problem.relu else {})
+    return modules(bn_ext, problem, "BatchNormAct" if problem.relu else "BatchNorm")
 
 
 def torchs(problem: Problem) -> Peer:

@@ -131,9 +131,10 @@ def test_two_streams_at_once() -> None:
 
 
 def module_for(problem: Problem, momentum: float | None = 0.1) -> nn.Module:
-    kind = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[len(problem.shape)]
-    module = getattr(bn_ext, kind)(problem.shape[1], momentum=momentum, activation=problem.activation, device=GPU)
-    return module.train(problem.mode.training)
+    rank = max(len(problem.shape) - 2, 1)
+    kind = getattr(bn_ext, f"BatchNormAct{rank}d" if problem.activation else f"BatchNorm{rank}d")
+    options = {"activation": problem.activation} if problem.activation else {}
+    return kind(problem.shape[1], momentum=momentum, device=GPU, **options).train(problem.mode.training)
 
 
 def inputs_of(a: Arguments) -> list[Tensor]:
