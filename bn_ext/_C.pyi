@@ -3,6 +3,9 @@ from typing import Literal
 def activations() -> list[tuple[str, float | None]]:
     """The names of the activations, each with its parameter unless given, if it has one."""
 
+def keeps_mask(activation: str) -> bool:
+    """Whether the gradient of an activation behind a residual needs no more than one bit an element."""
+
 def instruction_set() -> str:
     """The instruction set whose CPU kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""
 

@@ -1,6 +1,6 @@
 """Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``."""
 
-from bn_ext import _load, activation, functional  # noqa: F401 (_load first)
+from bn_ext import activation, functional
 from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.convert import convert, revert
 from bn_ext.fold import fold

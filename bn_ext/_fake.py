@@ -5,46 +5,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bn_ext import activation as activations
+from bn_ext._load import _C
+
 _FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_REDUCED = (torch.float16, torch.bfloat16)
 
 
 def _check(condition: bool | torch.SymBool, message: str) -> None:
     torch._check(condition, lambda: f"batch_norm: {message}")
 
 
-def _check_input(input: Tensor) -> None:
-    torch._check_not_implemented(
-        input.dtype in _FLOATING, lambda: f"\"batch_norm\" not implemented for '{input.dtype}'"
-    )
+def _check_input(input: Tensor, activation: str | None, activation_param: float | None) -> None:
+    known = input.dtype in _FLOATING
+    torch._check_not_implemented(known, lambda: f"\"batch_norm\" not implemented for '{input.dtype}'")
     _check(input.dim() >= 2, f"input should have sizes (N, C, ...), got {tuple(input.shape)}")
+    activations.check(activation, activation_param)
+
+
+def _check_values(input: Tensor, name: str, t: Tensor | None, count: int, *dtypes: torch.dtype) -> None:
+    """That ``t``, if there is one, holds ``count`` values of one of these types on the input's device."""
+    if t is not None:
+        _check(t.device == input.device, f"{name} is on {t.device} but input is on {input.device}")
+        _check(t.numel() == count, f"{name} should contain {count} elements not {t.numel()}")
+        _check(t.dtype in dtypes, f"expected {name} of type {' or '.join(map(str, dtypes))}, got {t.dtype}")
 
 
 def _check_per_channel(input: Tensor, **tensors: Tensor | None) -> None:
+    reduced = input.dtype in (torch.float16, torch.bfloat16)
     for name, t in tensors.items():
-        if t is not None:
-            _check(t.device == input.device, f"{name} is on {t.device} but input is on {input.device}")
-            _check(t.numel() == input.size(1), f"{name} should contain {input.size(1)} elements not {t.numel()}")
-            fits = t.dtype == input.dtype or (input.dtype in _REDUCED and t.dtype == torch.float32)
-            _check(fits, f"{name} is of type {t.dtype} for an input of type {input.dtype}")
+        _check_values(input, name, t, input.size(1), input.dtype, *[torch.float32] * reduced)
 
 
 def _check_like(input: Tensor, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None:
-            _check(t.device == input.device, f"{name} is on {t.device} but input is on {input.device}")
-            _check(t.dtype == input.dtype, f"{name} is of type {t.dtype} but input is of type {input.dtype}")
-            _check(t.dim() == input.dim(), f"{name} has {t.dim()} dimensions but input has {input.dim()}")
-            for size, expected in zip(t.shape, input.shape):
-                _check(size == expected, f"expected {name} like the input, got {tuple(t.shape)}")
+            _check_values(input, name, t, input.numel(), input.dtype)
+            alike = t.dim() == input.dim() and all(one == other for one, other in zip(t.shape, input.shape))
+            _check(alike, f"expected {name} like the input, {tuple(input.shape)}, got {tuple(t.shape)}")
 
 
-def _check_counter(input: Tensor, counter: Tensor | None) -> None:
-    if counter is not None:
-        fits = counter.device == input.device and counter.dtype == torch.int64
-        what = f"num_batches_tracked should be of type {torch.int64} on {input.device}"
-        _check(fits, f"{what}, got {counter.dtype} on {counter.device}")
-        _check(counter.numel() == 1, f"num_batches_tracked should be one number, got {counter.numel()}")
+def _mask_bytes(input: Tensor) -> int:
+    return (input.numel() + 31) // 32 * 4
 
 
 def _empty_like(input: Tensor) -> Tensor:
@@ -72,10 +73,13 @@ def _batch_norm_forward(
     activation_param: float | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    _check_input(input, activation, activation_param)
     torch._check_value(eps > 0, lambda: f"batch_norm eps must be positive during training, but got {eps}")
-    _check_input(input)
-    _check_counter(input, num_batches_tracked)
-    return _forward(input, weight, bias, running_mean, running_var, residual, with_mask)
+    several = input.numel() != input.size(1)
+    torch._check_value(several, lambda: f"Expected more than 1 value per channel when training, got {input.shape}")
+    _check_values(input, "num_batches_tracked", num_batches_tracked, 1, torch.int64)
+    _check((running_mean is None) == (running_var is None), "running_mean and running_var: both or none")
+    return _forward(input, weight, bias, running_mean, running_var, residual, activation, with_mask)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward.evaluation")
@@ -91,9 +95,11 @@ def _batch_norm_forward_evaluation(
     activation_param: float | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    _check_input(input, activation, activation_param)
+    given = running_mean is not None and running_var is not None
+    _check(given, "running_mean and running_var must be defined in evaluation mode")
     torch._check_value(eps >= 0, lambda: f"batch_norm eps must be non-negative, but got {eps}")
-    _check_input(input)
-    return _forward(input, weight, bias, running_mean, running_var, residual, with_mask)
+    return _forward(input, weight, bias, running_mean, running_var, residual, activation, with_mask)
 
 
 def _forward(
@@ -103,12 +109,16 @@ def _forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     residual: Tensor | None,
+    activation: str | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    if with_mask:
+        _check(residual is not None, "without a residual there is no mask")
+        _check(_C.keeps_mask(activation or "identity"), f"{activation} has no mask")
     _check_per_channel(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _check_like(input, residual=residual)
     mean = input.new_empty(input.size(1), dtype=torch.float64)
-    mask = input.new_empty((input.numel() + 31) // 32 * 4, dtype=torch.uint8) if with_mask else None
+    mask = input.new_empty(_mask_bytes(input), dtype=torch.uint8) if with_mask else None
     return _empty_like(input), mean, torch.empty_like(mean), mask
 
 
@@ -127,16 +137,15 @@ def _batch_norm_backward(
     activation_param: float | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _check_input(input)
+    _check_input(input, activation, activation_param)
     _check_per_channel(input, weight=weight, bias=bias)
     _check_like(input, dy=dy, residual=residual)
-    for name, t in {"mean": mean, "invstd": invstd}.items():
-        fits = t.dtype == torch.float64 and t.device == input.device
-        _check(fits, f"{name} should be of type {torch.float64} on {input.device}, got {t.dtype} on {t.device}")
-        _check(t.numel() == input.size(1), f"{name} should hold {input.size(1)} values, got {t.numel()}")
-    if mask is not None:
-        fits = mask.dtype == torch.uint8 and mask.device == input.device
-        _check(fits, f"mask should be of type {torch.uint8} on {input.device}, got {mask.dtype} on {mask.device}")
+    _check_values(input, "mean", mean, input.size(1), torch.float64)
+    _check_values(input, "invstd", invstd, input.size(1), torch.float64)
+    _check_values(input, "mask", mask, _mask_bytes(input), torch.uint8)
+    for name, t in {"mean": mean, "invstd": invstd, "mask": mask}.items():
+        _check(t is None or t.is_contiguous(), f"{name} should be contiguous")
+    _check(mask is None or _C.keeps_mask(activation or "identity"), f"{activation} takes no mask")
     accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
     wants_dx, *wants_parameters, wants_dresidual = output_mask

@@ -117,7 +117,7 @@ class BatchNormAct(_FusedForward):
         device: Any = None,
         dtype: Any = None,
         *,
-        activation: activations.Name = "relu",
+        activation: activations.Name | None = "relu",
         activation_param: float | None = None,
         **options: Any,
     ) -> None:
@@ -154,7 +154,7 @@ class BatchNormAct2d(BatchNormAct):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for
             :class:`torch.nn.BatchNorm2d`.
-        activation: a name of :data:`bn_ext.activation.NAMES`.
+        activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
 
     Raises:

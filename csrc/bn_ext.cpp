@@ -123,6 +123,9 @@ LaunchPlan launch_plan(int64_t n,
 
 PYBIND11_MODULE(_C, m) {
   m.def("activations", &bn::ops::activations);
+  m.def(
+      "keeps_mask", [](const std::string& name) { return has_branches(bn::ops::activation_of(name, std::nullopt)); },
+      py::arg("activation"));
   m.def("instruction_set", &bn::cpu::instruction_set);
   m.def("last_cache_bytes", &bn::cpu::last_cache_bytes);
   m.def("bypasses_cache", &bn::cpu::bypasses_cache, py::arg("output_bytes"), py::arg("last_cache_bytes"));

@@ -17,6 +17,7 @@ CLASSES = [
     one for name in bn_ext.__all__ if inspect.isclass(one := getattr(bn_ext, name)) and issubclass(one, nn.Module)
 ]
 every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+SUBCLASSES = [cls for cls in CLASSES if issubclass(cls, _BatchNorm)]
 SHAPES = {"1d": (5, 3, 7), "2d": (5, 3, 2, 4), "3d": (5, 3, 2, 2, 2)}
 
 
@@ -37,11 +38,9 @@ def torchs(cls: type) -> type:
     return getattr(nn, f"BatchNorm{cls.__name__[-2:]}")
 
 
-@every_class
+@pytest.mark.parametrize("cls", SUBCLASSES, ids=lambda cls: cls.__name__)
 def test_what_changes_a_call_is_an_argument_of_the_call(cls: type) -> None:
     """So torch's class in the place of ours fails loudly."""
-    if not issubclass(cls, _BatchNorm):
-        pytest.skip("no subclass of torch's")
     base = torchs(cls)
     assert inspect.signature(cls) == inspect.signature(base)
     module, x = trained(cls), input_of(cls)
@@ -68,7 +67,7 @@ def test_a_subclass_of_torchs_computes_what_torchs_computes(cls: type) -> None:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """As the usual converters do it."""
+    """By class, as timm's, Lightning's and many a project's converters find batch norms."""
     for name, child in model.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
             setattr(model, name, nn.Identity())
@@ -83,3 +82,14 @@ def test_converters_leave_an_activation_in_its_place(cls: type, converter) -> No
     model = nn.Sequential(trained(cls))
     converter(model)
     assert (type(model[0]) is cls) == (converter is bn_ext.convert or not issubclass(cls, _BatchNorm))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_batch_norm_act(rank: int) -> None:
+    cls = getattr(bn_ext, f"BatchNormAct{rank}d")
+    assert cls(3).activation == "relu"
+    for dims in {1, 2, 3} - {rank}:
+        with pytest.raises(ValueError, match=r"expected .* input"):
+            cls(3)(torch.randn(2, 3, *[4] * dims))
+    x = torch.randn(2, 3, *[4] * rank)
+    torch.testing.assert_close(cls(3, activation=None)(x), getattr(nn, f"BatchNorm{rank}d")(3)(x))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bn_ext
@@ -62,14 +64,14 @@ def test_an_empty_batch_under_vmap() -> None:
 
 
 class FailingAt(TorchDispatchMode):
-    """Fails at the operator number ``at`` of those that may: a copy into a tensor that is there allocates nothing."""
+    """Fails at the operator number ``at`` of those that may: writing to a tensor that is there allocates nothing."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.left = at
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is not torch.ops.aten.copy_.default:
+        if func not in (torch.ops.aten.copy_.default, torch.ops.aten.add_.Scalar):
             self.left -= 1
             if self.left < 0:
                 raise MemoryError(str(func))
@@ -106,7 +108,7 @@ def for_inference() -> Tensor:
     [
         (torch.ones(3), torch.zeros(4, 3, 5).to(torch.float8_e4m3fn), "Float8"),
         (overlapping(), broadcast(torch.zeros(4, 3, 5)), "more than one element of the written-to tensor"),
-        (for_inference(), broadcast(torch.zeros(4, 3, 5)), "clone running_mean"),
+        (for_inference(), broadcast(torch.zeros(4, 3, 5)), "clone running_var"),
     ],
     ids=["a residual that cannot be added", "statistics that overlap", "statistics made in inference mode"],
 )
@@ -156,3 +158,58 @@ def test_tensors_made_in_inference_mode(wants: str, training: bool, activation: 
     torch.testing.assert_close(*(torch.autograd.grad(y.square().sum(), tensor) for y in (mine, theirs)))
     torch.testing.assert_close(mean[0], mean[1])
     torch.testing.assert_close(var[0], var[1])
+
+
+def test_statistics_that_require_gradients_are_refused_before_any_is_written() -> None:
+    mean, var = torch.zeros(3), torch.ones(3, requires_grad=True)
+    with pytest.raises(RuntimeError, match="running_var cannot require gradients"):
+        batch_norm(torch.randn(4, 3, 5), mean, var, None, None, True, residual=0.0)
+    assert torch.equal(mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize("residual", [None, 0.0], ids=["one call", "decomposed"])
+def test_statistics_that_overlap_are_refused(residual: float | None) -> None:
+    mean = torch.zeros(1).expand(3)
+    with pytest.raises(RuntimeError, match="more than one element of the written-to tensor"):
+        batch_norm(torch.randn(4, 3, 5), mean, torch.ones(3), None, None, True, residual=residual)
+
+
+def test_training_leaves_the_graph_of_an_evaluation_alone() -> None:
+    module = bn_ext.BatchNorm1d(3).eval()
+    x = torch.randn(4, 3, 5, requires_grad=True)
+    y = module(x, 0.0)
+    for residual in (None, 0.0):
+        module.train()(x.detach(), residual)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones_like(x) * (1 + 1e-5) ** -0.5)
+
+
+def test_a_counter_that_is_refused_under_functorch_leaves_the_statistics_alone() -> None:
+    module, x = bn_ext.BatchNorm1d(3), torch.randn(4, 3, 5) + 3
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        torch.func.grad(lambda p: functional_call(module, p, (x,)).sum())(dict(module.named_parameters()))
+    assert torch.equal(module.running_mean, torch.zeros(3))
+    assert module.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
+def test_statistics_of_other_shapes_under_functorch(shape: tuple[int, ...]) -> None:
+    x, mean, var = torch.randn(4, 3, 5), torch.zeros(shape), torch.ones(shape)
+    torch.func.grad(lambda x: batch_norm(x, mean, var, training=True).square().sum())(x)
+    torch.testing.assert_close(mean.flatten(), 0.1 * x.mean((0, 2)))
+
+
+def test_two_threads_count_every_batch() -> None:
+    module = bn_ext.BatchNorm1d(3)
+    x = torch.randn(4, 3, 5)
+
+    def train() -> None:
+        for _ in range(200):
+            module(x, 0.0)
+
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert module.num_batches_tracked == 400

@@ -40,7 +40,7 @@ const InstructionSet& chosen() {
 
 // Kept from call to call: to ask for it anew costs a small call more than its kernel.
 Scratch scratch_of_thread() {
-  struct alignas(64) Memory {
+  struct alignas(Scratch::kAlignment) Memory {
     std::byte bytes[Scratch::kBytes];
   };
   thread_local const std::unique_ptr<Memory> memory(new Memory);

@@ -12,6 +12,17 @@
 namespace bn::cpu {
 namespace {
 
+// Of double arrays, moments has four per channel, gradient_sums two and input_gradient none; with each, sums or map has
+// coefficients and two sums per lane.
+template <class Rows>
+constexpr bool kFitsScratch = [] {
+  const auto bytes = [](int64_t per_channel, int64_t per_lane) {
+    return 8 * (per_channel * Rows::kMaxChannels + per_lane * Rows::kMaxLanes) + 10 * Scratch::kAlignment;
+  };
+  return std::max({bytes(4, 1 + 2), bytes(2, 3 + 2), bytes(0, 5)}) <= Scratch::kBytes;
+}();
+static_assert(kFitsScratch<Interleaved<double>> && kFitsScratch<Planar<double>>);
+
 // Each block is summed around the mean of the values before it, which nothing in the block can be far from
 // unless the variance is as large; the first block around the mean of its first quarter, found in a pass of its own,
 // whose squared distance from the block's mean is at most three times the block's variance. A mean within the

@@ -5,7 +5,6 @@
 #include "cpu/plan.h"
 
 #include <cstddef>
-#include <cstdlib>
 
 namespace bn::cpu {
 
@@ -21,28 +20,24 @@ constexpr int64_t kRowsAtOnce = 8;
 // Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
 constexpr int64_t kFoldBelow = 64;
 
-// Memory for the arrays of a kernel, which a thread's stack may be too small for. A function gets a copy and passes
-// copies on: its arrays are free again when it returns.
+// Memory for the arrays of a kernel, which a thread's stack may be too small for. It is passed by value: what a
+// function takes is free again when the function returns.
 class Scratch {
  public:
-  static constexpr int64_t kBytes = 128 << 10;
+  static constexpr int64_t kBytes = 128 << 10;  // kernels.cpp asserts that it is enough
+  static constexpr int64_t kAlignment = 64;
 
-  explicit Scratch(std::byte* memory) : next_(memory), end_(memory + kBytes) {}
+  explicit Scratch(std::byte* memory) : next_(memory) {}
 
   template <class Array>
   Array& take() {
-    constexpr int64_t kAligned = round_up(sizeof(Array), 64);
-    if (end_ - next_ < kAligned) {
-      std::abort();
-    }
     auto* const array = reinterpret_cast<Array*>(next_);
-    next_ += kAligned;
+    next_ += round_up(sizeof(Array), kAlignment);
     return *array;
   }
 
  private:
   std::byte* next_;
-  std::byte* end_;
 };
 
 // The channels [c0, c1) of the blocks [b0, b1). While a tile is written, memory has time to read: what lies

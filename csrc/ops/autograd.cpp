@@ -179,31 +179,28 @@ bool is_inference(const OptionalTensor& t) {
   return t.has_value() && t->is_inference();
 }
 
-// Whether our backward needs a tensor that autograd refuses to save, and torch's, of separate calls, does not.
-bool only_torch_can_save(const Arguments& a) {
-  const bool normalizes = requires_grad(a.input) || (a.weight.has_value() && requires_grad(*a.weight)) ||
-                          (a.bias.has_value() && requires_grad(*a.bias));
-  const bool refused = a.input.is_inference() || is_inference(a.weight);
-  TORCH_CHECK(!(normalizes && refused), "Inference tensors cannot be saved for backward: clone input and weight");
+// Autograd saves no tensor that was made in inference mode. Of separate calls the activation saves its own input, and
+// the addition nothing, so that only a normalization with gradients has to refuse.
+bool saves_inference(const Arguments& a) {
   const bool activated = a.activation.kind != ActivationKind::Identity;
-  return refused || (activated && is_inference(a.bias)) || (kept(a).residual && is_inference(a.residual));
+  return a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
+         (kept(a).residual && is_inference(a.residual));
 }
 
-// Errors of autograd that would come after the statistics are updated, or not at all.
-void check_running_statistics(const Arguments& a, bool recorded) {
-  for (const OptionalTensor* t : {&a.running_mean, &a.running_var}) {
-    TORCH_CHECK(!at::GradMode::is_enabled() || !t->has_value() || !(*t)->requires_grad(),
-                "batch_norm: running_mean and running_var cannot require gradients");
-    TORCH_CHECK(!recorded || !a.training || !is_inference(*t),
-                "Inplace update to inference tensor outside InferenceMode is not allowed: clone running_mean and "
-                "running_var");
-  }
+void check_saved(const Arguments& a) {
+  const auto wants = [](const OptionalTensor& t) { return t.has_value() && t->requires_grad(); };
+  const bool normalization = a.input.requires_grad() || wants(a.weight) || wants(a.bias);
+  TORCH_CHECK(!normalization || !(a.input.is_inference() || is_inference(a.weight)),
+              "Inference tensors cannot be saved for backward: clone input and weight");
 }
 
 Tensor batch_norm(const Arguments& a) {
   TORCH_CHECK_TYPE(a.input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
   const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
-  if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && only_torch_can_save(a))) {
+  if (recorded) {
+    check_saved(a);
+  }
+  if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && saves_inference(a))) {
     return decomposed(a);
   }
   check_inputs(a);  // here too: fake kernels leave some of it out
@@ -226,14 +223,14 @@ Tensor with_arguments(const Tensor& input,
                       const OptionalTensor& residual,
                       Name activation,
                       Param activation_param) {
-  const auto is_flat = [](const OptionalTensor& t) { return !t.has_value() || t->dim() == 1; };
-  if (!is_flat(weight) || !is_flat(bias)) {  // autograd then gives the gradients the parameters' shapes
-    const auto flat = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->reshape(-1)) : t; };
-    return with_arguments<function>(input, flat(weight), flat(bias), running_mean, running_var, num_batches_tracked,
-                                    training, momentum, eps, residual, activation, activation_param);
-  }
-  return function({input, weight, bias, running_mean, running_var, num_batches_tracked, training, momentum, eps,
-                   residual, activation_of(activation, activation_param)});
+  // Of one dimension; autograd gives the gradients the parameters' shapes.
+  const auto flat = [](const OptionalTensor& t, OptionalTensor& made) -> const OptionalTensor& {
+    return !t.has_value() || t->dim() == 1 ? t : made = t->reshape(-1);
+  };
+  OptionalTensor flat_weight, flat_bias;
+  return function({input, flat(weight, flat_weight), flat(bias, flat_bias), running_mean, running_var,
+                   num_batches_tracked, training, momentum, eps, residual,
+                   activation_of(activation, activation_param)});
 }
 
 }  // namespace

@@ -25,7 +25,7 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Name = std::optional<std::string_view>;
 using Param = std::optional<double>;
 
-// What batch_norm takes, in the order of its schema, and, but for with_mask, batch_norm_forward.
+// What batch_norm takes, in the order of its schema. batch_norm_forward has with_mask besides, and no training.
 struct Arguments {
   const Tensor& input;
   const OptionalTensor& weight;

@@ -2,7 +2,6 @@
 
 #include <ATen/Context.h>
 #include <ATen/ExpandUtils.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/OpMathType.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/arange.h>
@@ -29,10 +28,7 @@
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
-#include <c10/core/InferenceMode.h>
 #include <c10/core/SymBool.h>
-
-#include <utility>
 
 namespace bn::ops {
 namespace {
@@ -55,9 +51,10 @@ bool types_suit_torch(const Arguments& a) {
   return true;
 }
 
-// torch's kernels ignore the strides of what they read per channel.
-OptionalTensor flat(const OptionalTensor& t) {
-  return t.has_value() ? OptionalTensor(t->reshape(-1).contiguous()) : std::nullopt;
+// A copy of a value per channel, with one dimension: torch's backward ignores the strides of what it reads per channel,
+// and refuses running statistics that were written to since.
+OptionalTensor copied(const OptionalTensor& t) {
+  return t.has_value() ? OptionalTensor(t->reshape(-1).clone(at::MemoryFormat::Contiguous)) : std::nullopt;
 }
 
 Tensor call_torch(const Tensor& input,
@@ -67,16 +64,16 @@ Tensor call_torch(const Tensor& input,
                   const OptionalTensor& var,
                   const Arguments& a,
                   double momentum) {
-  return at::batch_norm(input, flat(weight), flat(bias), mean, var, a.training, momentum, a.eps,
+  const auto dense = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->contiguous()) : t; };
+  return at::batch_norm(input, dense(weight), dense(bias), mean, var, a.training, momentum, a.eps,
                         at::globalContext().userEnabledCuDNN());
 }
 
-// The normalized input, and what the call is to write once nothing can fail any more.
+// The normalized input, and the running statistics that are to be written.
 struct Normalized {
   Tensor output;
   OptionalTensor running_mean = std::nullopt;
   OptionalTensor running_var = std::nullopt;
-  OptionalTensor num_batches_tracked = std::nullopt;
 };
 
 // Everything in the accumulation type, the running statistics moved by `momentum` towards the batch's own.
@@ -86,8 +83,8 @@ Normalized converted(const Arguments& a, const Tensor& momentum) {
   const auto weight = to(a.weight, type);
   const auto bias = to(a.bias, type);
   if (!a.training) {
-    const auto mean = flat(to(a.running_mean, type));
-    const auto var = flat(to(a.running_var, type));
+    const auto mean = copied(to(a.running_mean, type));
+    const auto var = copied(to(a.running_var, type));
     return {call_torch(input, weight, bias, mean, var, a, 0).to(a.input.scalar_type())};
   }
   // With momentum 1 torch writes the batch's own statistics, if the batch has any values.
@@ -108,16 +105,14 @@ Normalized by_torch(const Arguments& a, double momentum) {
   if (!types_suit_torch(a)) {
     return converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
   }
-  // Under functorch a copy into a captured tensor is an error, but torch's own batch norm may write to it.
-  if (!a.training || in_functorch()) {
-    const auto read = [&](const OptionalTensor& t) { return a.training ? t : flat(t); };
-    return {call_torch(a.input, a.weight, a.bias, read(a.running_mean), read(a.running_var), a, momentum)};
+  if (a.training && in_functorch()) {  // where only torch's own batch norm may write to captured statistics
+    const auto flat = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->view(-1)) : t; };
+    return {call_torch(a.input, a.weight, a.bias, flat(a.running_mean), flat(a.running_var), a, momentum)};
   }
-  const auto copied = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(flat(t)->clone()) : t; };
   const auto mean = copied(a.running_mean);
-  const bool same = mean.has_value() && a.running_var.has_value() && a.running_mean->is_same(*a.running_var);
-  const auto var = same ? mean : copied(a.running_var);
-  return {call_torch(a.input, a.weight, a.bias, mean, var, a, momentum), mean, var};
+  const auto var = copied(a.running_var);
+  const Tensor output = call_torch(a.input, a.weight, a.bias, mean, var, a, momentum);
+  return a.training ? Normalized{output, mean, var} : Normalized{output};
 }
 
 // The activation of z.
@@ -197,55 +192,44 @@ Tensor on_branches(const Tensor& mask, const Tensor& input, const Activation& ac
 
 // Whether torch can add the residual, before it has normalized anything.
 void check_addition(const Tensor& input, const Tensor& residual) {
-  at::infer_size_symint(input.sym_sizes(), residual.sym_sizes());
+  try {
+    at::infer_size_symint(input.sym_sizes(), residual.sym_sizes());
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, "batch_norm: residual of sizes ", residual.sym_sizes(), " for an input of sizes ",
+                input.sym_sizes(), ": ", error.what_without_backtrace());
+  }
   TORCH_CHECK(residual.device() == input.device() || residual.dim() == 0, "batch_norm: residual is on ",
               residual.device(), " but input is on ", input.device());
   TORCH_CHECK(!residual.is_complex(), "batch_norm: residual is of type ", residual.scalar_type());
 }
 
-Normalized normalized(const Arguments& a) {
-  if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
-    check_inputs(a);
-  }
-  if (!a.training || !a.num_batches_tracked.has_value()) {
-    return by_torch(a, a.momentum.value_or(0));
-  }
-  const Tensor batches = a.num_batches_tracked->add(1);
-  Normalized result =
-      a.momentum.has_value() ? by_torch(a, *a.momentum) : converted(a, batches.to(at::kDouble).reciprocal());
-  result.num_batches_tracked = batches;
-  return result;
-}
-
-// Writes what the call updates. Only copies stand behind the last check.
-void write(const Arguments& a, const Normalized& updates) {
-  std::vector<std::pair<Tensor, Tensor>> writes;
-  const auto add = [&](const OptionalTensor& to, const OptionalTensor& from) {
-    if (from.has_value()) {
-      at::assert_no_internal_overlap(*to);
-      TORCH_CHECK(!to->is_inference() || c10::InferenceMode::is_enabled(),
-                  "Inplace update to inference tensor outside InferenceMode is not allowed: clone running_mean, "
-                  "running_var and num_batches_tracked");
-      writes.emplace_back(*to, from->view_as(*to));
-    }
-  };
-  add(a.running_mean, updates.running_mean);
-  add(a.running_var, updates.running_var);
-  add(a.num_batches_tracked, updates.num_batches_tracked);
-  for (const auto& [to, from] : writes) {
-    to.copy_(from);
-  }
-}
-
 }  // namespace
 
 Tensor decomposed(const Arguments& a) {
+  if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
+    check_inputs(a);
+  }
   if (a.residual.has_value()) {
     check_addition(a.input, *a.residual);
   }
-  const Normalized n = normalized(a);
+  check_running_statistics(a, /*tracked=*/!in_functorch());
+  const bool counts = a.training && a.num_batches_tracked.has_value();
+  const Tensor batches = counts ? a.num_batches_tracked->add(1) : Tensor();
+  if (counts && in_functorch()) {  // which refuses a captured counter: before torch's batch norm writes the statistics
+    a.num_batches_tracked->add_(1);
+  }
+  const Normalized n = counts && !a.momentum.has_value() ? converted(a, batches.to(at::kDouble).reciprocal())
+                                                         : by_torch(a, a.momentum.value_or(0));
   const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
-  write(a, n);
+  if (n.running_mean.has_value()) {
+    const Tensor mean = n.running_mean->view_as(*a.running_mean);
+    const Tensor var = n.running_var->view_as(*a.running_var);
+    a.running_mean->copy_(mean);  // from here on nothing can fail
+    a.running_var->copy_(var);
+  }
+  if (counts && !in_functorch()) {
+    a.num_batches_tracked->add_(1);
+  }
   return output;
 }
 

@@ -2,6 +2,8 @@
 
 #include "core/arguments.h"
 
+#include <ATen/MemoryOverlap.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <c10/core/InferenceMode.h>
@@ -97,9 +99,24 @@ void check_inputs(const Arguments& a) {
         c10::canCast(at::kLong, count.scalar_type()) && count.sym_numel() == 1 && count.device() == a.input.device(),
         "batch_norm: num_batches_tracked should be one number on ", a.input.device(), ", got ", count.sym_sizes(),
         " of type ", count.scalar_type(), " on ", count.device());
-    TORCH_CHECK(!a.training || !count.is_inference() || c10::InferenceMode::is_enabled(),
-                "Inplace update to inference tensor outside InferenceMode is not allowed: clone num_batches_tracked");
   }
+}
+
+void check_running_statistics(const Arguments& a, bool tracked) {
+  const auto check = [&](const char* name, const OptionalTensor& t, bool is_tracked) {
+    if (!t.has_value()) {
+      return;
+    }
+    TORCH_CHECK(!at::GradMode::is_enabled() || !t->requires_grad(), "batch_norm: ", name, " cannot require gradients");
+    if (a.training) {
+      at::assert_no_internal_overlap(*t);
+      TORCH_CHECK(!is_tracked || !t->is_inference() || c10::InferenceMode::is_enabled(),
+                  "Inplace update to inference tensor outside InferenceMode is not allowed: clone ", name);
+    }
+  };
+  check("running_mean", a.running_mean, tracked);
+  check("running_var", a.running_var, tracked);
+  check("num_batches_tracked", a.num_batches_tracked, true);  // torch's modules count by an operator of its own
 }
 
 void check_inputs(const BackwardArguments& a) {

@@ -9,6 +9,9 @@ namespace bn::ops {
 // Throws what torch throws for the same mistake. Nothing has been written by then.
 void check_inputs(const Arguments& a);
 void check_inputs(const BackwardArguments& a);
+// Throws what would go wrong once the first of the running statistics is written. `tracked`: whether autograd, which
+// refuses some, sees the writes.
+void check_running_statistics(const Arguments& a, bool tracked);
 void check_residual(const OptionalTensor& residual, const Tensor& input);
 
 // A tensor that is dense in one of the two layouts, and its sizes as a problem.
