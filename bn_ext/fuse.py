@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from bn_ext import activation as activations
 from bn_ext import functional, modules
 from bn_ext._trace import WRITING_OPERATORS, altered, trace
-from bn_ext.convert import convert
+from bn_ext.graph.convert import convert
 
 _BATCH_NORMS = (modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d)
 _BATCH_NORM_FUNCTIONS = (F.batch_norm, functional.batch_norm)
