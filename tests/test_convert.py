@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -80,7 +81,86 @@ def test_every_module_is_converted_and_reverted() -> None:
 def test_left_alone(make: type) -> None:
     module = make(2, 4) if make is nn.GroupNorm else make(4)
     for change in (bn_ext.convert, bn_ext.revert):
-        assert type(change(nn.Sequential(module))[0]) is make
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert type(change(nn.Sequential(module))[0]) is make
+
+
+def warned(model: nn.Module, **options) -> list[str]:
+    """The warnings of a conversion."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert bn_ext.convert(model, **options) is model
+    assert all(one.category is UserWarning and one.filename == __file__ for one in seen), "the caller's line"
+    return [str(one.message) for one in seen]
+
+
+def test_one_warning_says_what_is_left() -> None:
+    block = nn.Sequential(
+        nn.BatchNorm2d(2), Own(2), nn.SyncBatchNorm(2), nn.InstanceNorm2d(2, track_running_stats=True)
+    )
+    model = nn.ModuleDict(
+        {"stem": Own(2), "block": block, "norm": bn_ext.BatchNorm1d(2), "ours": bn_ext.BatchNormAct2d(2)}
+    )
+    left = (
+        "left as they are: 2 Own (a forward of their own), e.g. stem; "
+        "1 SyncBatchNorm (statistics across processes), e.g. block.2"
+    )
+    for _ in range(2):
+        assert warned(model) == [f"bn_ext.convert: 3 of 6 batch norms converted; {left}"]
+    model["again"] = model["block"]
+    assert warned(model) == [f"bn_ext.convert: 3 of 6 batch norms converted; {left}"], "shared ones count once"
+    assert warned(Own(2))[0].endswith("1 Own (a forward of their own), e.g. the model itself")
+
+
+class HoldsABatchNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(2)
+
+
+def test_no_warning_where_nothing_is_left() -> None:
+    counts = nn.Module()  # no batch norm, though it has the buffers of one
+    counts.register_buffer("running_mean", torch.zeros(2))
+    instance = nn.InstanceNorm2d(2, track_running_stats=True)
+    for model in (network(), nn.ReLU(), instance, nn.Sequential(), counts, HoldsABatchNorm()):
+        assert warned(model) == []
+
+
+def test_where_selects() -> None:
+    model, asked = network(), []
+
+    def where(path: str, module: nn.Module) -> bool:
+        asked.append((path, module))
+        return path.startswith("4")
+
+    model.append(bn_ext.BatchNorm2d(2))
+    assert warned(model, where=where) == []
+    assert asked == [("1", model[1]), ("2", model[2]), ("4.1", model[4][1])], (
+        "ours are no question, shared ones are one"
+    )
+    assert [type(model[i]) for i in (1, 2)] == [nn.BatchNorm2d] * 2
+    assert type(model[4][1]) is bn_ext.BatchNorm1d
+    own = nn.Sequential(Own(2), Own(2), nn.BatchNorm2d(2), nn.BatchNorm2d(2))
+    assert warned(own, where=lambda path, module: False) == []
+    assert warned(own, where=lambda path, module: path in "02") == [
+        "bn_ext.convert: 1 of 2 batch norms converted; left as they are: 1 Own (a forward of their own), e.g. 0"
+    ]
+
+
+@pytest.mark.parametrize("change", [bn_ext.convert, bn_ext.revert])
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (None, "an object of NoneType"),
+        ([nn.BatchNorm2d(2)], "an object of list"),
+        (torch.zeros(2), "an object of Tensor"),
+        (nn.BatchNorm2d, "the class BatchNorm2d"),
+    ],
+)
+def test_no_module(change: Callable, given: object, got: str) -> None:
+    with pytest.raises(TypeError, match=rf"^bn_ext.{change.__name__}: model should be a torch.nn.Module, got {got}$"):
+        change(given)
 
 
 @pytest.mark.parametrize(("theirs", "mine"), PAIRS)
@@ -148,7 +228,8 @@ def test_parametrized_subclasses_are_left_alone() -> None:
     module = Own(3)
     parametrize.register_parametrization(module, "weight", Softplus())
     kind = type(module)
-    assert type(bn_ext.convert(module)) is kind
+    with pytest.warns(UserWarning, match="1 ParametrizedOwn"):
+        assert type(bn_ext.convert(module)) is kind
 
 
 class Added(nn.Module):

@@ -1,80 +1,115 @@
-"""Between torch's batch norm modules and ours, in place."""
+"""Between the batch norms of torch and its ecosystem and ours, in place."""
 
 from __future__ import annotations
 
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
 from typing import TypeVar
 
-import torch
+from torch import nn
 from torch.fx import GraphModule
-from torch.nn.utils import parametrize
+from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bn_ext import modules
+from bn_ext.graph import classes
+from bn_ext.graph.classes import UnlikeError, become
+from bn_ext.graph.trial import Trials
 
-Model = TypeVar("Model", bound=torch.nn.Module)
-
-
-class LazyBatchNorm1d(torch.nn.LazyBatchNorm1d):
-    cls_to_become = modules.BatchNorm1d  # type: ignore[assignment]
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class LazyBatchNorm2d(torch.nn.LazyBatchNorm2d):
-    cls_to_become = modules.BatchNorm2d  # type: ignore[assignment]
+def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None) -> Model:
+    """Makes the batch norms in ``model`` (itself included) ours.
 
+    The classes it takes are :class:`torch.nn.BatchNorm1d`, ``2d`` and ``3d`` (lazy ones become ours with their first
+    input), timm's ``BatchNormAct2d`` and ``FrozenBatchNormAct2d`` (their activation becomes part of the call), the
+    ``FrozenBatchNorm2d`` of torchvision and of transformers, and subclasses that override nothing that computes.
 
-class LazyBatchNorm3d(torch.nn.LazyBatchNorm3d):
-    cls_to_become = modules.BatchNorm3d  # type: ignore[assignment]
+    Modules stay the same objects with the same parameters, buffers, parametrizations, hooks and flags. Only their class
+    changes, to one derived from it. Classes are recognized by their full names, and all but torch's own by a trial too:
+    one module of each class and configuration is copied without its hooks, with random tensors, and must give the same
+    outputs and statistics on a random input before and after, in training and evaluation. The trial leaves out modules
+    that are not on the CPU or a CUDA device or hold tensors of other classes than torch's.
 
+    One warning names the batch norms that are left as they are: classes, counts, reasons and an example of each.
 
-_OURS: dict[type, type] = {
-    torch.nn.BatchNorm1d: modules.BatchNorm1d,
-    torch.nn.BatchNorm2d: modules.BatchNorm2d,
-    torch.nn.BatchNorm3d: modules.BatchNorm3d,
-    torch.nn.LazyBatchNorm1d: LazyBatchNorm1d,
-    torch.nn.LazyBatchNorm2d: LazyBatchNorm2d,
-    torch.nn.LazyBatchNorm3d: LazyBatchNorm3d,
-}
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
-
-
-def convert(model: Model) -> Model:
-    """Makes every :class:`torch.nn.BatchNorm1d`, ``2d`` and ``3d`` in ``model`` (itself included) ours.
-
-    The modules stay the same objects with the same parameters, buffers, parametrizations, hooks and flags; only their
-    class changes. Lazy ones become ours with their first input. Subclasses, whose forward may be their own, and
-    :class:`torch.nn.SyncBatchNorm`, whose statistics span processes, are left as they are.
+    Args:
+        model: any module.
+        where: called with the path and the module of each batch norm that is not ours, and returns whether to convert
+            it. A module with several paths is asked about once, by the first.
 
     Returns:
         ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model = bn_ext.convert(model, where=lambda path, module: module.num_features > 4)
     """
-    return _with_classes(model, _OURS)
+    _check_module("convert", model)
+    trials = Trials()
+    left: dict[tuple[str, str], list[str]] = defaultdict(list)
+    converted = 0
+    for path, module in model.named_modules():
+        if not classes.is_batch_norm(module):
+            continue
+        if not classes.is_ours(module):
+            if where is not None and not where(path, module):
+                continue
+            try:
+                ours = classes.counterpart(type_before_parametrizations(module))
+                trials.check(module, ours)
+            except UnlikeError as unlike:
+                left[type(module).__name__, str(unlike)].append(path)
+                continue
+            become(module, ours)
+        converted += 1
+    if left:
+        kinds = (f"{len(ps)} {name} ({why}), e.g. {ps[0] or 'the model itself'}" for (name, why), ps in left.items())
+        total = converted + sum(map(len, left.values()))
+        message = f"bn_ext.convert: {converted} of {total} batch norms converted; left as they are: {'; '.join(kinds)}"
+        warnings.warn(message, stacklevel=2)
+    return model
 
 
 def revert(model: Model) -> Model:
-    """Undoes :func:`convert`: every module of ours in ``model`` that is one of torch's too becomes torch's again, in
-    place. Returns ``model``.
+    """Undoes :func:`convert` in place: every module that could have come from it has its very class again.
+
+    Args:
+        model: any module, also a copy of a converted one or a converted one unpickled.
+
+    Returns:
+        ``model``.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: a module that a graph calls with a residual or an activation, which torch's would not take.
             Nothing is changed then.
+
+    Example:
+        >>> model = bn_ext.revert(bn_ext.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(8))))
+        >>> type(model[0])
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
+    _check_module("revert", model)
     for module in model.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
-            called = node.op == "call_module" and _is_ours(module.get_submodule(node.target))
+            called = node.op == "call_module" and _original(module.get_submodule(node.target)) is not None
             if called and len(node.args) + len(node.kwargs) > 1:
                 raise ValueError(f"revert: {node.target} is called with a residual or an activation: torch's has none")
-    return _with_classes(model, _TORCHS)
-
-
-def _is_ours(module: torch.nn.Module) -> bool:
-    return parametrize.type_before_parametrizations(module) in _TORCHS
-
-
-def _with_classes(model: Model, classes: dict[type, type]) -> Model:
     for module in model.modules():
-        cls = type(module)
-        if cls in classes:
-            module.__class__ = classes[cls]
-        elif (base := parametrize.type_before_parametrizations(module)) in classes:
-            # Parametrizing made a class for this module, but copies of the module may share it.
-            module.__class__ = type(cls.__name__, (classes[base],), dict(vars(cls)))
+        if (original := _original(module)) is not None:
+            become(module, original)
     return model
+
+
+def _check_module(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of {type(model).__name__}"
+        raise TypeError(f"bn_ext.{function}: model should be a torch.nn.Module, got {got}")
+
+
+def _original(module: nn.Module) -> type[nn.Module] | None:
+    return classes.original(type_before_parametrizations(module))

@@ -1,0 +1,130 @@
+"""The forwards that the batch norms of other libraries get, by one call of the operator each."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.jit import is_scripting, is_tracing
+
+from bn_ext._trace import altered
+from bn_ext.functional import exporting, finished, operator
+from bn_ext.modules import _FusedForward
+
+# By full names, so that nothing is imported: the activations that the operator has.
+_ACTIVATIONS: dict[str, str] = {
+    "torch.nn.modules.linear.Identity": "identity",
+    "torch.nn.modules.activation.ReLU": "relu",
+    "torch.nn.modules.activation.ReLU6": "relu6",
+    "torch.nn.modules.activation.LeakyReLU": "leaky_relu",
+    "torch.nn.modules.activation.ELU": "elu",
+    "torch.nn.modules.activation.SiLU": "silu",
+    "torch.nn.modules.activation.GELU": "gelu",
+    "torch.nn.modules.activation.Hardswish": "hardswish",
+    "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
+    "torch.nn.modules.activation.Sigmoid": "sigmoid",
+    "torch.nn.modules.activation.Tanh": "tanh",
+    "timm.layers.activations.Swish": "silu",
+    "timm.layers.activations.GELU": "gelu",
+    "timm.layers.activations.HardSwish": "hardswish",
+    "timm.layers.activations.HardSigmoid": "hardsigmoid",
+    "timm.layers.activations.Sigmoid": "sigmoid",
+    "timm.layers.activations.Tanh": "tanh",
+    "timm.layers.activations_me.SwishMe": "silu",
+    "timm.layers.activations_me.HardSwishMe": "hardswish",
+    "timm.layers.activations_me.HardSigmoidMe": "hardsigmoid",
+}
+_PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
+
+
+def full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+class WithActivation(nn.Module):
+    """What timm's classes have: ``act(drop(batch_norm(x)))``."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def _activation(self) -> tuple[str, float | None] | None:
+        """What follows the normalization, as the operator takes it, or None if the operator does not."""
+        drop, act = self.drop, self.act
+        name = _ACTIVATIONS.get(full_name(type(act)))
+        if name is None or type(drop) is not nn.Identity or altered(drop) or altered(act):
+            return None
+        if name == "gelu" and getattr(act, "approximate", "none") != "none":
+            return None
+        return name, getattr(act, _PARAMETERS[name]) if name in _PARAMETERS else None
+
+
+class BatchNormAct2d(WithActivation, _FusedForward):
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_scripting():
+            if isinstance(x, Proxy):
+                return self._traced(x)
+            activation = self._activation()
+            if activation is not None:
+                return self._fused(x, None, activation[0], activation[1])
+        return self.act(self.drop(self._fused(x, None, None, None)))
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Torchvision's: all of it buffers, normalized by the running statistics in training too."""
+
+    eps: float
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._frozen(x, None, None)
+
+    def _frozen(self, x: Tensor, activation: str | None, activation_param: float | None) -> Tensor:
+        if self._fits(x):
+            return operator(
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                None,
+                False,
+                0.0,
+                self.eps,
+                None,
+                activation,
+                activation_param,
+            )
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        output = x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
+        if not is_scripting():
+            output = finished(output, None, activation, activation_param)
+        return output
+
+    def _fits(self, x: Tensor) -> bool:
+        """Whether the operator takes it: the originals' arithmetic broadcasts, promotes, is traced and exported."""
+        if not is_scripting():
+            if isinstance(x, Proxy) or exporting():
+                return False
+            if x.dim() != 4 or (not is_tracing() and x.size(1) != self.running_mean.numel()):
+                return False
+        for tensor in (self.weight, self.bias, self.running_mean, self.running_var):
+            if tensor.dtype != x.dtype:
+                return False
+        return x.dim() == 4
+
+
+class FrozenBatchNorm2dOfTransformers(FrozenBatchNorm2d):
+    __constants__ = ["eps"]  # noqa: RUF012
+    eps = 1e-5
+
+
+class FrozenBatchNormAct2d(WithActivation, FrozenBatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_scripting():
+            activation = self._activation()
+            if activation is not None:
+                return self._frozen(x, activation[0], activation[1])
+        return self.act(self.drop(self._frozen(x, None, None)))
