@@ -6,12 +6,13 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.jit import is_scripting, is_tracing
 
+from bn_ext import activation as activations
 from bn_ext._trace import altered
 from bn_ext.functional import exporting, finished, operator
 from bn_ext.modules import _FusedForward
 
 # By full names, so that nothing is imported: the activations that the operator has.
-_ACTIVATIONS: dict[str, str] = {
+_ACTIVATIONS: dict[str, activations.Name] = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.modules.activation.ReLU": "relu",
     "torch.nn.modules.activation.ReLU6": "relu6",
@@ -46,7 +47,7 @@ class WithActivation(nn.Module):
     drop: nn.Module
     act: nn.Module
 
-    def _activation(self) -> tuple[str, float | None] | None:
+    def _activation(self) -> tuple[activations.Name, float | None] | None:
         """What follows the normalization, as the operator takes it, or None if the operator does not."""
         drop, act = self.drop, self.act
         name = _ACTIVATIONS.get(full_name(type(act)))
@@ -80,7 +81,7 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self._frozen(x, None, None)
 
-    def _frozen(self, x: Tensor, activation: str | None, activation_param: float | None) -> Tensor:
+    def _frozen(self, x: Tensor, activation: activations.Name | None, activation_param: float | None) -> Tensor:
         if self._fits(x):
             return operator(
                 x,
