@@ -44,6 +44,8 @@ class Build(BuildExtension):
         super().run()
         lines = [f"{name} = {value!r}\n" for name, value in build_info().items()]
         (Path(self.get_ext_fullpath("bn_ext._C")).parent / "_build_info.py").write_text("".join(lines))
+        if self.inplace:  # entry points, which an installation would note
+            self.run_command("egg_info")
 
     def build_extensions(self) -> None:
         with ThreadPoolExecutor() as pool:

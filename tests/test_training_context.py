@@ -157,7 +157,7 @@ def test_checkpoint_in_evaluation(device: str) -> None:
 def test_checkpointed_network(name: str, prepare: Callable, device: str) -> None:
     network = NETWORKS[name]
     checkpointed = prepare(network.make().to(device, torch.float64))
-    plain = copy.deepcopy(checkpointed)
+    plain = prepare(copy.deepcopy(checkpointed))
     forward = checkpointed.forward
     checkpointed.forward = lambda x: counting_once(forward, x)
     inputs = [network.input(device=device, dtype=torch.float64) for _ in range(2)]

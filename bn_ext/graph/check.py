@@ -1,0 +1,168 @@
+"""Whether a fused model gives what the plain one gives, found out without a trace on the model."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from bn_ext.graph.fused import install
+from bn_ext.graph.installed import fusions, uninstall
+
+# What rounding explains: so many units of the largest output, or so many times the change that comes of rounding the
+# inputs and the outputs of batch norms once more.
+_UNITS, _TIMES = 16, 32
+
+
+def check(model: nn.Module, modes: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Captures a fused model in each of the modes, and compares its outputs with those of the plain model.
+
+    Raises:
+        AssertionError: they differ by more than rounding explains. The model is then no longer fused.
+    """
+    if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
+        with _restored(model) as restore:  # what they become is not restored: evaluation leaves it as it begins
+            _Outputs(model.eval(), restore, args, kwargs)
+    for mode in modes:
+        culprit = None
+        with _restored(model) as restore:
+            model.train(mode == "train")
+            outputs = _Outputs(model, restore, args, kwargs)
+            difference = outputs.difference()
+            if difference is not None:
+                culprit = _culprit(model, outputs)
+        if difference is not None:
+            uninstall(model)
+            where = f"{type(model).__name__}, where {culprit} is fused," if culprit else type(model).__name__
+            raise AssertionError(f"bn_ext.fuse: {where} gives other outputs in mode {mode!r}: {difference}")
+
+
+class _Outputs:
+    """The outputs of a model and of its fused call, from the same state."""
+
+    def __init__(
+        self, model: nn.Module, restore: Callable[[], None], args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> None:
+        self.model, self.restore, self.args, self.kwargs = model, restore, args, kwargs
+        self.plain = self.of(model._call_impl)
+        self.inexact: list[Any] | None = None
+
+    def of(self, call: Callable[..., Any], inexact: bool = False) -> list[Any]:
+        self.restore()
+
+        def twin(tensor: Tensor) -> Tensor:
+            copy = tensor.detach().clone()
+            copy = _rounded(copy) if inexact else copy
+            return copy.requires_grad_(tensor.requires_grad)
+
+        with torch.set_grad_enabled(self.model.training), _rounding(self.model) if inexact else nullcontext():
+            args, kwargs = tree_map_only(Tensor, twin, (tuple(self.args), dict(self.kwargs)))
+            return tree_leaves(call(*args, **kwargs))
+
+    def difference(self) -> str | None:
+        """Between the fused call and the plain one, in words; None if rounding explains it."""
+        fused = self.of(self.model)
+        difference = _difference(fused, self.plain, self.plain)
+        if difference is not None:
+            self.inexact = self.inexact or self.of(self.model._call_impl, inexact=True)
+            difference = _difference(fused, self.plain, self.inexact)
+        return difference
+
+
+def _culprit(model: nn.Module, outputs: _Outputs) -> str | None:
+    """The first batch norm whose fusion alone makes a difference."""
+    for name in dict.fromkeys(fusion.batch_norm for fusion in fusions(model) if fusion.fused):
+        install(model, only=name)
+        if outputs.difference() is not None:
+            return name
+    return None
+
+
+def _difference(mine: list[Any], theirs: list[Any], inexact: list[Any]) -> str | None:
+    if len(mine) != len(theirs):
+        return f"{len(mine)} instead of {len(theirs)}"
+    for i, (one, other, rounded) in enumerate(zip(mine, theirs, inexact)):
+        if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+            if isinstance(one, Tensor) or isinstance(other, Tensor):
+                return f"output {i} is a {type(one).__name__} instead of a {type(other).__name__}"
+        elif (one.shape, one.dtype, one.device) != (other.shape, other.dtype, other.device):
+            return f"output {i} is {_kind(one)} instead of {_kind(other)}"
+        elif one.is_floating_point():
+            allowed = _UNITS * torch.finfo(one.dtype).eps * _distance(other, torch.zeros_like(other))
+            allowed = max(allowed, _TIMES * _distance(rounded, other))
+            if not (distance := _distance(one, other)) <= allowed:
+                return f"output {i} is off by {distance:.1e}, where rounding explains {allowed:.1e}"
+        elif not torch.equal(one, other):
+            return f"output {i} has other values"
+    return None
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of {tuple(tensor.shape)} on {tensor.device}"
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """The largest of a value to the other that is not the same; NaN if one of them is no number."""
+    one, other = one.detach().double(), other.detach().double()
+    is_same = (one == other) | (one.isnan() & other.isnan())
+    return torch.where(is_same, 0.0, (one - other).abs()).max().item() if one.numel() else 0.0
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """Each value a unit of rounding up, down, or as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    return tensor + tensor * torch.randint_like(tensor, -1, 2) * torch.finfo(tensor.dtype).eps
+
+
+@contextmanager
+def _rounding(model: nn.Module) -> Iterator[None]:
+    """Rounds what batch norms give once more."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    handles = [norm.register_forward_hook(lambda _module, _args, output: _rounded(output)) for norm in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Gives a function that makes parameters, buffers and random states what they were; in the end flags are, too."""
+    flags = [(module, module.training) for module in model.modules()]
+    groups: list[dict[str, Any]] = [g for module in model.modules() for g in (module._parameters, module._buffers)]
+    slots = [(group, dict(group)) for group in groups]
+    tensors = [t for group in groups for t in group.values() if t is not None and not is_lazy(t)]
+    values = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    numpy = sys.modules.get("numpy")
+    states = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        for group, before in slots:
+            group.update((name, tensor) for name, tensor in before.items() if tensor is None or not is_lazy(tensor))
+        with torch.no_grad():
+            for tensor, before in values:
+                tensor.copy_(before)
+        random.setstate(states[0])
+        torch.set_rng_state(states[1])
+        if numpy is not None:
+            numpy.random.set_state(states[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+
+    try:
+        yield restore
+    finally:
+        restore()
+        for module, flag in flags:
+            module.training = flag

@@ -1,0 +1,51 @@
+"""Makes batch norm, the addition after it and the activation after that one call, throughout a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+from bn_ext.convert import convert
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **kwargs: Any) -> Model:
+    """Makes ``activation(batch_norm(input) + residual)``, both optional, one call wherever ``model(...)`` does so.
+
+    Batch norms become ours first (:func:`bn_ext.convert`). Then each call of ``model`` is captured as torch.compile
+    captures it, rewritten, and run without a compiler: once for each way that its Python code takes, kept for later
+    calls that take the same. Every spelling counts: modules, functions, methods, operators, in place or not,
+    ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is fused still.
+
+    The model stays the object that it is, with its class, methods, hooks and ``state_dict``. Only ``model(...)`` is
+    fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs.
+    ``print(*bn_ext.graph.fusions(model), sep="\\n")`` shows what was fused and why no more; :func:`bn_ext.revert`
+    undoes it. To compile a fused model too, use ``torch.compile(model, backend="bn_ext_inductor")``: other backends
+    refuse it. The replicas that :class:`torch.nn.DataParallel` makes on several devices cannot be fused: use
+    :class:`~torch.nn.parallel.DistributedDataParallel`.
+
+    Args:
+        model: any module.
+        args, kwargs: inputs, if given: the model is captured and checked with them now, not at its first call.
+            Parameters, buffers, random and training state stay as they are.
+        modes: "train" and "eval", those in which to check; in the first gradients are recorded, in the second not.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AssertionError: with these inputs the outputs are not those of the plain model, up to rounding. The message
+            names the batch norm, and the model is left unfused.
+    """
+    if unknown := set(modes) - {"train", "eval"}:
+        raise ValueError(f"bn_ext.fuse: modes should be of 'train' and 'eval', got {', '.join(map(repr, unknown))}")
+    from bn_ext.graph.check import check
+    from bn_ext.graph.fused import install
+
+    install(convert(model))
+    if args or kwargs:
+        check(model, modes, args, kwargs)
+    return model

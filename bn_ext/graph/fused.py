@@ -1,0 +1,142 @@
+"""The call of a fused model: captured by Dynamo, rewritten and run, in the place of the plain one."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch.fx import GraphModule, Proxy
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bn_ext.graph import installed
+from bn_ext.graph.backends import run
+from bn_ext.graph.rewrite import Fusion, rewrite
+
+# However many instances of a class there are, each is captured, whole and with its numbers as they are. What cannot be
+# captured runs as it is.
+_SETTINGS = {
+    "recompile_limit": 1 << 30,
+    "accumulated_recompile_limit": 1 << 30,
+    "specialize_float": True,
+    "optimize_ddp": False,
+    "suppress_errors": True,
+}
+_ADVICE = (
+    "a fused model is compiled by backend='bn_ext_inductor' or backend='bn_ext'; others take the model after "
+    "bn_ext.revert"
+)
+
+
+class _Settings:
+    """Dynamo's settings while fused models run, in any number of threads and one within the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.running = 0
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.running == 0:
+                self.patch = torch._dynamo.config.patch(_SETTINGS)
+                self.patch.__enter__()
+            self.running += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.running -= 1
+            if self.running == 0:
+                self.patch.__exit__(None, None, None)
+
+
+_settings = _Settings()
+_numbers = itertools.count()
+
+
+class Fused(installed.Own):
+    """The call of one model, where torch.nn.Module.compile puts a compiled one."""
+
+    def __init__(self, model: nn.Module, only: str | None = None) -> None:
+        super().__init__(model, "_call_impl")
+        self.seen: Counter[Fusion] = Counter()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return model._call_impl(*args, **kwargs)
+
+        # Dynamo keeps graphs by code object, and by its name what varied from call to call: every model has its own.
+        call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
+        self.compiled = torch.compile(call, backend=_backend(weakref.ref(model), self.seen, only))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # the model is a part of what someone else compiles
+            if not torch.compiler.is_exporting() and not _is_fusing():
+                _refuse()
+            return self.model._call_impl(*args, **kwargs)
+        is_fx = any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values()))
+        if is_fx or torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self.model._call_impl(*args, **kwargs)
+        with _settings:
+            return self.compiled(*args, **kwargs)
+
+    def fusions(self) -> list[Fusion]:
+        """What became of each call of a batch norm, and which batch norms were in no graph."""
+        named = {fusion.batch_norm for fusion in self.seen}
+        unseen = [
+            Fusion(path, (), "in no graph of the model")
+            for path, part in self.model.named_modules()
+            if path and isinstance(part, _BatchNorm) and path not in named
+        ]
+        return [*self.seen.elements(), *unseen]
+
+
+class _Compile(installed.Own):
+    """``model.compile(...)`` of a fused model: by a backend that fuses, in the place of the fused call."""
+
+    def __call__(self, *args: Any, backend: Any = "inductor", **options: Any) -> None:
+        if not getattr(lookup_backend(backend), "fuses", False):
+            raise RuntimeError(f"bn_ext.fuse: {_ADVICE}")
+        installed.uninstall(self.model)
+        self.model.compile(*args, backend=backend, **options)
+
+
+def _backend(model: weakref.ref[nn.Module], seen: Counter[Fusion], only: str | None) -> Callable[..., Any]:
+    """A backend, which Dynamo keeps forever, and which therefore does not keep the model."""
+
+    def fuse(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        owner = model()
+        names = {} if owner is None else {str(id(part)): path for path, part in owner.named_modules()}
+        found = Counter(rewrite(module, names, only))
+        seen.update(found - seen)  # a call is captured again for another mode
+        return run(module, inputs)
+
+    fuse.fuses = True  # type: ignore[attr-defined]
+    return fuse
+
+
+@torch.compiler.assume_constant_result
+def _is_fusing() -> bool:
+    """Whether the backend that Dynamo captures for is one that fuses."""
+    backend = InstructionTranslator.current_tx().output.compiler_fn
+    while backend is not None and not getattr(backend, "fuses", False):
+        owner = getattr(backend, "__self__", None)  # DDP's
+        wrapped = (getattr(backend, name, None) for name in ("_torchdynamo_orig_backend", "compiler_fn"))
+        backend = next(filter(None, (*wrapped, getattr(owner, "backend_compile_fn", None))), None)
+    return backend is not None
+
+
+@torch.compiler.disable(reason=_ADVICE)
+def _refuse() -> None:
+    raise RuntimeError(f"bn_ext.fuse: {_ADVICE}")
+
+
+def install(model: nn.Module, only: str | None = None) -> None:
+    """Puts a fused call on ``model``; of one batch norm, if ``only`` names it."""
+    installed.install(model, Fused(model, only), _Compile(model, "compile"))

@@ -1,0 +1,65 @@
+"""What fuse puts on a model: to look at and to take away, without loading the compiler."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from bn_ext.graph.rewrite import Fusion
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# torch calls the first. Dynamo, which captures the forward of its class else, calls the first of an object that has the
+# second. The third would replace the first.
+_PLACES = ("_compiled_call_impl", "__call__", "compile")
+
+
+class Own:
+    """Stands on one model in the place of a method; a copy of the model gets the method."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        self.model = model
+        self.method = method
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.model, self.method)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(memo.get(id(self.model)), self.method, None)
+
+
+def install(model: nn.Module, call: Own, compile: Own) -> None:
+    """Puts a call on ``model``, and a method where the model has no attribute of its own."""
+    uninstall(model)
+    own = vars(model)
+    own.update(dict(zip(_PLACES, (call, call, compile))) | {name: own[name] for name in _PLACES[1:] if name in own})
+
+
+def uninstall(model: nn.Module) -> None:
+    """Takes away what ``install`` put on ``model``, or on what ``model`` is a copy of."""
+    for name in _PLACES:
+        found = vars(model).get(name)
+        if isinstance(found, Own) or (isinstance(found, MethodType) and found.__self__ is model):
+            del vars(model)[name]
+
+
+def installed(model: nn.Module) -> Any:
+    """The fused call of ``model`` itself. Copies have none, nor have models that something else compiled since."""
+    call = model._compiled_call_impl
+    return call if isinstance(call, Own) and call.model is model else None
+
+
+def unfuse(model: Model) -> Model:
+    """Undoes :func:`bn_ext.fuse` in ``model`` and in its parts; the batch norms stay ours. Returns ``model``."""
+    for module in model.modules():
+        uninstall(module)
+    return model
+
+
+def fusions(model: nn.Module) -> list[Fusion]:
+    """What became of each call of a batch norm in ``model`` so far; empty if the model is not fused."""
+    fused = installed(model)
+    return [] if fused is None else fused.fusions()

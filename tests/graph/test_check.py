@@ -1,0 +1,155 @@
+"""bn_ext.fuse with inputs: captures and checks at once, and leaves no trace."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import Model, fused_with
+from networks import NETWORKS
+from torch import Tensor, nn
+
+import bn_ext
+from bn_ext.graph import fusions, rewrite
+from bn_ext.graph.installed import installed
+from bn_ext.graph.spelling import Activation, activation_of
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+
+
+class Random(nn.Module):
+    """Draws, counts and remembers in its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Model(lambda m, y, r: F.dropout(F.relu(y + r), 0.5, m.training))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.register_buffer("seen", torch.zeros(1))
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: Tensor, *, shift: float = 0.0) -> dict[str, Tensor]:
+        with torch.no_grad():
+            self.seen += 1
+            self.scale *= 2
+        self.last = x.mean().detach().view(1)
+        x += shift
+        return {"y": self.net(x), "z": torch.rand(2) + self.scale}
+
+
+def test_nothing_is_left_behind() -> None:
+    model = Random()
+    model.net.bn.eval()
+    model.net.conv.weight.grad = torch.ones_like(model.net.conv.weight)
+    before = copy.deepcopy(model.state_dict())
+    objects = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    flags = [module.training for module in model.modules()]
+    x = torch.randn(2, 3, 5, 5)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    given = x.clone()
+    assert bn_ext.fuse(model, x, shift=1.0) is model
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2][1])
+    assert torch.equal(x, given)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {name: id(t) for name, t in model.state_dict(keep_vars=True).items()} == objects
+    assert [module.training for module in model.modules()] == flags
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["net.conv.weight"]
+    assert model.net.conv.weight.grad.eq(1).all()
+    assert fused_with(model) == {"net.bn": ("add", "relu")}
+
+
+def captures() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("modes", [("train", "eval"), ("eval",), ("train",), ()])
+def test_modes_are_captured_now(modes: tuple[str, ...]) -> None:
+    torch._dynamo.utils.counters.clear()
+    x = torch.randn(2, 3, 5, 5)
+    model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y)), x, modes=modes)
+    assert captures() == len(modes)
+    if "train" in modes:
+        model.train()(x)
+    if "eval" in modes:
+        with torch.no_grad():
+            model.eval()(x)
+    assert captures() == len(modes)
+
+
+def test_unknown_modes() -> None:
+    with pytest.raises(ValueError, match="'train' and 'eval', got 'test'"):
+        bn_ext.fuse(Model(), torch.randn(2, 3, 5, 5), modes=("test",))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["resnet50", "efficientnet", "densenet"])
+def test_rounding_is_no_difference(name: str, dtype: torch.dtype) -> None:
+    network = NETWORKS[name]
+    model = network.make().to(dtype)
+    bn_ext.fuse(model, network.input(dtype=dtype))
+    assert installed(model) is not None
+
+
+def mistaken(node: torch.fx.Node) -> Activation | None:
+    found = activation_of(node)
+    path = list(node.meta["nn_module_stack"].values())[-1][0]
+    return found._replace(name="relu6") if found is not None and path.endswith("stages.1.bn2") else found
+
+
+def off_by_little(node: torch.fx.Node) -> Activation | None:
+    found = activation_of(node)
+    return found and Activation("leaky_relu", 1e-3, found.calls)
+
+
+def test_a_difference_names_the_batch_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = NETWORKS["resnet18"]
+    model = network.make()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.constant_(module.weight, 5)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(rewrite, "activation_of", mistaken)
+    message = r"ResNet, where stages.1.bn2 is fused, gives other outputs in mode 'eval': output 0 is off by"
+    with pytest.raises(AssertionError, match=message):
+        bn_ext.fuse(model, network.input(), modes=("eval",))
+    assert installed(model) is None
+    assert fusions(model) == []
+    assert model.training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    monkeypatch.undo()
+    bn_ext.fuse(model, network.input())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_small_differences_count(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrite, "activation_of", off_by_little)
+    with pytest.raises(AssertionError, match="Model, where bn is fused, gives other outputs in mode 'train'"):
+        bn_ext.fuse(Model(lambda m, y, r: F.relu(y)).to(dtype), torch.randn(2, 3, 5, 5, dtype=dtype))
+
+
+def test_without_inputs_nothing_is_captured_yet() -> None:
+    torch._dynamo.utils.counters.clear()
+    model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y)))
+    assert captures() == 0
+    assert [str(fusion) for fusion in fusions(model)] == ["bn: nothing fused (in no graph of the model)"]
+    model(torch.randn(2, 3, 5, 5))
+    assert captures() == 1
+
+
+def test_lazy_modules() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.ReLU())
+    bn_ext.fuse(model, torch.randn(2, 3, 5, 5))
+    assert fused_with(model) == {"1": ("relu",)}
+    assert model[1].num_batches_tracked == 0
+    assert model[1].running_mean.eq(0).all() and model[1].running_var.eq(1).all()
