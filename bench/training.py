@@ -43,9 +43,15 @@ def _ours(model: nn.Module) -> nn.Module:
     return bn_ext.fuse(bn_ext.convert(model))
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    model.compile(fullgraph=True, dynamic=False)
+def _compiled(model: nn.Module, backend: str | Callable = "inductor") -> nn.Module:
+    model.compile(backend=backend, fullgraph=True, dynamic=False)
     return model
+
+
+def _ours_compiled(model: nn.Module) -> nn.Module:
+    from bn_ext.graph import backends
+
+    return _compiled(bn_ext.convert(model), backends.inductor)
 
 
 PEERS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -53,7 +59,7 @@ PEERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     OURS: _ours,
     "cuDNN": lambda model: model,
     "Inductor": _compiled,
-    COMPILED: lambda model: _compiled(_ours(model)),
+    COMPILED: _ours_compiled,
 }
 
 
