@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bn_ext.graph import classes
 from bn_ext.graph.classes import UnlikeError, become
+from bn_ext.graph.installed import unfuse
 from bn_ext.graph.trial import Trials
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +49,14 @@ def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None)
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> model = bn_ext.convert(model, where=lambda path, module: module.num_features > 4)
     """
-    _check_module("convert", model)
+    if left := make_ours("convert", model, where):
+        warnings.warn(f"bn_ext.convert: {left}", stacklevel=2)
+    return model
+
+
+def make_ours(function: str, model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> str:
+    """What :func:`convert` does, for ``function``. Returns in words what is left as it is, or nothing."""
+    _check_module(function, model)
     trials = Trials()
     left: dict[tuple[str, str], list[str]] = defaultdict(list)
     converted = 0
@@ -66,16 +74,16 @@ def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None)
                 continue
             become(module, ours)
         converted += 1
-    if left:
-        kinds = (f"{len(ps)} {name} ({why}), e.g. {ps[0] or 'the model itself'}" for (name, why), ps in left.items())
-        total = converted + sum(map(len, left.values()))
-        message = f"bn_ext.convert: {converted} of {total} batch norms converted; left as they are: {'; '.join(kinds)}"
-        warnings.warn(message, stacklevel=2)
-    return model
+    if not left:
+        return ""
+    kinds = (f"{len(ps)} {name} ({why}), e.g. {ps[0] or 'the model itself'}" for (name, why), ps in left.items())
+    total = converted + sum(map(len, left.values()))
+    return f"{converted} of {total} batch norms converted; left as they are: {'; '.join(kinds)}"
 
 
 def revert(model: Model) -> Model:
-    """Undoes :func:`convert` in place: every module that could have come from it has its very class again.
+    """Undoes :func:`convert` and :func:`bn_ext.fuse` in place: every module that could have come from them has its very
+    class again.
 
     Args:
         model: any module, also a copy of a converted one or a converted one unpickled.
@@ -99,6 +107,7 @@ def revert(model: Model) -> Model:
             called = node.op == "call_module" and _original(module.get_submodule(node.target)) is not None
             if called and len(node.args) + len(node.kwargs) > 1:
                 raise ValueError(f"revert: {node.target} is called with a residual or an activation: torch's has none")
+    unfuse(model)
     for module in model.modules():
         if (original := _original(module)) is not None:
             become(module, original)

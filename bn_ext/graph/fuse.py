@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bn_ext.convert import convert
+from bn_ext.graph.convert import make_ours
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -45,7 +45,8 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
     from bn_ext.graph.check import check
     from bn_ext.graph.fused import install
 
-    install(convert(model))
+    make_ours("fuse", model)  # what it leaves is captured as what it computes
+    install(model)
     if args or kwargs:
         check(model, modes, args, kwargs)
     return model
