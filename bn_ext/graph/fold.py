@@ -1,0 +1,172 @@
+"""Batch norm folded into the convolution or linear layer before it, for evaluation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from bn_ext import modules
+from bn_ext.graph.layers import absorbed, rest
+from bn_ext.graph.nodes import Attributes, Placeholders, fold_nodes
+from bn_ext.graph.pairs import Judgement, Pair
+from bn_ext.graph.trace import trace
+from bn_ext.graph.watch import Watch
+
+Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
+_FOLDS = "_bn_ext_folds"
+
+
+class Fold(NamedTuple):
+    """What became of one batch norm."""
+
+    batch_norm: str  # its path in the model
+    into: str  # the path of the layer that holds it now; empty if it is still there
+    reason: str  # why it is
+
+    def __str__(self) -> str:
+        return f"{self.batch_norm}: " + (f"folded into {self.into}" if self.into else f"not folded ({self.reason})")
+
+
+def folds(model: nn.Module | ExportedProgram) -> list[Fold]:
+    """What became of each batch norm of a model that :func:`bn_ext.fold` returned; empty for others."""
+    return vars(model).get(_FOLDS, [])
+
+
+def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
+    """A copy of ``model`` for evaluation, each batch norm folded into the convolution or linear layer before it.
+
+    The copy has the class, methods and hooks of the model and shares with it all but the folded layers. Their new
+    weight and bias are computed in float64 and have the dtype, device and requires_grad of the weight, and its memory
+    format. In the place of a folded batch norm is what remains of it: :class:`torch.nn.Identity`, or a module that adds
+    the residual and applies the activation. ``print(*bn_ext.graph.fold.folds(folded), sep="\\n")`` shows what was
+    folded and why no more.
+
+    With example inputs the pairs are found in a run of the model, whatever its code does, and the outputs of the folded
+    model are compared with those of the run. A branch that the run does not take is not seen.
+    Without example inputs the pairs are found by :mod:`torch.fx` in the model or, where the model cannot be traced, in
+    the largest parts that can be traced. Optional arguments have their defaults then, and a part is taken to be called
+    as a whole: where its parent cannot be traced, what the parent does with the modules in it is not seen.
+
+    Where only the rank of the input tells what is normalized (by ``BatchNorm1d`` after ``Linear``: the features of
+    (N, C), the positions of (N, L, C)), the folded model asserts that it is the one for which folding is right.
+
+    Args:
+        model: a module in evaluation mode, or an exported program, as torch.export returns it. It is not changed.
+        args, kwargs: example inputs, if any; positional ones may also be given as one tuple.
+
+    Raises:
+        ValueError: a model or a batch norm in training mode.
+        AssertionError: outputs that are off by more than rounding explains.
+    """
+    if len(args) == 1 and type(args[0]) is tuple and not kwargs:
+        (args,) = args
+    if isinstance(model, ExportedProgram):
+        return _fold_program(model, args, kwargs)  # type: ignore[return-value]
+    for name, module in model.named_modules():
+        if module.training and (module is model or isinstance(module, (_BatchNorm, modules.BatchNormAct))):
+            raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first")
+    folded = _twin(model)
+    found = [Fold(*names) for names in fold_nodes(Attributes(folded))] if isinstance(folded, GraphModule) else []
+    expected = _outputs(model, args, kwargs) if found and (args or kwargs) else None
+    while True:  # a batch norm may follow another that is folded
+        watch = Watch(_twin(folded, own=True))
+        if args or kwargs:
+            with _evaluation():
+                outputs = watch.run(*_copied(args), **_copied(kwargs))
+            if expected is not None:
+                _check(outputs, expected)
+            expected = outputs if expected is None else expected
+        else:
+            trace(watch)
+        pairs, reasons = Judgement(watch).pairs()
+        new = [_fold_pair(folded, watch, pair) for pair in pairs]
+        found += [one for one in new if one.into]
+        if not any(one.into for one in new):
+            break
+    left = [one for one in new if not one.into] + [Fold(name, "", reason) for name, reason in reasons.items()]
+    named = {one.batch_norm for one in found}
+    vars(folded)[_FOLDS] = found + [one for one in left if one.batch_norm not in named]
+    return folded  # type: ignore[return-value]
+
+
+def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
+    """Folds in ``folded`` what was seen in a copy of it."""
+    path, into = watch.paths[pair.batch_norm], watch.paths[pair.owner]
+    parameters = absorbed(pair.layer, pair.affine)
+    if parameters is None:
+        return Fold(path, "", "the folded parameters would not be finite")
+    layer, norm = folded.get_submodule(into), folded.get_submodule(path)
+    layer._parameters.update(zip(pair.names, parameters, strict=True))
+    remains = rest(norm, pair.layer, pair.plain, f"{into} holds {path}, folded").eval()
+    # The same object: whatever refers to it does so still.
+    norm.__class__ = type(remains)
+    vars(norm).clear()
+    vars(norm).update(vars(remains))
+    return Fold(path, into or "the model", "")
+
+
+def _fold_program(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
+    place = Placeholders(program)
+    found = [Fold(*names) for names in fold_nodes(place)]
+    folded = place.program()
+    if args or kwargs:
+        expected, outputs = (_outputs(one.module(), args, kwargs) for one in (program, folded))
+        _check(outputs, expected)
+    vars(folded)[_FOLDS] = found
+    return folded
+
+
+def _twin(model: nn.Module, own: bool = False) -> nn.Module:
+    """A copy of all modules that shares their tensors, or, to be called, their parameters alone."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
+            if isinstance(value, Tensor):
+                memo[id(value)] = value.detach().clone() if own and not isinstance(value, nn.Parameter) else value
+    return copy.deepcopy(model, memo)
+
+
+@contextmanager
+def _evaluation() -> Iterator[None]:
+    """Without gradients or consequences for random numbers, which are the same each time."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        yield
+
+
+def _copied(inputs: Any) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    with _evaluation():
+        return _twin(model, own=True)(*_copied(args), **_copied(kwargs))
+
+
+def _check(outputs: Any, expected: Any) -> None:
+    """Holds floating-point outputs to half the digits of their type, beside the largest; of others only the kind."""
+    (actual, form), (wanted, wanted_form) = (pytree.tree_flatten(each) for each in (outputs, expected))
+    if form != wanted_form:
+        raise AssertionError(f"fold: the folded model returns {form}, the model {wanted_form}")
+    for i, (one, other) in enumerate(zip(actual, wanted, strict=True)):
+        if _kind(one) != _kind(other):
+            raise AssertionError(f"fold: output {i} differs: {_kind(one)} instead of {_kind(other)}")
+        if isinstance(other, Tensor) and (other.is_floating_point() or other.is_complex()) and other.numel():
+            tolerance = torch.finfo(other.dtype).eps ** 0.5 * other.nan_to_num(0, 0, 0).abs().max().item()
+            torch.testing.assert_close(
+                one, other, rtol=0, atol=tolerance, equal_nan=True, msg=f"fold: output {i} differs: {{}}".format
+            )
+
+
+def _kind(output: Any) -> str:
+    is_tensor = isinstance(output, Tensor)
+    return f"{output.dtype} of {tuple(output.shape)} on {output.device}" if is_tensor else type(output).__name__

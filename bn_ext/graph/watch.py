@@ -1,0 +1,294 @@
+"""Sees which layers and batch norms a model calls, and what reads the outputs of the layers."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
+from torch.nn.modules.conv import _ConvNd
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bn_ext.graph.layers import (
+    Affine,
+    LayerCall,
+    affine,
+    altered,
+    batch_norm_call,
+    drops_nothing,
+    is_batch_norm,
+    is_known,
+    layer_call,
+)
+
+_NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+@dataclass(eq=False)
+class Output:
+    """Of a call of a layer's function."""
+
+    call: LayerCall
+    readers: list[Any] = field(default_factory=list)  # batch norms as modules, others by name
+    rank: int | None = None  # if known
+    storage: Any = None  # while it is held, no other tensor takes its place
+    value: Callable[[], object] = lambda: None  # the output itself, while something holds it
+
+
+class NormCall(NamedTuple):
+    module: nn.Module
+    source: Output | str  # what it follows
+    plain: bool  # whether its input is its only argument
+    affine: Affine | None  # None if the call computes something else too
+
+
+@dataclass
+class _Body:
+    """A forward, not known here, of a batch norm, while it runs."""
+
+    module: Any
+    normalized: list[Any] = field(default_factory=list)  # outputs of batch norm functions with the module's statistics
+    affine: Affine | None = None
+
+
+class Watch:
+    """What is seen of ``model``, which is changed: it is a copy made for this."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.altered = {module for module in self.paths if altered(module)}
+        self.norms = [module for module in self.paths if is_batch_norm(module)]
+        self.outputs: list[Output] = []
+        self.calls: list[NormCall] = []
+        self.elsewhere: set[int] = set()  # ids of parameters and buffers that something else reads
+        self.failed: dict[str, str] = {}  # paths of modules that could not be traced, with the reasons
+        self._made: dict[Any, Output | str] = {}  # what made a value
+        self._reading: list[tuple[Any, set[int]]] = [("", set())]  # who reads now, and what of this is its own
+        self._nodes: dict[fx.Node, tuple[Any, set[int]]] = {}  # the same for nodes of traces
+        self._bodies: list[_Body] = []
+        for module in self.norms:
+            module.forward = self._seen(module, module.forward)
+        for module in self.paths:
+            _give_bias(module)
+        self._tensors = {id(tensor) for module in self.paths for tensor in tensors(module)}
+
+    # ------------------------------------------------------------------------------------------ ways to see
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model, and gives its outputs."""
+        try:
+            with self.watching():
+                outputs = self.model(*args, **kwargs)
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"bn_ext.fold: {_place(error)}{type(self.model).__name__} fails with these inputs")
+            raise
+        self.find_kept()
+        return outputs
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        with _Operators(self), _Functions(self):
+            yield
+
+    def marks(self) -> tuple[int, int]:
+        return len(self.outputs), len(self.calls)
+
+    def forget(self, marks: tuple[int, int]) -> None:
+        """What was seen since."""
+        del self.outputs[marks[0] :], self.calls[marks[1] :]
+
+    def fail(self, module: nn.Module, error: Exception) -> None:
+        if module in self.paths:
+            self.failed[self.paths[module]] = f"{_place(error)}{error}"
+
+    def find_kept(self) -> None:
+        for output in self.outputs:
+            if output.value() is not None:
+                output.readers.append("whoever holds it")
+
+    def read_nodes(self, graph: fx.Graph, root: nn.Module) -> None:
+        for node in graph.nodes:
+            reader, own = self._nodes.get(node, (node.name, set()))
+            for input in node.all_input_nodes:
+                self._read(input, reader)
+                if input.op == "get_attr":
+                    value: Any = root
+                    for name in str(input.target).split("."):
+                        value = getattr(value, name)
+                    self.elsewhere |= {id(value)} - own
+
+    # ------------------------------------------------------------------------------------------ what is seen
+
+    def operator(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """A call of an operator with tensors."""
+        reader, own = self._reading[-1]
+        for tensor in inputs:
+            self._read(tensor, reader or name)
+            if id(tensor) in self._tensors and id(tensor) not in own:
+                self.elsewhere.add(id(tensor))
+        for tensor in outputs:
+            if not isinstance(self._made.get(_key(tensor)), Output):
+                self._made[_key(tensor)] = name
+
+    def function(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """A call of one of torch's functions, with tensors or in a trace."""
+        if drops_nothing(function, args, kwargs) and isinstance(args[0], Proxy):
+            return args[0]  # as torch does with a tensor
+        layer = layer_call(function, args, kwargs)
+        if layer is not None:
+            return self._layer(layer, lambda: function(*args, **kwargs))
+        norm = batch_norm_call(function, args, kwargs) if self._bodies else None
+        if norm is not None:
+            return self._normalization(norm, lambda: function(*args, **kwargs))
+        return function(*args, **kwargs)
+
+    def _layer(self, call: LayerCall, function: Callable[[], Any]) -> Any:
+        own = {id(call.weight), id(call.bias)}
+        with self._reads(call.name, own):
+            value = function()
+        if isinstance(value, Proxy):
+            self._nodes[value.node] = call.name, own
+            output = Output(call)
+        elif type(value) is Tensor:
+            output = Output(call, rank=value.dim(), storage=value.untyped_storage())
+        else:
+            return value
+        output.value = weakref.ref(value)
+        self.outputs.append(output)
+        self._made[_key(value)] = output
+        return value
+
+    def _normalization(self, given: dict[str, Any], function: Callable[[], Any]) -> Any:
+        """A batch norm function in the forward of a batch norm."""
+        body = self._bodies[-1]
+        if any(given[name] is not getattr(body.module, name) for name in ("running_mean", "running_var")):
+            return function()
+        own = {id(tensor) for tensor in tensors(body.module)}
+        with self._reads(body.module, own):
+            value = function()
+        if isinstance(value, Proxy):
+            self._nodes[value.node] = body.module, own
+        body.normalized.append(value)
+        settings = (given["weight"], given["bias"])
+        fixed = given["training"] is False and all(s is None or id(s) in own for s in settings)
+        plain = all(given.get(name) is None for name in ("residual", "activation"))
+        if fixed and plain:
+            body.affine = Affine(given["running_mean"], given["running_var"], *settings, given["eps"])
+        return value
+
+    def _seen(self, module: nn.Module, inner: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward of a batch norm, to be put in the place of ``inner``."""
+        own = {id(tensor) for tensor in tensors(module)}
+        signature = inspect.signature(inner)
+        known = is_known(module)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            input, *others = signature.bind(*args, **kwargs).arguments.values()
+            traced = isinstance(input, Proxy)
+            source = self._made.get(_key(input)) or (input.node.name if traced else "an input")
+            if any(_same(other, input) for other in others):
+                self._read(input, "itself")
+            computed: Affine | None
+            if not known:
+                self._bodies.append(_Body(module))
+                try:
+                    output = inner(*args, **kwargs)
+                finally:
+                    body = self._bodies.pop()
+                whole = not others and len(body.normalized) == 1 and _same(body.normalized[0], output)
+                computed = body.affine if whole else None
+            else:
+                computed = affine(module)
+                if traced:
+                    output = input.tracer.create_proxy("call_module", self.paths[module], args, kwargs)
+                    self._nodes[output.node] = module, own
+                else:
+                    with self._reads(module, own):
+                        output = inner(*args, **kwargs)
+            self.calls.append(NormCall(module, source, not others, computed))
+            return output
+
+        return forward
+
+    def _read(self, value: Any, reader: Any) -> None:
+        output = self._made.get(_key(value))
+        if isinstance(output, Output):
+            output.readers.append(reader)
+
+    @contextmanager
+    def _reads(self, reader: Any, own: set[int]) -> Iterator[None]:
+        self._reading.append((reader, own))
+        try:
+            yield
+        finally:
+            self._reading.pop()
+
+
+class _Functions(TorchFunctionMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.watch.function(func, args, kwargs or {})
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        inputs, outputs = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in ((args, kwargs), result))
+        self.watch.operator(func.overloadpacket.__name__, inputs, outputs)
+        return result
+
+
+def _give_bias(module: nn.Module) -> None:
+    """Of zeros, if ``module`` is a layer without one, so that calls show whether they pass it on."""
+    if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None:
+        return
+    weight = module._parameters.get("weight")
+    if type(weight) is nn.Parameter:
+        channels = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+        module.bias = nn.Parameter(weight.new_zeros(channels), requires_grad=False)
+
+
+def tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers of ``module`` itself."""
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _place(error: BaseException) -> str:
+    """The line of the model where ``error`` arose."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_NOT_THE_MODELS)]
+    return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
+
+
+def _key(value: Any) -> Any:
+    """What values have in common that share memory."""
+    if isinstance(value, Proxy):
+        return value.node
+    if isinstance(value, Tensor):
+        try:
+            return value.untyped_storage()._cdata
+        except Exception:  # tensors that have none
+            return id(value)
+    return value if isinstance(value, fx.Node) else None
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, Proxy) and isinstance(other, Proxy) and one.node is other.node)
