@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -180,6 +182,7 @@ def test_copies(again: Callable, wrapper: type) -> None:
     if not (again is copy.copy and wrapper is Stateful):  # shares what it is told to share
         assert installed(twin) is None
         assert fusions(twin) == []
+        assert getattr(twin._compiled_call_impl, "__self__", twin) is twin
         assert operators(lambda: twin(x)) == PLAIN
     if again is not copy.copy:
         for p in twin.parameters():
@@ -432,49 +435,6 @@ def test_what_cannot_be_captured_runs_as_it_is(part: nn.Module) -> None:
     )
 
 
-# ---------------------------------------------------------------------------------------------- other tools
-
-
-def test_export() -> None:
-    model = bn_ext.fuse(nn.Sequential(block())).eval()
-    x = example()
-    expected = model(x)
-    for strict in (True, False):
-        program = torch.export.export(model, (x,), strict=strict)
-        assert not [n for n in program.graph.nodes if "bn_ext" in str(n.target)]
-        torch.testing.assert_close(program.module()(x), expected)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_traces_and_transforms() -> None:
-    model = bn_ext.fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())).eval()
-    x = example()
-    expected = model(x)
-    outer = nn.Sequential(model, nn.Identity())
-    for traced in (torch.jit.trace(model, x), torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(outer)):
-        torch.testing.assert_close(traced(x), expected)
-    torch.testing.assert_close(torch.func.functional_call(model, dict(model.named_parameters()), x), expected)
-    zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    assert torch.func.functional_call(model, zeros, x).eq(0).all()
-    torch.testing.assert_close(torch.vmap(model)(x[None])[0], expected)
-
-
-def test_folds() -> None:
-    model = bn_ext.fuse(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())).eval()
-    x = example()
-    torch.testing.assert_close(bn_ext.fold(model)(x), model(x))
-
-
-def test_synchronized_batch_norms_are_put_in_place() -> None:
-    """Nothing that was fused is lost with the modules."""
-    x = torch.randn(2, 3, 5, 5)
-    model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y + r))).eval()
-    expected = model(x)
-    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    assert type(converted.bn) is nn.SyncBatchNorm
-    torch.testing.assert_close(converted(x), expected)
-
-
 def test_several_steps_and_sizes() -> None:
     network = NETWORKS["mobilenet_v2"]
     model = network.make().double()
@@ -482,10 +442,10 @@ def test_several_steps_and_sizes() -> None:
     assert_same_training(fused, model, [network.input(n, dtype=torch.float64) for n in (4, 2, 4, 7)])
 
 
-def test_inputs_are_not_kept() -> None:
-    import gc
-    import weakref
+# ---------------------------------------------------------------------------------------------- memory
 
+
+def test_inputs_are_not_kept() -> None:
     model = bn_ext.fuse(block())
     x = example()
     model(x)
@@ -496,13 +456,9 @@ def test_inputs_are_not_kept() -> None:
 
 
 def test_models_are_collected() -> None:
-    import gc
-    import weakref
-
     model = bn_ext.fuse(block())
     model(example())
     seen = weakref.ref(model)
     del model
-    torch._dynamo.reset()
     gc.collect()
     assert seen() is None

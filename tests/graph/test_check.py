@@ -101,6 +101,12 @@ def test_rounding_is_no_difference(name: str, dtype: torch.dtype) -> None:
     assert installed(model) is not None
 
 
+def test_rounding_may_be_made_larger_by_the_model() -> None:
+    model = Model(lambda m, y, r: torch.sin(F.gelu(y + r) * 1e6))
+    bn_ext.fuse(model, torch.randn(2, 3, 5, 5))
+    assert fused_with(model) == {"bn": ("add", "gelu")}
+
+
 def mistaken(node: torch.fx.Node) -> Activation | None:
     found = activation_of(node)
     path = list(node.meta["nn_module_stack"].values())[-1][0]
