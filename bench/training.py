@@ -49,7 +49,7 @@ def _compiled(model: nn.Module, backend: str | Callable = "inductor") -> nn.Modu
 
 
 def _ours_compiled(model: nn.Module) -> nn.Module:
-    from bn_ext.graph import backends
+    from bn_ext.graph.fusion import backends
 
     return _compiled(bn_ext.convert(model), backends.inductor)
 

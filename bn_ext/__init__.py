@@ -2,9 +2,9 @@
 
 from bn_ext import activation, functional
 from bn_ext.checkpoint import checkpoint_contexts
-from bn_ext.graph.convert import convert, revert
-from bn_ext.graph.fold import fold
-from bn_ext.graph.fuse import fuse
+from bn_ext.graph.conversion.convert import convert, revert
+from bn_ext.graph.folding.fold import fold
+from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 
 __all__ = [

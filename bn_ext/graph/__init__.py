@@ -1,5 +1,6 @@
-"""Whole models: one rewriting of the graphs that Dynamo captures, and the ways to it."""
+"""Whole models: classes converted, graphs that the compiler captures rewritten, batch norms folded away."""
 
-from bn_ext.graph.installed import fusions, unfuse
+from bn_ext.graph.folding.fold import folds
+from bn_ext.graph.fusion.installed import fusions, unfuse
 
-__all__ = ["fusions", "unfuse"]
+__all__ = ["folds", "fusions", "unfuse"]

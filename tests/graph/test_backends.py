@@ -21,8 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
-from bn_ext.graph import backends
-from bn_ext.graph.installed import installed
+from bn_ext.graph.fusion import backends
+from bn_ext.graph.fusion.installed import installed
 
 
 @pytest.fixture(autouse=True)
@@ -54,8 +54,8 @@ def example(**options) -> Tensor:
 
 def test_entry_points() -> None:
     found = {point.name: point.value for point in entry_points(group="torch_dynamo_backends")}
-    assert found["bn_ext"] == "bn_ext.graph.backends:eager"
-    assert found["bn_ext_inductor"] == "bn_ext.graph.backends:inductor"
+    assert found["bn_ext"] == "bn_ext.graph.fusion.backends:eager"
+    assert found["bn_ext_inductor"] == "bn_ext.graph.fusion.backends:inductor"
 
 
 def test_backend_by_name_with_nothing_imported() -> None:
@@ -64,7 +64,7 @@ def test_backend_by_name_with_nothing_imported() -> None:
         "x = torch.randn(2, 3, 4, 4); expected = m(x)\n"
         "assert not [name for name in sys.modules if name.startswith('bn_ext')]\n"
         "torch.testing.assert_close(torch.compile(m, backend='bn_ext')(x), expected)\n"
-        "assert 'bn_ext.graph.rewrite' in sys.modules and int(m[0].num_batches_tracked) == 2\n"
+        "assert 'bn_ext.graph.fusion.rewrite' in sys.modules and int(m[0].num_batches_tracked) == 2\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

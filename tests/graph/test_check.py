@@ -15,9 +15,10 @@ from networks import NETWORKS
 from torch import Tensor, nn
 
 import bn_ext
-from bn_ext.graph import fusions, rewrite
-from bn_ext.graph.installed import installed
-from bn_ext.graph.spelling import Activation, activation_of
+from bn_ext.graph import fusions
+from bn_ext.graph.fusion import rewrite
+from bn_ext.graph.fusion.installed import installed
+from bn_ext.graph.fusion.spelling import Activation, activation_of
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from bn_ext import modules
-from bn_ext.graph.layers import absorbed, rest
-from bn_ext.graph.nodes import Attributes, Placeholders, fold_nodes
-from bn_ext.graph.pairs import Judgement, Pair
-from bn_ext.graph.trace import trace
-from bn_ext.graph.watch import Watch
+from bn_ext.graph.folding.layers import absorbed, rest
+from bn_ext.graph.folding.nodes import Attributes, Placeholders, fold_nodes
+from bn_ext.graph.folding.pairs import Judgement, Pair
+from bn_ext.graph.folding.trace import trace
+from bn_ext.graph.folding.watch import Watch
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 _FOLDS = "_bn_ext_folds"
@@ -47,7 +47,7 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
     The copy has the class, methods and hooks of the model and shares with it all but the folded layers. Their new
     weight and bias are computed in float64 and have the dtype, device and requires_grad of the weight, and its memory
     format. In the place of a folded batch norm is what remains of it: :class:`torch.nn.Identity`, or a module that adds
-    the residual and applies the activation. ``print(*bn_ext.graph.fold.folds(folded), sep="\\n")`` shows what was
+    the residual and applies the activation. ``print(*bn_ext.graph.folds(folded), sep="\\n")`` shows what was
     folded and why no more.
 
     With example inputs the pairs are found in a run of the model, whatever its code does, and the outputs of the folded

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import bn_ext
-from bn_ext.graph.classes import is_batch_norm, is_ours
+from bn_ext.graph.conversion.classes import is_batch_norm, is_ours
 
 pytestmark = pytest.mark.filterwarnings("error:bn_ext.convert")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 if TYPE_CHECKING:
-    from bn_ext.graph.rewrite import Fusion
+    from bn_ext.graph.fusion.rewrite import Fusion
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 
-from bn_ext.graph.layers import Affine, LayerCall, absorbed, batch_norm_call, drops_nothing, layer_call
+from bn_ext.graph.folding.layers import Affine, LayerCall, absorbed, batch_norm_call, drops_nothing, layer_call
 
 
 class Attributes:

@@ -10,8 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bn_ext import modules
-from bn_ext.graph import forwards
-from bn_ext.graph.forwards import full_name
+from bn_ext.graph.conversion import forwards
+from bn_ext.graph.conversion.forwards import full_name
 
 
 class LazyBatchNorm1d(nn.LazyBatchNorm1d):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from bn_ext import activation as activations
-from bn_ext.graph.effects import name_of
+from bn_ext.graph.fusion.effects import name_of
 
 _PLACES = (torch, F, operator, Tensor, torch._C._nn)
 _SYNONYMS = {"multiply": "mul", "truediv": "div", "divide": "div", "true_divide": "div"}

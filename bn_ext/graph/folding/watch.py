@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bn_ext.graph.layers import (
+from bn_ext.graph.folding.layers import (
     Affine,
     LayerCall,
     affine,

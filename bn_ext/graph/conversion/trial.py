@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_ext.graph.classes import Counterpart, UnlikeError, become
+from bn_ext.graph.conversion.classes import Counterpart, UnlikeError, become
 
 
 class Trials:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from bn_ext.graph.fold import folds
+from bn_ext.graph import folds
 
 
 class Custom(nn.Module):

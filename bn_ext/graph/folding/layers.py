@@ -46,7 +46,7 @@ _OURS = (modules.BatchNorm2d.forward, modules.BatchNormAct.forward)
 # batch, and one with modules ``drop`` and ``act`` behind it.
 _FROZEN = re.compile(r"(torchvision\.ops|detectron2\.layers|transformers\.models|bn_ext\.graph)\..*FrozenBatchNorm2d")
 _WITH_ACTIVATION = re.compile(
-    r"(timm\.layers\.norm_act|bn_ext\.graph\.\w+)\._?(BatchNormAct2d|SyncBatchNormAct|FrozenBatchNormAct2d)"
+    r"(timm\.layers\.norm_act|bn_ext\.graph\.[\w.]+)\._?(BatchNormAct2d|SyncBatchNormAct|FrozenBatchNormAct2d)"
 )
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -142,7 +142,7 @@ def ranks(module: nn.Module) -> tuple[int, ...]:
 class Rest(nn.Module):
     """In the place of a folded batch norm: does what follows the normalization, and refuses inputs of another rank."""
 
-    def __init__(self, folded: str, rank: int | None, activation: str | None, param: float | None) -> None:
+    def __init__(self, folded: str, rank: int | None, activation: activations.Name | None, param: float | None) -> None:
         super().__init__()
         self.folded = folded
         self.rank = rank

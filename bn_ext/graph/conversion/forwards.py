@@ -8,7 +8,7 @@ from torch.jit import is_scripting, is_tracing
 
 from bn_ext import activation as activations
 from bn_ext.functional import exporting, finished, operator
-from bn_ext.graph.layers import altered
+from bn_ext.graph.folding.layers import altered
 from bn_ext.modules import _FusedForward
 
 # By full names, so that nothing is imported: the activations that the operator has.

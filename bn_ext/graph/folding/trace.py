@@ -13,7 +13,7 @@ from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from bn_ext.graph.watch import Watch
+from bn_ext.graph.folding.watch import Watch
 
 _SEEN_THROUGH = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Linear, _ConvNd, _DropoutNd)
 _SIMPLE = (type(None), bool, int, float, str)  # what torch.fx compares with what is given later

@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_ext import _fake
 from bn_ext.functional import operator
-from bn_ext.graph.effects import alike, between, memory, name_of, only_computes, value, writes
-from bn_ext.graph.spelling import activation_of, call_of, passes_through, reader
+from bn_ext.graph.fusion.effects import alike, between, memory, name_of, only_computes, value, writes
+from bn_ext.graph.fusion.spelling import activation_of, call_of, passes_through, reader
 
 _ARGUMENTS = tuple(argument.name for argument in operator.default._schema.arguments)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

@@ -12,7 +12,7 @@ from folding import Custom, assert_same_outputs, batch_norms, image, outcomes, p
 from torch import Tensor, nn
 
 import bn_ext
-from bn_ext.graph.fold import folds
+from bn_ext.graph import folds
 
 
 class Double(nn.Module):

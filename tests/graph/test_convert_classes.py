@@ -19,7 +19,7 @@ from lookalikes import (  # noqa: F401
 from torch import Tensor, nn
 
 import bn_ext
-from bn_ext.graph import trial
+from bn_ext.graph.conversion import trial
 
 pytestmark = [pytest.mark.usefixtures("homes"), pytest.mark.filterwarnings("error:bn_ext.convert")]
 

@@ -14,8 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from bn_ext.graph.fused import install
-from bn_ext.graph.installed import fusions, uninstall
+from bn_ext.graph.fusion.fused import install
+from bn_ext.graph.fusion.installed import fusions, uninstall
 
 # What rounding explains: so many units of the largest output, or so many times the change that comes of rounding the
 # inputs and the outputs of batch norms once more.

@@ -221,7 +221,7 @@ def test_unpickled_by_another_process(cls: type, tmp_path: Path) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == [f"bn_ext.graph.classes.{cls.__name__}", f"{cls.__module__}.{cls.__name__}"]
+    assert ran.stdout.split() == [f"bn_ext.graph.conversion.classes.{cls.__name__}", f"{cls.__module__}.{cls.__name__}"]
 
 
 class Doubled(nn.Module):

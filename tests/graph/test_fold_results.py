@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
-from bn_ext.graph.fold import folds
+from bn_ext.graph import folds
 
 # ---------------------------------------------------------------------------------------------- model and result
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from bn_ext.graph.convert import make_ours
+from bn_ext.graph.conversion.convert import make_ours
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,8 +42,8 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
     """
     if unknown := set(modes) - {"train", "eval"}:
         raise ValueError(f"bn_ext.fuse: modes should be of 'train' and 'eval', got {', '.join(map(repr, unknown))}")
-    from bn_ext.graph.check import check
-    from bn_ext.graph.fused import install
+    from bn_ext.graph.fusion.check import check
+    from bn_ext.graph.fusion.fused import install
 
     make_ours("fuse", model)  # what it leaves is captured as what it computes
     install(model)

@@ -11,10 +11,10 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bn_ext.graph import classes
-from bn_ext.graph.classes import UnlikeError, become
-from bn_ext.graph.installed import unfuse
-from bn_ext.graph.trial import Trials
+from bn_ext.graph.conversion import classes
+from bn_ext.graph.conversion.classes import UnlikeError, become
+from bn_ext.graph.conversion.trial import Trials
+from bn_ext.graph.fusion.installed import unfuse
 
 Model = TypeVar("Model", bound=nn.Module)
 

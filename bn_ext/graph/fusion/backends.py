@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._dynamo.backends.debugging import aot_eager
 from torch.fx import GraphModule
 
-from bn_ext.graph.rewrite import checkpointed, rewrite
+from bn_ext.graph.fusion.rewrite import checkpointed, rewrite
 
 
 def eager(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from bn_ext.graph.layers import Affine, LayerCall, ranks
-from bn_ext.graph.watch import NormCall, Output, Watch, tensors
+from bn_ext.graph.folding.layers import Affine, LayerCall, ranks
+from bn_ext.graph.folding.watch import NormCall, Output, Watch, tensors
 
 
 class Pair(NamedTuple):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import bn_ext
 from bn_ext.graph import fusions, unfuse
-from bn_ext.graph.installed import installed
+from bn_ext.graph.fusion.installed import installed
 
 
 @pytest.fixture(autouse=True)

@@ -17,9 +17,9 @@ from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_ext.graph import installed
-from bn_ext.graph.backends import run
-from bn_ext.graph.rewrite import Fusion, rewrite
+from bn_ext.graph.fusion import installed
+from bn_ext.graph.fusion.backends import run
+from bn_ext.graph.fusion.rewrite import Fusion, rewrite
 
 # However many instances of a class there are, each is captured, whole and with its numbers as they are. What cannot be
 # captured runs as it is.

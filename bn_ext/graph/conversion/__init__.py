@@ -1,0 +1,1 @@
+"""Batch norm classes of torch and its ecosystem become ours, and theirs again."""

@@ -1,0 +1,1 @@
+"""Batch norm, addition and activation become one call in the graphs that Dynamo captures."""
