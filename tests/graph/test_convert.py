@@ -127,6 +127,21 @@ def test_no_warning_where_nothing_is_left() -> None:
         assert warned(model) == []
 
 
+def test_where_is_asked_before_anything_changes() -> None:
+    model = network()
+    types = [type(m) for m in model.modules()]
+
+    def where(path: str, module: nn.Module) -> bool:
+        if path == "2":
+            raise KeyError(path)
+        return True
+
+    for wrong, error in ((where, KeyError), ("1", TypeError)):
+        with pytest.raises(error):
+            bn_ext.convert(model, where=wrong)
+    assert [type(m) for m in model.modules()] == types
+
+
 def test_where_selects() -> None:
     model, asked = network(), []
 

@@ -326,3 +326,16 @@ def test_fused_and_folded_models_compute_the_same(cls: type) -> None:
     mine, theirs, x = example(cls)
     torch.testing.assert_close(bn_ext.fuse(mine)(x), theirs(x))
     torch.testing.assert_close(bn_ext.fold(mine, x)(x), theirs(x))
+
+
+def test_a_trial_leaves_what_modules_collect_alone() -> None:
+    class Collects(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(x)
+            return super().forward(x)
+
+    module = BatchNormAct2d(3)
+    module.act = Collects()
+    module.act.seen = []
+    bn_ext.convert(module)
+    assert module.act.seen == []

@@ -43,7 +43,7 @@ def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None)
         ``model``.
 
     Raises:
-        TypeError: ``model`` is no module.
+        TypeError: ``model`` is no module, or ``where`` no function.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
@@ -57,27 +57,26 @@ def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None)
 def make_ours(function: str, model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> str:
     """What :func:`convert` does, for ``function``. Returns in words what is left as it is, or nothing."""
     _check_module(function, model)
+    if where is not None and not callable(where):
+        raise TypeError(f"bn_ext.{function}: where should be a function, got an object of {type(where).__name__}")
+    found = [(path, module) for path, module in model.named_modules() if classes.is_batch_norm(module)]
+    theirs = [(path, module) for path, module in found if not classes.is_ours(module)]
+    chosen = [one for one in theirs if where is None or where(*one)]  # before anything is changed
     trials = Trials()
     left: dict[tuple[str, str], list[str]] = defaultdict(list)
-    converted = 0
-    for path, module in model.named_modules():
-        if not classes.is_batch_norm(module):
-            continue
-        if not classes.is_ours(module):
-            if where is not None and not where(path, module):
-                continue
-            try:
-                ours = classes.counterpart(type_before_parametrizations(module))
-                trials.check(module, ours)
-            except UnlikeError as unlike:
-                left[type(module).__name__, str(unlike)].append(path)
-                continue
+    for path, module in chosen:
+        try:
+            ours = classes.counterpart(type_before_parametrizations(module))
+            trials.check(module, ours)
+        except UnlikeError as unlike:
+            left[type(module).__name__, str(unlike)].append(path)
+        else:
             become(module, ours)
-        converted += 1
     if not left:
         return ""
     kinds = (f"{len(ps)} {name} ({why}), e.g. {ps[0] or 'the model itself'}" for (name, why), ps in left.items())
-    total = converted + sum(map(len, left.values()))
+    total = len(found) - len(theirs) + len(chosen)
+    converted = total - sum(map(len, left.values()))
     return f"{converted} of {total} batch norms converted; left as they are: {'; '.join(kinds)}"
 
 

@@ -30,9 +30,7 @@ _ACTIVATIONS: dict[str, activations.Name] = {
     "timm.layers.activations.HardSigmoid": "hardsigmoid",
     "timm.layers.activations.Sigmoid": "sigmoid",
     "timm.layers.activations.Tanh": "tanh",
-    "timm.layers.activations_me.SwishMe": "silu",
-    "timm.layers.activations_me.HardSwishMe": "hardswish",
-    "timm.layers.activations_me.HardSigmoidMe": "hardsigmoid",
+    "timm.layers.activations_me.SwishMe": "silu",  # its kin have other gradients at the kinks
 }
 _PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable
 
 import torch
@@ -71,7 +72,8 @@ def _difference(module: nn.Module, cls: type[nn.Module]) -> str:
 def _twin(module: nn.Module) -> nn.Module:
     """A module of the same class and attributes, without hooks, with random tensors: the same in every twin."""
     twin = object.__new__(type(module))
-    vars(twin).update({**vars(module), **vars(nn.Module())})
+    own = {k: copy.copy(v) if isinstance(v, (list, dict, set)) else v for k, v in vars(module).items()}
+    vars(twin).update({**own, **vars(nn.Module())})
     for name in ("forward", "_compiled_call_impl"):
         vars(twin).pop(name, None)
     vars(twin).update({name: _random(name, t) for name, t in vars(twin).items() if isinstance(t, Tensor)})
