@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -300,10 +301,58 @@ def test_outputs_are_checked(of_model: Callable, of_folded: Callable, wrap: Call
 
 
 def test_random_numbers_are_the_same_in_both() -> None:
-    model = trained(Custom(lambda m, x: F.dropout(m.norm(m.conv(x)), training=True)))
-    state = torch.get_rng_state(), random.getstate()
+    model = trained(
+        Custom(lambda m, x: F.dropout(m.norm(m.conv(x)), training=True) + random.random() + np.random.rand())
+    )
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     assert outcomes(bn_ext.fold(model, image(generator=torch.Generator()))) == {"norm": "conv"}
-    assert torch.equal(torch.get_rng_state(), state[0])
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert all(map(np.array_equal, np.random.get_state(), states[2]))
+
+
+def test_a_wrong_result_is_refused() -> None:
+    """The model is compared, not a copy that is changed to be watched: layers have a bias in it."""
+
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.norm(m.conv(x))
+        return y if m.conv.bias is None else 2 * y
+
+    model = trained(Custom(call))
+    model.conv.bias = None
+    with pytest.raises(AssertionError, match="fold: output 0 differs"):
+        bn_ext.fold(model, image())
+
+
+def test_layer_of_another_copy() -> None:
+    def function(x: Tensor) -> Tensor:
+        return model.conv(x)
+
+    model = trained(Custom(lambda m, x: m.norm(function(x))))
+    for inputs in ((), (image(),)):
+        folded = bn_ext.fold(model, *inputs)
+        assert outcomes(folded) == {"norm": ""}
+        assert_same_outputs(folded, model, image(), tolerance=0)
+
+
+def halve(module: nn.Module) -> None:
+    with torch.no_grad():
+        module.weight.mul_(0.5)
+
+
+def halve_data(module: nn.Module) -> None:
+    module.weight.data = module.weight.data * 0.5
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["traced", "run"])
+@pytest.mark.parametrize("write", [halve, halve_data])
+@pytest.mark.parametrize("name", ["conv", "norm"])
+def test_model_that_writes_to_its_parameters(name: str, write: Callable[[nn.Module], None], given: bool) -> None:
+    model = trained(Custom(lambda m, x: (write(getattr(m, name)), m.norm(m.conv(x)))[1]))
+    before = copy.deepcopy(model.state_dict())
+    folded = bn_ext.fold(model, *([image()] if given else []))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert outcomes(folded) == {"norm": ""}
 
 
 def test_errors_name_the_line() -> None:
@@ -313,7 +362,7 @@ def test_errors_name_the_line() -> None:
     with pytest.raises(RuntimeError, match="size of tensor") as caught:
         bn_ext.fold(trained(Custom(call)), image())
     line = call.__code__.co_firstlineno + 1
-    assert caught.value.__notes__ == [f"bn_ext.fold: {__file__}:{line}: Custom fails with these inputs"]
+    assert caught.value.__notes__ == [f"bn_ext.fold: {__file__}:{line}: the model fails with these inputs"]
 
 
 # ---------------------------------------------------------------------------------------------- arguments

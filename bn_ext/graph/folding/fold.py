@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import random
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +21,7 @@ from bn_ext.graph.folding.layers import absorbed, rest
 from bn_ext.graph.folding.nodes import Attributes, Placeholders, fold_nodes
 from bn_ext.graph.folding.pairs import Judgement, Pair
 from bn_ext.graph.folding.trace import trace
-from bn_ext.graph.folding.watch import Watch
+from bn_ext.graph.folding.watch import Watch, located
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 _FOLDS = "_bn_ext_folds"
@@ -76,15 +78,12 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
             raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first")
     folded = _twin(model)
     found = [Fold(*names) for names in fold_nodes(Attributes(folded))] if isinstance(folded, GraphModule) else []
-    expected = _outputs(model, args, kwargs) if found and (args or kwargs) else None
+    expected = _outputs(model, args, kwargs) if args or kwargs else None
     while True:  # a batch norm may follow another that is folded
         watch = Watch(_twin(folded, own=True))
         if args or kwargs:
             with _evaluation():
-                outputs = watch.run(*_copied(args), **_copied(kwargs))
-            if expected is not None:
-                _check(outputs, expected)
-            expected = outputs if expected is None else expected
+                watch.run(*_copied(args), **_copied(kwargs))
         else:
             trace(watch)
         pairs, reasons = Judgement(watch).pairs()
@@ -92,6 +91,8 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
         found += [one for one in new if one.into]
         if not any(one.into for one in new):
             break
+    if args or kwargs:
+        _check(_outputs(folded, args, kwargs, "the folded model"), expected)
     left = [one for one in new if not one.into] + [Fold(name, "", reason) for name, reason in reasons.items()]
     named = {one.batch_norm for one in found}
     vars(folded)[_FOLDS] = found + [one for one in left if one.batch_norm not in named]
@@ -101,10 +102,14 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
 def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
     """Folds in ``folded`` what was seen in a copy of it."""
     path, into = watch.paths[pair.batch_norm], watch.paths[pair.owner]
+    layer, norm = folded.get_submodule(into), folded.get_submodule(path)
+    for module, watched in ((layer, pair.owner), (norm, pair.batch_norm)):
+        own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+        if any(not tensor.equal(getattr(watched, name)) for name, tensor in own.items()):
+            return Fold(path, "", f"the model writes to the tensors of {into} or {path}")
     parameters = absorbed(pair.layer, pair.affine)
     if parameters is None:
         return Fold(path, "", "the folded parameters would not be finite")
-    layer, norm = folded.get_submodule(into), folded.get_submodule(path)
     layer._parameters.update(zip(pair.names, parameters, strict=True))
     remains = rest(norm, pair.layer, pair.plain, f"{into} holds {path}, folded").eval()
     # The same object: whatever refers to it does so still.
@@ -119,36 +124,45 @@ def _fold_program(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
     found = [Fold(*names) for names in fold_nodes(place)]
     folded = place.program()
     if args or kwargs:
-        expected, outputs = (_outputs(one.module(), args, kwargs) for one in (program, folded))
-        _check(outputs, expected)
+        expected = _outputs(program.module(), args, kwargs)
+        _check(_outputs(folded.module(), args, kwargs, "the folded model"), expected)
     vars(folded)[_FOLDS] = found
     return folded
 
 
 def _twin(model: nn.Module, own: bool = False) -> nn.Module:
-    """A copy of all modules that shares their tensors, or, to be called, their parameters alone."""
+    """A copy of all modules that shares their tensors or, to be called, has its own."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
-            if isinstance(value, Tensor):
-                memo[id(value)] = value.detach().clone() if own and not isinstance(value, nn.Parameter) else value
+            if isinstance(value, Tensor) and not (own and value.is_leaf):
+                memo[id(value)] = value.detach().clone() if own else value
     return copy.deepcopy(model, memo)
 
 
 @contextmanager
 def _evaluation() -> Iterator[None]:
-    """Without gradients or consequences for random numbers, which are the same each time."""
+    """Without gradients, compiled code or consequences for random numbers, which are the same each time."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.no_grad(), torch.random.fork_rng(devices):
-        yield
+    pythons, numpys = random.getstate(), sys.modules.get("numpy")
+    state = None if numpys is None else numpys.random.get_state()
+    # Without dynamo there is no compiled code, and its import takes seconds.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices), eager:
+            yield
+    finally:
+        random.setstate(pythons)
+        if numpys is not None:
+            numpys.random.set_state(state)
 
 
 def _copied(inputs: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    with _evaluation():
+def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "the model") -> Any:
+    with _evaluation(), located(what):
         return _twin(model, own=True)(*_copied(args), **_copied(kwargs))
 
 

@@ -85,17 +85,11 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------ ways to see
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model, and gives its outputs."""
-        try:
-            with self.watching():
-                outputs = self.model(*args, **kwargs)
-        except Exception as error:
-            if hasattr(error, "add_note"):  # from Python 3.11 on
-                error.add_note(f"bn_ext.fold: {_place(error)}{type(self.model).__name__} fails with these inputs")
-            raise
-        self.find_kept()
-        return outputs
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        with self.watching(), located("a copy of the model"):
+            outputs = self.model(*args, **kwargs)
+        self.find_kept()  # the outputs among them
+        del outputs
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -270,6 +264,17 @@ def _give_bias(module: nn.Module) -> None:
 def tensors(module: nn.Module) -> list[Tensor]:
     """Parameters and buffers of ``module`` itself."""
     return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+@contextmanager
+def located(model: str) -> Iterator[None]:
+    """Adds to an error which model fails, and where."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(f"bn_ext.fold: {_place(error)}{model} fails with these inputs")
+        raise
 
 
 def _place(error: BaseException) -> str:
