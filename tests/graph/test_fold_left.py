@@ -37,6 +37,12 @@ class FunctionNorm(nn.BatchNorm2d):
         return self.function(x, self.running_mean, self.running_var, weight, self.bias, **self.options)
 
 
+class Alternating(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        self.eps = 2 - self.eps
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+
+
 class OwnConv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + 1
@@ -160,6 +166,35 @@ NOT_FOLDED = {
     "bias not used": (lambda: Custom(lambda m, x: m.norm(F.conv2d(x, m.conv.weight))), "no place for a bias"),
     "norm's weight used": (lambda: Custom(lambda m, x: m.norm(m.conv(x)) * m.norm.weight.mean()), "used elsewhere"),
     "statistics used": (lambda: Custom(lambda m, x: m.norm(m.conv(x)) * m.norm.running_var.mean()), "used elsewhere"),
+    "norm asked for a weight": (
+        lambda: Custom(lambda m, x: m.norm(m.conv(x)) if hasattr(m.norm, "weight") else x),
+        "settings are used elsewhere",
+    ),
+    "norm asked for statistics": (
+        lambda: Custom(lambda m, x: m.norm(m.conv(x)) if m.norm.running_var is not None else x),
+        "settings are used elsewhere",
+    ),
+    "norm asked for a setting": (lambda: Custom(lambda m, x: m.norm(m.conv(x)) * m.norm.eps), "used elsewhere"),
+    "norm asked for another": (
+        lambda: Custom(lambda m, x: m.norm(m.conv(x)) if getattr(m.norm, "no", None) is None else x),
+        "used elsewhere",
+    ),
+    "norm in training for once": (
+        lambda: Custom(lambda m, x: (m.norm.train(), m.norm(m.conv(x)), m.norm.eval())[1]),
+        "used elsewhere",
+    ),
+    "all in training for once": (
+        lambda: Custom(lambda m, x: (m.train(), m.norm(m.conv(x)), m.eval())[1]),
+        "used elsewhere",
+    ),
+    "norm's setting set": (
+        lambda: Custom(lambda m, x: (setattr(m.norm, "eps", 3.0), m.norm(m.conv(x)))[1]),
+        "used elsewhere",
+    ),
+    "norm's calls differ": (
+        lambda: Custom(lambda m, x: m.norm(m.conv(x)) + m.norm(m.conv(x)), Alternating(6)),
+        "differ",
+    ),
     "layer called again": (lambda: Custom(lambda m, x: m.norm(m.conv(x)) + m.conv(x)), "output is used"),
     "norm called again": (lambda: Custom(lambda m, x: m.norm(m.conv(x)) + m.norm(x)), "follows"),
     "two layers": (two_layers, "several layers"),

@@ -60,8 +60,10 @@ class Judgement:
                 yield f"the forward of {type(module).__name__} computes more than a batch norm"
             if not isinstance(call.source, Output):
                 yield f"it follows {call.source}, no plain convolution or linear layer"
-        if any(id(tensor) in self.watch.elsewhere for tensor in tensors(module)):
-            yield "its parameters or statistics are used elsewhere too"
+        if module in self.watch.asked or any(id(tensor) in self.watch.elsewhere for tensor in tensors(module)):
+            yield "its parameters, statistics or settings are used elsewhere too"
+        if len({(*map(id, call.affine[:4]), call.affine.eps) for call in calls}) > 1:  # type: ignore[index, union-attr]
+            yield "its calls differ in their parameters or settings"
         layers = [call.source.call for call in calls]  # type: ignore[union-attr]
         if any(layer.weight is not layers[0].weight for layer in layers):
             yield "it follows several layers"

@@ -31,6 +31,7 @@ from bn_ext.graph.folding.layers import (
     layer_call,
 )
 
+_EVERY_MODULES = ("forward", "named_modules", "named_children")  # attributes that tell nothing of a batch norm
 _NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
 
 
@@ -72,13 +73,17 @@ class Watch:
         self.outputs: list[Output] = []
         self.calls: list[NormCall] = []
         self.elsewhere: set[int] = set()  # ids of parameters and buffers that something else reads
+        self.asked: set[nn.Module] = set()  # batch norms whose attributes something else reads or sets
         self.failed: dict[str, str] = {}  # paths of modules that could not be traced, with the reasons
         self._made: dict[Any, Output | str] = {}  # what made a value
         self._reading: list[tuple[Any, set[int]]] = [("", set())]  # who reads now, and what of this is its own
         self._nodes: dict[fx.Node, tuple[Any, set[int]]] = {}  # the same for nodes of traces
         self._bodies: list[_Body] = []
+        self._inside: list[nn.Module] = []  # the batch norms that are being called
+        self._watching = False
         for module in self.norms:
             module.forward = self._seen(module, module.forward)
+            _tell(module, self._ask)
         for module in self.paths:
             _give_bias(module)
         self._tensors = {id(tensor) for module in self.paths for tensor in tensors(module)}
@@ -93,8 +98,12 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        with _Operators(self), _Functions(self):
-            yield
+        self._watching = True
+        try:
+            with _Operators(self), _Functions(self):
+                yield
+        finally:
+            self._watching = False
 
     def marks(self) -> tuple[int, int]:
         return len(self.outputs), len(self.calls)
@@ -124,6 +133,11 @@ class Watch:
                     self.elsewhere |= {id(value)} - own
 
     # ------------------------------------------------------------------------------------------ what is seen
+
+    def _ask(self, module: nn.Module, name: str) -> None:
+        """For an attribute of a batch norm, which is gone when it is folded."""
+        if self._watching and module not in self._inside and not name.startswith("_") and name not in _EVERY_MODULES:
+            self.asked.add(module)
 
     def operator(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """A call of an operator with tensors."""
@@ -189,6 +203,13 @@ class Watch:
         known = is_known(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(module)
+            try:
+                return called(*args, **kwargs)
+            finally:
+                self._inside.pop()
+
+        def called(*args: Any, **kwargs: Any) -> Any:
             input, *others = signature.bind(*args, **kwargs).arguments.values()
             traced = isinstance(input, Proxy)
             source = self._made.get(_key(input)) or (input.node.name if traced else "an input")
@@ -249,6 +270,22 @@ class _Operators(TorchDispatchMode):
         inputs, outputs = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in ((args, kwargs), result))
         self.watch.operator(func.overloadpacket.__name__, inputs, outputs)
         return result
+
+
+def _tell(module: nn.Module, ask: Callable[[nn.Module, str], None]) -> None:
+    """Makes a module call ``ask`` for each of its attributes that is read or set."""
+    base = type(module)
+
+    def get(self: nn.Module, name: str) -> Any:
+        ask(self, name)
+        return base.__getattribute__(self, name)
+
+    def set_(self: nn.Module, name: str, value: Any) -> None:
+        ask(self, name)
+        base.__setattr__(self, name, value)
+
+    names = {"__module__": base.__module__, "__getattribute__": get, "__setattr__": set_}
+    module.__class__ = type.__new__(type(base), base.__name__, (base,), names)
 
 
 def _give_bias(module: nn.Module) -> None:
