@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import random
 from collections.abc import Callable
@@ -393,113 +392,8 @@ def test_keyword_arguments() -> None:
     assert outcomes(bn_ext.fold(model, x=x, scale=3.0)) == {"norm": "conv"}
 
 
-# ---------------------------------------------------------------------------------------------- graphs
-
-
-class Functions(nn.Module):
-    """A convolution and a batch norm of functions, which are no modules."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(6, 6, 1, 1))
-        self.inner = nn.BatchNorm2d(6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = self.inner
-        y = F.dropout(F.conv2d(x, self.weight), training=False)
-        return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.1, 0.3).relu()
-
-
-def test_graph_module_of_functions() -> None:
-    model, x = trained(torch.fx.symbolic_trace(Functions())).double(), image(dtype=torch.double)
-    before = model.code
-    for inputs in ((), (x,)):
-        folded = bn_ext.fold(model, *inputs)
-        assert isinstance(folded, torch.fx.GraphModule)
-        assert not folded.training
-        assert outcomes(folded) == {"inner": "weight"}
-        assert list(folded.state_dict()) == ["weight", "bias"]
-        assert_same_outputs(folded, model, x)
-    assert model.code == before
-    with pytest.raises(AssertionError, match="inputs of 4 dimensions alone"):
-        folded(x[0])
-
-
-class OurFunction(Functions):
-    def __init__(self, activation: str | None) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, x: Tensor) -> Tensor:
-        statistics = self.inner.running_mean, self.inner.running_var
-        return bn_ext.functional.batch_norm(F.conv2d(x, self.weight), *statistics, activation=self.activation)
-
-
-@pytest.mark.parametrize(("activation", "into"), [(None, "weight"), ("relu", "")])
-def test_graph_module_of_our_function(activation: str | None, into: str) -> None:
-    model, x = trained(torch.fx.symbolic_trace(OurFunction(activation))).double(), image(dtype=torch.double)
-    folded = bn_ext.fold(model)
-    assert outcomes(folded) == {"inner": into}
-    assert_same_outputs(folded, model, x)
-
-
 def test_graph_module_of_modules() -> None:
     model = torch.fx.symbolic_trace(pair(nn.Conv2d(6, 6, 1))).double()
     folded = bn_ext.fold(model, x := image(dtype=torch.double))
     assert outcomes(folded) == {"1": "0"}
     assert_same_outputs(folded, model, x)
-
-
-def exported(model: nn.Module) -> torch.export.ExportedProgram:
-    return torch.export.export(model, (image(dtype=torch.double),), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
-
-@pytest.mark.parametrize("last", [False, True], ids=["inside", "last"])
-@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
-def test_exported_program(bias: bool, last: bool) -> None:
-    layers = nn.Conv2d(6, 6, 3, bias=bias), nn.Dropout(), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
-    model = trained(nn.Sequential(*layers[: 3 if last else 5])).double()
-    program = exported(model)
-    before, names = str(program), list(program.state_dict)
-    folded = bn_ext.fold(program, image(dtype=torch.double))
-    assert type(folded) is torch.export.ExportedProgram
-    assert outcomes(folded) == ({"2": "0"} if last else {"2": "0", "4": "3"})
-    assert set(folded.state_dict) == {f"{i}.{n}" for i in ((0,) if last else (0, 3)) for n in ("weight", "bias")}
-    assert (str(program), list(program.state_dict)) == (before, names)
-    assert folded.range_constraints == program.range_constraints
-    file = io.BytesIO()
-    torch.export.save(folded, file)
-    file.seek(0)
-    for same in (folded, torch.export.load(file), folded.run_decompositions()):
-        assert_same_outputs(same.module(), model, torch.randn(3, 6, 5, 5, dtype=torch.double))
-
-
-@pytest.mark.parametrize(
-    ("call", "reason"),
-    [
-        (lambda m, x: m.norm(y := m.conv(x)) + y, "used elsewhere"),
-        (lambda m, x: m.norm(x), "follows x"),
-        (lambda m, x: m.norm(F.conv2d(x, m.conv.weight * 2)), "is computed"),
-        (lambda m, x: m.norm(m.conv(x)) * m.conv.weight.mean(), "shares parameters"),
-        (lambda m, x: m.norm(m.conv(x)[0][None]), "follows"),
-    ],
-)
-def test_left_in_an_exported_program(call: Callable[..., Any], reason: str) -> None:
-    model = trained(Custom(call)).double()
-    folded = bn_ext.fold(exported(model))
-    assert outcomes(folded) == {"norm": ""}
-    assert reason in str(folds(folded)[0])
-    assert_same_outputs(folded.module(), model, image(dtype=torch.double), tolerance=0)
-
-
-def test_exported_batch_norm_in_training() -> None:
-    model = Custom(lambda m, x: m.norm(m.conv(x)))
-    assert outcomes(bn_ext.fold(torch.export.export(model, (image(),)))) == {"norm": ""}
-
-
-def test_exported_batch_norm_over_positions() -> None:
-    model = trained(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)))
-    x = torch.randn(2, 6, 6)
-    folded = bn_ext.fold(torch.export.export(model, (x,)))
-    assert "does not normalize" in str(folds(folded)[0])
-    assert_same_outputs(folded.module(), model, x, tolerance=0)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bn_ext import modules
 from bn_ext.graph.folding.layers import absorbed, rest
-from bn_ext.graph.folding.nodes import Attributes, Placeholders, fold_nodes
+from bn_ext.graph.folding.nodes import Nodes
 from bn_ext.graph.folding.pairs import Judgement, Pair
 from bn_ext.graph.folding.trace import trace
 from bn_ext.graph.folding.watch import Watch, located
@@ -75,9 +75,10 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
         return _fold_program(model, args, kwargs)  # type: ignore[return-value]
     for name, module in model.named_modules():
         if module.training and (module is model or isinstance(module, (_BatchNorm, modules.BatchNormAct))):
-            raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first")
+            instead = " or fold the program that it was made of" if isinstance(model, GraphModule) else ""
+            raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first{instead}")
     folded = _twin(model)
-    found = [Fold(*names) for names in fold_nodes(Attributes(folded))] if isinstance(folded, GraphModule) else []
+    found: list[Fold] = []
     expected = _outputs(model, args, kwargs) if args or kwargs else None
     while True:  # a batch norm may follow another that is folded
         watch = Watch(_twin(folded, own=True))
@@ -120,9 +121,9 @@ def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
 
 
 def _fold_program(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:
-    place = Placeholders(program)
-    found = [Fold(*names) for names in fold_nodes(place)]
-    folded = place.program()
+    nodes = Nodes(program)
+    found = [Fold(*names) for names in nodes.fold()]
+    folded = nodes.program()
     if args or kwargs:
         expected = _outputs(program.module(), args, kwargs)
         _check(_outputs(folded.module(), args, kwargs, "the folded model"), expected)

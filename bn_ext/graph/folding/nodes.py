@@ -1,9 +1,8 @@
-"""Folds in a graph the batch norms that are calls of functions: of a graph module or an exported program."""
+"""Folds the batch norms of an exported program, which are calls of functions in its graph."""
 
 from __future__ import annotations
 
 import copy
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,52 +13,12 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from bn_ext.graph.folding.layers import Affine, LayerCall, absorbed, batch_norm_call, drops_nothing, layer_call
 
 
-class Attributes:
-    """The tensors of a graph module: attributes of it and of its parts."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        self.module = module
-        self.graph = module.graph
-
-    def name(self, node: Any) -> str | None:
-        """What a node stands for, if that is a tensor of the module."""
-        return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
-
-    def tensor(self, name: str) -> Any:
-        return attrgetter(name)(self.module)
-
-    def has(self, name: str) -> bool:
-        owner, _, attribute = name.rpartition(".")
-        return getattr(self.module.get_submodule(owner), attribute, None) is not None
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        owner, _, attribute = name.rpartition(".")
-        setattr(self.module.get_submodule(owner), attribute, tensor)
-
-    def add(self, name: str, tensor: Tensor, beside: fx.Node) -> fx.Node:
-        self.put(name, tensor)
-        with self.graph.inserting_after(beside):
-            return self.graph.get_attr(name)
-
-    def readers(self, name: str) -> int:
-        own = sum(len(node.users) for node in self.graph.find_nodes(op="get_attr") if node.target == name)
-        called = self.graph.find_nodes(op="call_module")
-        return own + sum(name.startswith(f"{node.target}.") for node in called)
-
-    def remove(self, node: fx.Node) -> None:
-        name = str(node.target)
-        self.graph.erase_node(node)
-        if not self.readers(name):
-            owner, _, attribute = name.rpartition(".")
-            delattr(self.module.get_submodule(owner), attribute)
-
-    def replace(self, node: fx.Node, by: fx.Node) -> None:
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)
+class _ObstacleError(Exception):
+    """Why a batch norm is not folded."""
 
 
-class Placeholders:
-    """The tensors of an exported program: inputs of its graph. The program stays as it is."""
+class Nodes:
+    """The graph of a program, to be changed. The program stays as it is."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.original = program
@@ -68,52 +27,27 @@ class Placeholders:
         for node, old in zip(self.graph.nodes, program.graph.nodes, strict=True):
             node.name = old.name  # a copy may get another, but the signature has these
         self.signature = copy.deepcopy(program.graph_signature)
-        self.tensors = {**program.constants, **program.state_dict}
+        self.tensors = {**program.constants, **program.state_dict}  # each is an input of the graph
 
-    def _spec(self, node: Any) -> InputSpec | None:
-        specs = self.signature.input_specs
-        return next((s for s in specs if node.op == "placeholder" and getattr(s.arg, "name", None) == node.name), None)
-
-    def name(self, node: Any) -> str | None:
-        spec = self._spec(node) if isinstance(node, fx.Node) else None
-        return None if spec is None else spec.target
-
-    def tensor(self, name: str) -> Any:
-        return self.tensors[name]
-
-    def has(self, name: str) -> bool:
-        return name in self.tensors
-
-    def put(self, name: str, tensor: Tensor) -> None:
-        self.tensors[name] = tensor
-
-    def add(self, name: str, tensor: Tensor, beside: fx.Node) -> fx.Node:
-        with self.graph.inserting_after(beside):
-            node = self.graph.placeholder("p_" + name.replace(".", "_"))
-        node.meta["val"] = beside.meta["val"].fake_mode.from_tensor(tensor, static_shapes=True)
-        specs = self.signature.input_specs
-        specs.insert(
-            specs.index(self._spec(beside)) + 1,  # type: ignore[arg-type]
-            InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name),
-        )
-        self.put(name, tensor)
-        return node
-
-    def readers(self, name: str) -> int:
-        return sum(len(node.users) for node in self.graph.find_nodes(op="placeholder") if self.name(node) == name)
-
-    def remove(self, node: fx.Node) -> None:
-        spec = self._spec(node)
-        self.signature.input_specs.remove(spec)  # type: ignore[arg-type]
-        self.tensors.pop(spec.target, None)  # type: ignore[union-attr, arg-type]
-        self.graph.erase_node(node)
-
-    def replace(self, node: fx.Node, by: fx.Node) -> None:
-        self.signature.replace_all_uses(node.name, by.name)
-        node.replace_all_uses_with(by)
-        self.graph.erase_node(node)
+    def fold(self) -> list[tuple[str, str, str]]:
+        """Folds what can be folded. Gives for each batch norm its name, and the layer's name or the obstacle."""
+        found = []
+        for node in list(self.graph.nodes):
+            given = batch_norm_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
+            if node.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
+                given = {"running_mean": node.args[3]}
+            if given is None:
+                continue
+            name = self._name(given["running_mean"]) or node.name
+            name = name.removesuffix("running_mean").rstrip("._") or name
+            try:
+                found.append((name, self._fold(node, given), ""))
+            except _ObstacleError as obstacle:
+                found.append((name, "", str(obstacle)))
+        return found
 
     def program(self) -> ExportedProgram:
+        self.module.recompile()
         old = self.original
         constants = {name: value for name, value in self.tensors.items() if name in old.constants}
         return ExportedProgram(
@@ -128,74 +62,86 @@ class Placeholders:
             verifiers=old.verifiers,
         )
 
+    def _fold(self, norm: fx.Node, given: dict[str, Any]) -> str:
+        """Gives the name of the layer."""
+        node, call = _layer(norm, given)
+        layer = call._replace(weight=self._tensor(call.weight, "the weight"), bias=self._tensor(call.bias, "the bias"))
+        settings = [given[name] for name in ("running_mean", "running_var", "weight", "bias")]
+        mean, var, scale, shift = (self._tensor(setting, "what it normalizes by") for setting in settings)
+        computed = Affine(mean, var, scale, shift, given["eps"])
+        weight, bias = str(self._name(call.weight)), self._name(call.bias)
+        if any(self._readers(name) > 1 for name in (weight, bias) if name is not None):
+            raise _ObstacleError(f"it follows {node.name}, which shares parameters")
+        users = {user for setting in settings if setting is not None for user in setting.users}
+        if any(batch_norm_call(user.target, user.args, user.kwargs) is None for user in users):
+            raise _ObstacleError("its parameters or statistics are used elsewhere too")
+        if any(type(p) is not nn.Parameter for p in (layer.weight, layer.bias) if p is not None):
+            raise _ObstacleError(f"it follows {node.name}, whose parameters are no plain ones")
+        if node.meta["val"].dim() != layer.rank or layer.channels != computed.mean.numel():
+            raise _ObstacleError(f"it does not normalize the {layer.channels} features of {node.name}")
+        parameters = absorbed(layer, computed)
+        if parameters is None:
+            raise _ObstacleError("the folded parameters would not be finite")
+        self.tensors[weight] = parameters[0]
+        if bias is not None:
+            self.tensors[bias] = parameters[1]
+        else:
+            self._give_bias(node, call.weight, parameters[1])
+        self._take_out(norm, given["input"], settings)
+        return weight.removesuffix("weight").rstrip("._") or weight
 
-class _ObstacleError(Exception):
-    """Why a batch norm is not folded."""
+    def _spec(self, node: Any) -> InputSpec | None:
+        specs = self.signature.input_specs
+        return next((s for s in specs if node.op == "placeholder" and getattr(s.arg, "name", None) == node.name), None)
 
+    def _name(self, node: Any) -> str | None:
+        """What a node stands for, if that is a tensor of the program."""
+        spec = self._spec(node) if isinstance(node, fx.Node) else None
+        return None if spec is None else spec.target
 
-def fold_nodes(place: Attributes | Placeholders) -> list[tuple[str, str, str]]:
-    """Folds what can be folded. Gives for each batch norm its name, what it is folded into, or else why it is not."""
-    found = []
-    for node in list(place.graph.nodes):
-        given = batch_norm_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
-        if given is None:
-            continue
-        name = place.name(given["running_mean"]) or node.name
-        name = name.removesuffix("running_mean").rstrip("._") or name
-        try:
-            found.append((name, _fold_node(place, node, given), ""))
-        except _ObstacleError as obstacle:
-            found.append((name, "", str(obstacle)))
-    place.module.recompile()
-    return found
-
-
-def _fold_node(place: Attributes | Placeholders, norm: fx.Node, given: dict[str, Any]) -> str:
-    """Gives the name of the layer."""
-    node, call = _layer(norm, given)
-
-    def tensor(argument: Any, what: str) -> Any:
-        name = place.name(argument)
-        value = None if name is None else place.tensor(name)
-        if argument is not None and not isinstance(value, Tensor):
+    def _tensor(self, node: Any, what: str) -> Any:
+        name = self._name(node)
+        if node is not None and name is None:
             raise _ObstacleError(f"{what} is computed")
-        return value
+        return None if name is None else self.tensors[name]
 
-    layer = call._replace(weight=tensor(call.weight, "the weight"), bias=tensor(call.bias, "the bias"))
-    computed = Affine(
-        tensor(given["running_mean"], "its mean"),
-        tensor(given["running_var"], "its variance"),
-        tensor(given["weight"], "its weight"),
-        tensor(given["bias"], "its bias"),
-        given["eps"],
-    )
-    weight, bias = str(place.name(call.weight)), place.name(call.bias)
-    if any(place.readers(name) > 1 for name in (weight, bias) if name is not None):
-        raise _ObstacleError(f"it follows {node.name}, which shares parameters")
-    if any(type(p) is not nn.Parameter for p in (layer.weight, layer.bias) if p is not None):
-        raise _ObstacleError(f"it follows {node.name}, whose parameters are no plain ones")
-    example = node.meta.get("val", node.meta.get("example_value"))
-    if (example is not None and example.dim() != layer.rank) or layer.channels != computed.mean.numel():
-        raise _ObstacleError(f"it does not normalize the {layer.channels} features of {node.name}")
-    parameters = absorbed(layer, computed)
-    if parameters is None:
-        raise _ObstacleError("the folded parameters would not be finite")
+    def _readers(self, name: str) -> int:
+        return sum(len(node.users) for node in self.graph.find_nodes(op="placeholder") if self._name(node) == name)
 
-    if example is None:
-        with place.graph.inserting_before(norm):
-            is_it = fx.Proxy(node).dim() == layer.rank
-            torch._assert(is_it, f"{node.name} holds {norm.name}, folded for inputs of {layer.rank} dimensions alone")
-    place.put(weight, parameters[0])
-    if bias is not None:
-        place.put(bias, parameters[1])
-    else:
-        _give_bias(place, node, call, parameters[1])
-    _take_out(place, norm, given)
-    return weight.removesuffix("weight").rstrip("._") or weight
+    def _give_bias(self, layer: fx.Node, weight: fx.Node, bias: Tensor) -> None:
+        name = str(self._name(weight)).removesuffix("weight") + "bias"
+        while name in self.tensors:
+            name += "_"
+        self.tensors[name] = bias
+        with self.graph.inserting_after(weight):
+            node = self.graph.placeholder("p_" + name.replace(".", "_"))
+        node.meta["val"] = weight.meta["val"].fake_mode.from_tensor(bias, static_shapes=True)
+        specs = self.signature.input_specs
+        specs.insert(
+            specs.index(self._spec(weight)) + 1,  # type: ignore[arg-type]
+            InputSpec(InputKind.PARAMETER, TensorArgument(node.name), name),
+        )
+        layer.args = (*layer.args[:2], node, *layer.args[3:])
+
+    def _take_out(self, norm: fx.Node, input: fx.Node, settings: list[Any]) -> None:
+        """A batch norm, and the tensors that nothing reads then."""
+        counter = str(self._name(settings[0])).removesuffix("running_mean") + "num_batches_tracked"
+        unused = [*settings, *(node for node in self.graph.nodes if self._name(node) == counter)]
+        self.signature.replace_all_uses(norm.name, input.name)
+        norm.replace_all_uses_with(input)
+        self.graph.erase_node(norm)
+        for node in unused:
+            if node is not None and not node.users:
+                spec: Any = self._spec(node)
+                self.signature.input_specs.remove(spec)
+                self.tensors.pop(spec.target, None)
+                self.graph.erase_node(node)
 
 
 def _layer(norm: fx.Node, given: dict[str, Any]) -> tuple[fx.Node, LayerCall]:
     """The call whose output a batch norm alone reads."""
+    if "input" not in given:
+        raise _ObstacleError("the program is decomposed, fold it before run_decompositions()")
     node, reader = given["input"], norm
     while (
         node.op == "call_function" and drops_nothing(node.target, node.args, node.kwargs) and {*node.users} == {reader}
@@ -209,25 +155,3 @@ def _layer(norm: fx.Node, given: dict[str, Any]) -> tuple[fx.Node, LayerCall]:
     if {*node.users} != {reader}:
         raise _ObstacleError(f"it follows {node.name}, whose output is used elsewhere too")
     return node, call
-
-
-def _give_bias(place: Attributes | Placeholders, node: fx.Node, call: LayerCall, bias: Tensor) -> None:
-    name = str(place.name(call.weight)).removesuffix("weight") + "bias"
-    while place.has(name):
-        name += "_"
-    added = place.add(name, bias, beside=call.weight)
-    if len(node.args) > 1:
-        node.args = (*node.args[:2], added, *node.args[3:])
-    else:
-        node.update_kwarg("bias", added)
-
-
-def _take_out(place: Attributes | Placeholders, norm: fx.Node, given: dict[str, Any]) -> None:
-    """The batch norm, and the tensors that nothing reads then."""
-    counter = str(place.name(given["running_mean"])).removesuffix("running_mean") + "num_batches_tracked"
-    unused = [given[name] for name in ("running_mean", "running_var", "weight", "bias")]
-    unused += [node for node in place.graph.nodes if place.name(node) == counter]
-    place.replace(norm, given["input"])
-    for node in unused:
-        if node is not None and not node.users:
-            place.remove(node)
