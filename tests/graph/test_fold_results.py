@@ -132,6 +132,13 @@ def test_without_inputs_the_parts_that_can_be_traced() -> None:
     assert reasons["part.norm"].startswith("part cannot be traced")
 
 
+def caught(ask: Callable[[], Any]) -> bool:
+    try:
+        return bool(ask())
+    except Exception:
+        return False
+
+
 @pytest.mark.parametrize(
     "ask",
     [
@@ -140,6 +147,10 @@ def test_without_inputs_the_parts_that_can_be_traced() -> None:
         lambda y: torch.jit.isinstance(y, Tensor),
         lambda y: y.shape[1] == 6,
         lambda y: len(y) > 0,
+        lambda y: caught((y < 9).all),
+        lambda y: caught(lambda: list(y)),
+        lambda y: caught(lambda: int(y.ndim)),
+        lambda y: caught(lambda: isinstance(y.shape, tuple)),
     ],
 )
 def test_a_trace_does_not_guess(ask: Callable[[Any], bool]) -> None:
@@ -149,6 +160,14 @@ def test_a_trace_does_not_guess(ask: Callable[[Any], bool]) -> None:
         folded = bn_ext.fold(model, *inputs)
         assert outcomes(folded) == {"norm": ""}
         assert_same_outputs(folded, model, image(), tolerance=0)
+
+
+def test_a_part_that_catches_an_error_of_its_trace() -> None:
+    part = Custom(lambda m, x: m.norm(y := m.conv(x)) + (y if caught(lambda: x.sum() != 0) else 0))
+    model = trained(Custom(lambda m, x: m.part(m.norm(m.conv(x))), part=part))
+    folded = bn_ext.fold(model)
+    assert outcomes(folded) == {"norm": "conv", "part.norm": ""}
+    assert_same_outputs(folded, model, image(), tolerance=1e-5)
 
 
 def test_arguments_that_a_part_does_not_take() -> None:
@@ -201,6 +220,50 @@ def test_hooks_of_the_model_and_of_containers_run() -> None:
         seen.clear()
         folded(image())
         assert seen == ["inner", "model"]
+
+
+class Normalizer(nn.Module):
+    """Has buffers as a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("running_mean", torch.ones(()))
+        self.register_buffer("running_var", torch.ones(()))
+
+    def forward(self) -> Tensor:
+        return self.running_mean / self.running_var
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["traced", "run"])
+def test_buffers_as_of_a_batch_norm(given: bool) -> None:
+    inner = Custom(lambda m, x: m.norm(m.conv(x - m.running_mean)))
+    inner.running_mean, inner.running_var = nn.Buffer(torch.ones(())), nn.Buffer(torch.ones(()))
+    other = Normalizer()
+    model = trained(Custom(lambda m, x: m.norm(m.conv(x - m.other())) + m.inner(x), inner=inner, other=other))
+    for same in (model, inner):
+        folded = bn_ext.fold(same, *([image()] if given else []))
+        assert {name: into for name, into in outcomes(folded).items() if into} == (
+            {"norm": "conv", "inner.norm": "inner.conv"} if same is model else {"norm": "conv"}
+        )
+        assert_same_outputs(folded, same, image(), tolerance=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.jit.script, lambda m: nn.Sequential(torch.jit.script(m))])
+def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = wrap(pair(nn.Conv2d(6, 6, 1)))
+    folded = bn_ext.fold(model.eval())
+    assert outcomes(folded) == ({"module.1": "module.0"} if wrap is nn.DataParallel else {})
+    assert_same_outputs(folded, model, image(), tolerance=1e-5)
+
+
+def test_under_vmap() -> None:
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        return m.norm(m.conv(x)) + torch.vmap(lambda row: m.conv(row[None])[0])(x)
+
+    model = trained(Custom(call))
+    folded = bn_ext.fold(model, image())
+    assert outcomes(folded) == {"norm": ""}
+    assert_same_outputs(folded, model, image(), tolerance=0)
 
 
 def test_checkpointed_and_scripted_parts() -> None:

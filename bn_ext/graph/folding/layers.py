@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bn_ext import activation as activations
@@ -21,7 +22,7 @@ from bn_ext.functional import finished, operator
 # linear layer takes any rank, a convolution a single example too.
 _OUTPUT_RANKS = {"linear": 2, **{f"{kind}{d}d": d + 2 for kind in ("conv", "conv_transpose") for d in (1, 2, 3)}}
 _LAYERS = {getattr(place, name): name for name in _OUTPUT_RANKS for place in (F, torch.ops.aten)}
-_LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "", "groups")
+_LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 _ATENS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
 _BATCH_NORMS = {
@@ -112,8 +113,10 @@ def altered(module: nn.Module) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    buffers = {} if isinstance(module, torch.jit.ScriptModule) else module._buffers
-    return "running_mean" in buffers and "running_var" in buffers and not isinstance(module, _InstanceNorm)
+    if isinstance(module, (torch.jit.ScriptModule, _InstanceNorm)):
+        return False
+    holds_layers = any(isinstance(part, (_ConvNd, nn.Linear)) for part in module.modules())
+    return {"running_mean", "running_var"} <= {*module._buffers} and not holds_layers
 
 
 def _of_others(module: nn.Module, names: re.Pattern[str]) -> bool:

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx import Proxy
+from torch.fx.proxy import Attribute
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from bn_ext.graph.folding.watch import Watch
 
-_SEEN_THROUGH = (nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Linear, _ConvNd, _DropoutNd)
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+_SEEN_THROUGH = (*_WRAPPERS, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Linear, _ConvNd, _DropoutNd)
 _SIMPLE = (type(None), bool, int, float, str)  # what torch.fx compares with what is given later
 _TYPE_CHECKS = ("is_tensor", "_isinstance", "container_checker")  # torch's own
 _TORCH = str(Path(torch.__file__).parent)
@@ -30,7 +32,7 @@ def trace(watch: Watch) -> None:
         if part in seen or _is_opaque(part):
             continue
         seen.add(part)
-        if type(part).forward is nn.Module.forward:  # a container, which is not called
+        if type(part).forward is nn.Module.forward or isinstance(part, _WRAPPERS):
             parts += part.children()
             continue
         tracer = _Tracer(watch)
@@ -40,6 +42,8 @@ def trace(watch: Watch) -> None:
                 raise TypeError("it has a forward of its own")
             with torch.no_grad(), watch.watching():
                 graph = tracer.trace(part, _defaults(part))
+            if tracer.asked is not None:
+                raise tracer.asked
         except Exception as error:
             watch.forget(marks)
             watch.fail(part, error)
@@ -53,12 +57,27 @@ def trace(watch: Watch) -> None:
 class _Value(Proxy):
     """Does not pass for something else than the tensor that it may stand for."""
 
+    tracer: _Tracer
+
+    def _ask(self, *_: Any) -> Any:
+        self.tracer.asked = TypeError("it asks for the type or value of a tensor, which only a run tells")
+        raise self.tracer.asked  # the model may catch it
+
+    __bool__ = __int__ = __float__ = __complex__ = __index__ = __len__ = _ask
+
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # isinstance asks for it, after the type
         code = inspect.currentframe().f_back.f_code  # type: ignore[union-attr]
         if not code.co_filename.startswith(_TORCH) or code.co_name in _TYPE_CHECKS:
-            raise TypeError("it depends on the type of a value, which only a run tells")
+            self._ask()
         return _Value
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
+
+
+class _Attribute(Attribute, _Value):
+    pass
 
 
 class _Tracer(fx.Tracer):
@@ -66,6 +85,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.watch = watch
         self.parts: list[nn.Module] = []  # called as they are
+        self.asked: Exception | None = None  # in the call that is traced
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val  # a parameter stays the object that it is
@@ -73,17 +93,27 @@ class _Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> Proxy:
         return _Value(node, self)
 
+    def iter(self, obj: Any) -> Any:
+        return obj._ask()
+
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        if m in self.watch.altered or (_is_opaque(m) and m not in self.watch.norms):
+        opaque = _is_opaque(m) and m not in self.watch.norms
+        if opaque or m in self.watch.altered or isinstance(m, _WRAPPERS):
             return self._call_whole(m, args, kwargs)
-        marks, last = self.watch.marks(), self._last()
+        marks, last, asked = self.watch.marks(), self._last(), self.asked
+        self.asked = None
         try:
-            return forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
+            if self.asked is None:
+                return output
+            raise self.asked
         except Exception as error:
             self.watch.forget(marks)
             self.watch.fail(m, error)
+        finally:
+            self.asked = asked
         while (node := self._last()) is not last:
             self.graph.erase_node(node)
         return self._call_whole(m, args, kwargs)
@@ -101,8 +131,9 @@ class _Tracer(fx.Tracer):
 
 
 def _is_opaque(module: nn.Module) -> bool:
-    """Whether ``module`` is one of torch's own in which there is no pair to find."""
-    return type(module).__module__.startswith("torch.nn") and not isinstance(module, _SEEN_THROUGH)
+    """Whether ``module`` is a script, or one of torch's own in which there is no pair to find."""
+    torchs = type(module).__module__.startswith("torch.nn") and not isinstance(module, _SEEN_THROUGH)
+    return torchs or isinstance(module, torch.jit.ScriptModule)
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:

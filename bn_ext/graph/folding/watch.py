@@ -169,10 +169,12 @@ class Watch:
         if isinstance(value, Proxy):
             self._nodes[value.node] = call.name, own
             output = Output(call)
-        elif type(value) is Tensor:
-            output = Output(call, rank=value.dim(), storage=value.untyped_storage())
         else:
-            return value
+            storage = _storage(value) if type(value) is Tensor else None
+            if storage is None:  # what becomes of the output is not seen
+                self.elsewhere |= own
+                return value
+            output = Output(call, rank=value.dim(), storage=storage)
         output.value = weakref.ref(value)
         self.outputs.append(output)
         self._made[_key(value)] = output
@@ -203,14 +205,16 @@ class Watch:
         known = is_known(module)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            inputs = [*signature.bind(*args, **kwargs).arguments.values()]
             self._inside.append(module)
             try:
-                return called(*args, **kwargs)
+                if inputs and isinstance(inputs[0], (Proxy, Tensor)):
+                    return normalize(*inputs, args=args, kwargs=kwargs)
+                return inner(*args, **kwargs)
             finally:
                 self._inside.pop()
 
-        def called(*args: Any, **kwargs: Any) -> Any:
-            input, *others = signature.bind(*args, **kwargs).arguments.values()
+        def normalize(input: Any, *others: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             traced = isinstance(input, Proxy)
             source = self._made.get(_key(input)) or (input.node.name if traced else "an input")
             if any(_same(other, input) for other in others):
@@ -325,11 +329,16 @@ def _key(value: Any) -> Any:
     if isinstance(value, Proxy):
         return value.node
     if isinstance(value, Tensor):
-        try:
-            return value.untyped_storage()._cdata
-        except Exception:  # tensors that have none
-            return id(value)
+        storage = _storage(value)
+        return id(value) if storage is None else storage._cdata
     return value if isinstance(value, fx.Node) else None
+
+
+def _storage(tensor: Tensor) -> Any:
+    try:
+        return tensor.untyped_storage()
+    except Exception:  # of tensors that have none
+        return None
 
 
 def _same(one: Any, other: Any) -> bool:
