@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import random
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -313,6 +314,17 @@ def test_result_can_be_copied_pickled_and_folded_again() -> None:
     assert folds(model) == []
 
 
+def test_result_can_be_scripted() -> None:
+    folded = bn_ext.fold(pair(nn.Linear(4, 6), nn.BatchNorm1d))
+    scripted = torch.jit.script(folded)
+    assert_same_outputs(scripted, folded, torch.randn(5, 4), tolerance=0)
+    with pytest.raises(Exception, match="inputs of 2 dimensions alone"):
+        scripted(torch.randn(5, 6, 4))
+    act = torch.jit.script(bn_ext.fold(pair(nn.Conv2d(6, 6, 1), bn_ext.BatchNormAct2d, activation="relu")))
+    with pytest.raises(Exception, match="cannot be scripted"):
+        act(image())
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["traced", "run"])
 def test_in_inference_mode(given: bool) -> None:
     model = pair(nn.Conv2d(6, 6, 1))
@@ -331,6 +343,20 @@ def test_training_mode_is_refused(part: tuple[str, ...]) -> None:
     model.get_submodule("".join(part)).train()
     with pytest.raises(ValueError, match=rf"{''.join(part) or 'the model'} is in training mode, call model.eval\(\)"):
         bn_ext.fold(model)
+
+
+def test_lazy_modules_are_refused() -> None:
+    with pytest.raises(ValueError, match="0 is not initialized, call the model first"):
+        bn_ext.fold(nn.Sequential(nn.LazyConv2d(6, 1), nn.BatchNorm2d(6)).eval())
+
+
+@pytest.mark.parametrize(("module", "place"), [("", "state of the model"), ("norm", "state of norm")])
+def test_what_cannot_be_copied_is_named(module: str, place: str) -> None:
+    model = trained(Custom(lambda m, x: m.norm(m.conv(x))))
+    for state in (threading.Lock(), [model.conv(image())]):
+        model.get_submodule(module).state = state
+        with pytest.raises(TypeError, match=f"fold: {place} cannot be copied: "):
+            bn_ext.fold(model)
 
 
 def test_forward_set_on_the_object() -> None:

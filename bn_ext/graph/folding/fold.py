@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bn_ext import modules
@@ -21,7 +22,7 @@ from bn_ext.graph.folding.layers import absorbed, rest
 from bn_ext.graph.folding.nodes import Nodes
 from bn_ext.graph.folding.pairs import Judgement, Pair
 from bn_ext.graph.folding.trace import trace
-from bn_ext.graph.folding.watch import Watch, located
+from bn_ext.graph.folding.watch import Watch, located, tensors
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 _FOLDS = "_bn_ext_folds"
@@ -66,7 +67,8 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
         args, kwargs: example inputs, if any; positional ones may also be given as one tuple.
 
     Raises:
-        ValueError: a model or a batch norm in training mode.
+        ValueError: a model or a batch norm in training mode, or a module that is not initialized.
+        TypeError: an attribute of the model that cannot be copied.
         AssertionError: outputs that are off by more than rounding explains.
     """
     if len(args) == 1 and type(args[0]) is tuple and not kwargs:
@@ -74,6 +76,8 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
     if isinstance(model, ExportedProgram):
         return _fold_program(model, args, kwargs)  # type: ignore[return-value]
     for name, module in model.named_modules():
+        if any(is_lazy(tensor) for tensor in tensors(module)):
+            raise ValueError(f"fold: {name or 'the model'} is not initialized, call the model first")
         if module.training and (module is model or isinstance(module, (_BatchNorm, modules.BatchNormAct))):
             instead = " or fold the program that it was made of" if isinstance(model, GraphModule) else ""
             raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first{instead}")
@@ -138,7 +142,22 @@ def _twin(model: nn.Module, own: bool = False) -> nn.Module:
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
             if isinstance(value, Tensor) and not (own and value.is_leaf):
                 memo[id(value)] = value.detach().clone() if own else value
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, dict(memo))
+    except Exception as error:
+        raise TypeError(f"fold: {_uncopied(model, memo)} cannot be copied: {error}") from error
+
+
+def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
+    """The attribute for which a model cannot be copied."""
+    memo |= {id(module): module for module in model.modules()}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception:
+                return f"{name} of {path or 'the model'}"
+    return "the model"
 
 
 @contextmanager

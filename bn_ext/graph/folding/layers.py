@@ -161,9 +161,13 @@ class Rest(nn.Module):
     ) -> Tensor:
         if self.rank is not None:
             torch._assert(input.dim() == self.rank, f"{self.folded} for inputs of {self.rank} dimensions alone")
-        if self.activation is not None:
-            activation, activation_param = self.activation, self.activation_param
-        return finished(input, residual, activation, activation_param)
+        if not torch.jit.is_scripting():
+            if self.activation is not None:
+                activation, activation_param = self.activation, self.activation_param
+            return finished(input, residual, activation, activation_param)
+        alone = residual is None and activation is None and self.activation is None
+        torch._assert(alone, "a folded batch norm with a residual or an activation cannot be scripted")
+        return input
 
     def extra_repr(self) -> str:
         settings = {name: getattr(self, name) for name in ("rank", "activation", "activation_param")}
