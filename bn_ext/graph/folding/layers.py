@@ -32,7 +32,7 @@ _BATCH_NORMS = {
     operator: tuple(argument.name for argument in operator.default._schema.arguments),
 }
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.ops.aten.dropout)
-_DEFAULTS = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
+_OPTIONAL = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
 
 # The ranks that batch norms take, by their check.
 _RANKS: dict[Any, tuple[int, ...]] = {
@@ -96,7 +96,7 @@ def layer_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
 def batch_norm_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
     """The arguments of a function that is a batch norm, by name."""
     names = _BATCH_NORMS.get(getattr(function, "overloadpacket", function))
-    return None if names is None else {**_DEFAULTS, **dict(zip(names, args)), **kwargs}
+    return None if names is None else {**_OPTIONAL, **dict(zip(names, args)), **kwargs}
 
 
 def drops_nothing(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:

@@ -51,7 +51,7 @@ class Judgement:
         """What is against folding. Each assumes that nothing before it is."""
         if module in self.watch.altered:
             yield f"this {type(module).__name__} has hooks or a forward of its own"
-        if module.running_mean is None or module.running_var is None:
+        if module._buffers["running_mean"] is None or module._buffers["running_var"] is None:
             yield "it has no running statistics"
         if not calls:
             yield self._unseen(self.watch.paths[module])
@@ -60,7 +60,7 @@ class Judgement:
                 yield f"the forward of {type(module).__name__} computes more than a batch norm"
             if not isinstance(call.source, Output):
                 yield f"it follows {call.source}, no plain convolution or linear layer"
-        if module in self.watch.asked or any(id(tensor) in self.watch.elsewhere for tensor in tensors(module)):
+        if any(id(tensor) in self.watch.elsewhere for tensor in tensors(module)):
             yield "its parameters, statistics or settings are used elsewhere too"
         if len({(*map(id, call.affine[:4]), call.affine.eps) for call in calls}) > 1:  # type: ignore[index, union-attr]
             yield "its calls differ in their parameters or settings"
@@ -90,7 +90,7 @@ class Judgement:
         if any(output.call.bias is not layer.bias or output.call.name != layer.name for output in outputs):
             yield f"{follows}, whose weight is used in another way too"
         wrong_rank = layer.rank not in ranks(module) or any(out.rank not in (None, layer.rank) for out in outputs)
-        if wrong_rank or layer.channels != module.running_mean.numel():
+        if wrong_rank or layer.channels != module._buffers["running_mean"].numel():
             yield f"it does not normalize the {layer.channels} features of {name}"
 
     def _unseen(self, path: str) -> str:

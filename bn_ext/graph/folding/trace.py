@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from bn_ext.graph.folding.watch import Watch
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 _SEEN_THROUGH = (*_WRAPPERS, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity, nn.Linear, _ConvNd, _DropoutNd)
-_SIMPLE = (type(None), bool, int, float, str)  # what torch.fx compares with what is given later
+_COMPARED = (type(None), bool, int, float, str)  # what torch.fx compares with what is given later
 _TYPE_CHECKS = ("is_tensor", "_isinstance", "container_checker")  # torch's own
 _TORCH = str(Path(torch.__file__).parent)
 
@@ -36,20 +37,11 @@ def trace(watch: Watch) -> None:
             parts += part.children()
             continue
         tracer = _Tracer(watch)
-        marks = watch.marks()
-        try:
-            if "forward" in vars(part):
-                raise TypeError("it has a forward of its own")
-            with torch.no_grad(), watch.watching():
-                graph = tracer.trace(part, _defaults(part))
-            if tracer.asked is not None:
-                raise tracer.asked
-        except Exception as error:
-            watch.forget(marks)
-            watch.fail(part, error)
+        result = watch.attempt(part, partial(tracer.trace, part))
+        if result is None:
             parts += part.children()
         else:
-            watch.read_nodes(graph, part)
+            watch.read_nodes(result[0], part)
             parts += tracer.parts
     watch.find_kept()
 
@@ -60,8 +52,8 @@ class _Value(Proxy):
     tracer: _Tracer
 
     def _ask(self, *_: Any) -> Any:
-        self.tracer.asked = TypeError("it asks for the type or value of a tensor, which only a run tells")
-        raise self.tracer.asked  # the model may catch it
+        self.tracer.watch.asked = TypeError("it asks for the type or value of a tensor, which only a run tells")
+        raise self.tracer.watch.asked  # which the model may catch
 
     __bool__ = __int__ = __float__ = __complex__ = __index__ = __len__ = _ask
 
@@ -85,7 +77,12 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.watch = watch
         self.parts: list[nn.Module] = []  # called as they are
-        self.asked: Exception | None = None  # in the call that is traced
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        if "forward" in vars(root):
+            raise TypeError("it has a forward of its own")
+        with torch.no_grad(), self.watch.watching():
+            return super().trace(root, _optional(root))
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         return attr_val  # a parameter stays the object that it is
@@ -102,18 +99,10 @@ class _Tracer(fx.Tracer):
         opaque = _is_opaque(m) and m not in self.watch.norms
         if opaque or m in self.watch.altered or isinstance(m, _WRAPPERS):
             return self._call_whole(m, args, kwargs)
-        marks, last, asked = self.watch.marks(), self._last(), self.asked
-        self.asked = None
-        try:
-            output = forward(*args, **kwargs)
-            if self.asked is None:
-                return output
-            raise self.asked
-        except Exception as error:
-            self.watch.forget(marks)
-            self.watch.fail(m, error)
-        finally:
-            self.asked = asked
+        last = self._last()
+        result = self.watch.attempt(m, lambda: forward(*args, **kwargs))
+        if result is not None:
+            return result[0]
         while (node := self._last()) is not last:
             self.graph.erase_node(node)
         return self._call_whole(m, args, kwargs)
@@ -136,6 +125,6 @@ def _is_opaque(module: nn.Module) -> bool:
     return torchs or isinstance(module, torch.jit.ScriptModule)
 
 
-def _defaults(module: nn.Module) -> dict[str, Any]:
+def _optional(module: nn.Module) -> dict[str, Any]:
     parameters = inspect.signature(module.forward).parameters.values()
-    return {p.name: p.default for p in parameters if isinstance(p.default, _SIMPLE)}
+    return {p.name: p.default for p in parameters if isinstance(p.default, _COMPARED)}

@@ -73,17 +73,16 @@ class Watch:
         self.outputs: list[Output] = []
         self.calls: list[NormCall] = []
         self.elsewhere: set[int] = set()  # ids of parameters and buffers that something else reads
-        self.asked: set[nn.Module] = set()  # batch norms whose attributes something else reads or sets
         self.failed: dict[str, str] = {}  # paths of modules that could not be traced, with the reasons
+        self.asked: Exception | None = None  # for what the module that is traced asks, and no trace tells
         self._made: dict[Any, Output | str] = {}  # what made a value
         self._reading: list[tuple[Any, set[int]]] = [("", set())]  # who reads now, and what of this is its own
         self._nodes: dict[fx.Node, tuple[Any, set[int]]] = {}  # the same for nodes of traces
         self._bodies: list[_Body] = []
         self._inside: list[nn.Module] = []  # the batch norms that are being called
-        self._watching = False
         for module in self.norms:
             module.forward = self._seen(module, module.forward)
-            _tell(module, self._ask)
+            _tell(module, self._attribute)
         for module in self.paths:
             _give_bias(module)
         self._tensors = {id(tensor) for module in self.paths for tensor in tensors(module)}
@@ -98,23 +97,25 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        self._watching = True
+        with _Operators(self), _Functions(self):
+            yield
+
+    def attempt(self, module: nn.Module, traced: Callable[[], Any]) -> tuple[Any] | None:
+        """What a trace of ``module`` gives. If it fails, nothing of it was seen."""
+        outputs, calls, asked = len(self.outputs), len(self.calls), self.asked
+        self.asked = None
         try:
-            with _Operators(self), _Functions(self):
-                yield
+            result = traced()
+            if self.asked is None:
+                return (result,)
+            raise self.asked
+        except Exception as error:
+            del self.outputs[outputs:], self.calls[calls:]
+            if module in self.paths:  # not one that was made on the way
+                self.failed[self.paths[module]] = f"{_place(error)}{error}"
+            return None
         finally:
-            self._watching = False
-
-    def marks(self) -> tuple[int, int]:
-        return len(self.outputs), len(self.calls)
-
-    def forget(self, marks: tuple[int, int]) -> None:
-        """What was seen since."""
-        del self.outputs[marks[0] :], self.calls[marks[1] :]
-
-    def fail(self, module: nn.Module, error: Exception) -> None:
-        if module in self.paths:
-            self.failed[self.paths[module]] = f"{_place(error)}{error}"
+            self.asked = asked
 
     def find_kept(self) -> None:
         for output in self.outputs:
@@ -122,22 +123,21 @@ class Watch:
                 output.readers.append("whoever holds it")
 
     def read_nodes(self, graph: fx.Graph, root: nn.Module) -> None:
+        named = *root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)
+        held = {name: id(tensor) for name, tensor in named}
         for node in graph.nodes:
             reader, own = self._nodes.get(node, (node.name, set()))
             for input in node.all_input_nodes:
                 self._read(input, reader)
-                if input.op == "get_attr":
-                    value: Any = root
-                    for name in str(input.target).split("."):
-                        value = getattr(value, name)
-                    self.elsewhere |= {id(value)} - own
+                if input.target in held:
+                    self.elsewhere |= {held[str(input.target)]} - own
 
     # ------------------------------------------------------------------------------------------ what is seen
 
-    def _ask(self, module: nn.Module, name: str) -> None:
-        """For an attribute of a batch norm, which is gone when it is folded."""
-        if self._watching and module not in self._inside and not name.startswith("_") and name not in _EVERY_MODULES:
-            self.asked.add(module)
+    def _attribute(self, module: nn.Module, name: str) -> None:
+        """An attribute of a batch norm, which is gone when it is folded, is read or set."""
+        if module not in self._inside and not name.startswith("_") and name not in _EVERY_MODULES:
+            self.elsewhere |= {id(tensor) for tensor in tensors(module)}
 
     def operator(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """A call of an operator with tensors."""
