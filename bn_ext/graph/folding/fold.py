@@ -33,7 +33,7 @@ class Fold(NamedTuple):
 
     batch_norm: str  # its path in the model
     into: str  # the path of the layer that holds it now; empty if it is still there
-    reason: str  # why it is
+    reason: str  # why the batch norm is still there; empty if it is folded
 
     def __str__(self) -> str:
         return f"{self.batch_norm}: " + (f"folded into {self.into}" if self.into else f"not folded ({self.reason})")
@@ -54,10 +54,14 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
     folded and why no more.
 
     With example inputs the pairs are found in a run of the model, whatever its code does, and the outputs of the folded
-    model are compared with those of the run. A branch that the run does not take is not seen.
+    model are compared with the model's. A branch that the run does not take is not seen. All runs are without
+    gradients, of copies of the model and of the tensors in the inputs; a tensor in an input that is no container
+    of :mod:`torch.utils._pytree` is not copied, and the model may write to it.
     Without example inputs the pairs are found by :mod:`torch.fx` in the model or, where the model cannot be traced, in
     the largest parts that can be traced. Optional arguments have their defaults then, and a part is taken to be called
-    as a whole: where its parent cannot be traced, what the parent does with the modules in it is not seen.
+    as a whole: where its parent cannot be traced, what the parent does with the modules in it is not seen. Nothing is
+    compared: a model is folded wrongly if it asks whether it is traced or for ``type(x)`` of a tensor, if it asks for
+    the class of a batch norm, or if it asks whether a layer has a bias. Give inputs to a model that does.
 
     Where only the rank of the input tells what is normalized (by ``BatchNorm1d`` after ``Linear``: the features of
     (N, C), the positions of (N, L, C)), the folded model asserts that it is the one for which folding is right.
@@ -108,13 +112,13 @@ def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
     """Folds in ``folded`` what was seen in a copy of it."""
     path, into = watch.paths[pair.batch_norm], watch.paths[pair.owner]
     layer, norm = folded.get_submodule(into), folded.get_submodule(path)
+    parameters = absorbed(pair.layer, pair.affine)
+    if parameters is None:
+        return Fold(path, "", "the folded parameters would not be finite")
     for module, watched in ((layer, pair.owner), (norm, pair.batch_norm)):
         own = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
         if any(not tensor.equal(getattr(watched, name)) for name, tensor in own.items()):
             return Fold(path, "", f"the model writes to the tensors of {into} or {path}")
-    parameters = absorbed(pair.layer, pair.affine)
-    if parameters is None:
-        return Fold(path, "", "the folded parameters would not be finite")
     layer._parameters.update(zip(pair.names, parameters, strict=True))
     remains = rest(norm, pair.layer, pair.plain, f"{into} holds {path}, folded").eval()
     # The same object: whatever refers to it does so still.

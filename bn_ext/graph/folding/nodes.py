@@ -70,7 +70,7 @@ class Nodes:
         mean, var, scale, shift = (self._tensor(setting, "what it normalizes by") for setting in settings)
         computed = Affine(mean, var, scale, shift, given["eps"])
         weight, bias = str(self._name(call.weight)), self._name(call.bias)
-        if any(self._readers(name) > 1 for name in (weight, bias) if name is not None):
+        if any(len(parameter.users) > 1 for parameter in (call.weight, call.bias) if parameter is not None):
             raise _ObstacleError(f"it follows {node.name}, which shares parameters")
         users = {user for setting in settings if setting is not None for user in setting.users}
         if any(batch_norm_call(user.target, user.args, user.kwargs) is None for user in users):
@@ -104,9 +104,6 @@ class Nodes:
         if node is not None and name is None:
             raise _ObstacleError(f"{what} is computed")
         return None if name is None else self.tensors[name]
-
-    def _readers(self, name: str) -> int:
-        return sum(len(node.users) for node in self.graph.find_nodes(op="placeholder") if self._name(node) == name)
 
     def _give_bias(self, layer: fx.Node, weight: fx.Node, bias: Tensor) -> None:
         name = str(self._name(weight)).removesuffix("weight") + "bias"

@@ -26,10 +26,9 @@ class Judgement:
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
-        modules = watch.paths
-        held = [(id(p), m, name) for m in modules for name, p in m._parameters.items() if p is not None]
-        self.places = {parameter: (module, name) for parameter, module, name in held}
-        self.times = Counter(parameter for parameter, *_ in held)
+        held = [(id(p), m, name) for m in watch.paths for name, p in m._parameters.items() if p is not None]
+        self.places = {parameter: (module, name) for parameter, module, name in held}  # by the parameter's id
+        self.times = Counter(parameter for parameter, *_ in held)  # that a module holds it
 
     def pairs(self) -> tuple[list[Pair], dict[str, str]]:
         """The pairs, and the paths of the other batch norms with the reasons why they are in none."""
@@ -82,8 +81,10 @@ class Judgement:
             yield f"{follows}, which shares parameters"
         if self.places.get(id(layer.bias), (None,))[0] is not owner:
             yield f"{follows}, which has no place for a bias of its own"
-        if any(type(p) is not nn.Parameter or p.is_meta for p in (layer.weight, layer.bias)):
-            yield f"{follows}, whose parameters are no plain tensors or have no values"
+        if any(type(p) is not nn.Parameter for p in (layer.weight, layer.bias)):
+            yield f"{follows}, whose parameters are of another class"
+        if any(p.is_meta for p in (layer.weight, layer.bias, *tensors(module))):
+            yield f"{follows}, and the parameters of the two have no values"
         outputs = [output for output in self.watch.outputs if output.call.weight is layer.weight]
         if any({*output.readers} != {module} for output in outputs):
             yield f"{follows}, whose output is used elsewhere too"

@@ -6,7 +6,7 @@ import inspect
 import traceback
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ class NormCall(NamedTuple):
 
 @dataclass
 class _Body:
-    """A forward, not known here, of a batch norm, while it runs."""
+    """The forward of a batch norm, while it runs."""
 
     module: Any
     normalized: list[Any] = field(default_factory=list)  # outputs of batch norm functions with the module's statistics
@@ -63,7 +63,20 @@ class _Body:
 
 
 class Watch:
-    """What is seen of ``model``, which is changed: it is a copy made for this."""
+    """What is seen of ``model``, which is changed: it is a copy made for this.
+
+    ===================  =============================================  =====================================
+    seen by              what is called or read                         what it notes
+    ===================  =============================================  =====================================
+    ``_operator``        operators of tensors, in a run                 readers of outputs and of parameters
+    ``read_nodes``       nodes of a graph, after a trace                the same
+    ``_function``        functions of tensors or of values of a trace   leads to the next two
+    ``_layer``           the functions of layers                        outputs
+    ``_normalization``   batch norm functions in forwards               what an unknown forward computes
+    ``_seen``            forwards of batch norms                        calls
+    ``_attribute``       attributes of batch norms                      that others use its parameters
+    ===================  =============================================  =====================================
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -79,7 +92,6 @@ class Watch:
         self._reading: list[tuple[Any, set[int]]] = [("", set())]  # who reads now, and what of this is its own
         self._nodes: dict[fx.Node, tuple[Any, set[int]]] = {}  # the same for nodes of traces
         self._bodies: list[_Body] = []
-        self._inside: list[nn.Module] = []  # the batch norms that are being called
         for module in self.norms:
             module.forward = self._seen(module, module.forward)
             _tell(module, self._attribute)
@@ -136,10 +148,11 @@ class Watch:
 
     def _attribute(self, module: nn.Module, name: str) -> None:
         """An attribute of a batch norm, which is gone when it is folded, is read or set."""
-        if module not in self._inside and not name.startswith("_") and name not in _EVERY_MODULES:
+        inside = any(body.module is module for body in self._bodies)
+        if not inside and not name.startswith("_") and name not in _EVERY_MODULES:
             self.elsewhere |= {id(tensor) for tensor in tensors(module)}
 
-    def operator(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+    def _operator(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
         """A call of an operator with tensors."""
         reader, own = self._reading[-1]
         for tensor in inputs:
@@ -150,7 +163,7 @@ class Watch:
             if not isinstance(self._made.get(_key(tensor)), Output):
                 self._made[_key(tensor)] = name
 
-    def function(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _function(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call of one of torch's functions, with tensors or in a trace."""
         if drops_nothing(function, args, kwargs) and isinstance(args[0], Proxy):
             return args[0]  # as torch does with a tensor
@@ -206,36 +219,28 @@ class Watch:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             inputs = [*signature.bind(*args, **kwargs).arguments.values()]
-            self._inside.append(module)
+            self._bodies.append(_Body(module))
             try:
                 if inputs and isinstance(inputs[0], (Proxy, Tensor)):
                     return normalize(*inputs, args=args, kwargs=kwargs)
                 return inner(*args, **kwargs)
             finally:
-                self._inside.pop()
+                self._bodies.pop()
 
         def normalize(input: Any, *others: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             traced = isinstance(input, Proxy)
             source = self._made.get(_key(input)) or (input.node.name if traced else "an input")
             if any(_same(other, input) for other in others):
                 self._read(input, "itself")
-            computed: Affine | None
-            if not known:
-                self._bodies.append(_Body(module))
-                try:
-                    output = inner(*args, **kwargs)
-                finally:
-                    body = self._bodies.pop()
-                whole = not others and len(body.normalized) == 1 and _same(body.normalized[0], output)
-                computed = body.affine if whole else None
+            if known and traced:
+                output = input.tracer.create_proxy("call_module", self.paths[module], args, kwargs)
+                self._nodes[output.node] = module, own
             else:
-                computed = affine(module)
-                if traced:
-                    output = input.tracer.create_proxy("call_module", self.paths[module], args, kwargs)
-                    self._nodes[output.node] = module, own
-                else:
-                    with self._reads(module, own):
-                        output = inner(*args, **kwargs)
+                with self._reads(module, own) if known else nullcontext():
+                    output = inner(*args, **kwargs)
+            body = self._bodies[-1]
+            whole = not others and len(body.normalized) == 1 and _same(body.normalized[0], output)
+            computed = affine(module) if known else body.affine if whole else None
             self.calls.append(NormCall(module, source, not others, computed))
             return output
 
@@ -261,7 +266,7 @@ class _Functions(TorchFunctionMode):
         self.watch = watch
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.watch.function(func, args, kwargs or {})
+        return self.watch._function(func, args, kwargs or {})
 
 
 class _Operators(TorchDispatchMode):
@@ -272,7 +277,7 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         inputs, outputs = ([t for t in tree_leaves(each) if isinstance(t, Tensor)] for each in ((args, kwargs), result))
-        self.watch.operator(func.overloadpacket.__name__, inputs, outputs)
+        self.watch._operator(func.overloadpacket.__name__, inputs, outputs)
         return result
 
 
