@@ -97,14 +97,12 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
             trace(watch)
         pairs, reasons = Judgement(watch).pairs()
         new = [_fold_pair(folded, watch, pair) for pair in pairs]
-        found += [one for one in new if one.into]
         if not any(one.into for one in new):
             break
+        found += [one for one in new if one.into]
     if args or kwargs:
         _check(_outputs(folded, args, kwargs, "the folded model"), expected)
-    left = [one for one in new if not one.into] + [Fold(name, "", reason) for name, reason in reasons.items()]
-    named = {one.batch_norm for one in found}
-    vars(folded)[_FOLDS] = found + [one for one in left if one.batch_norm not in named]
+    vars(folded)[_FOLDS] = found + new + [Fold(name, "", reason) for name, reason in reasons.items()]
     return folded  # type: ignore[return-value]
 
 

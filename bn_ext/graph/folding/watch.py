@@ -104,8 +104,8 @@ class Watch:
     def run(self, *args: Any, **kwargs: Any) -> None:
         with self.watching(), located("a copy of the model"):
             outputs = self.model(*args, **kwargs)
-        self.find_kept()  # the outputs among them
-        del outputs
+        self.find_kept()
+        del outputs  # which hold what is returned until then
 
     @contextmanager
     def watching(self) -> Iterator[None]:
