@@ -26,13 +26,14 @@ FOLDER = Path(os.environ.get("OUT") or ROOT / "build" / "gpu")
 GRACE = 15.0  # seconds from SIGINT to SIGKILL; what ends by itself is asked to do so as long before its time is up
 CORES = os.cpu_count() or 1
 LEFT_OUT = "left out: "  # begins a line, of any command, that belongs in the table
+AGAIN = (os.EX_TEMPFAIL, -signal.SIGALRM)  # after an error on the GPU that persists, after a hang
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
 @dataclass(frozen=True)
 class Step:
     """A command, the seconds that it is given, and what is added to its environment. ``{seconds}`` in the command is
-    replaced by what there are when it starts. It is run again as long as it exits with EX_TEMPFAIL."""
+    replaced by what there are when it starts. It is run again as long as it ends by one of AGAIN."""
 
     name: str
     seconds: float
@@ -59,14 +60,15 @@ def building() -> Step:
     return Step("build", 150, [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], environment)
 
 
-def pytest(name: str, seconds: float, *options: str) -> Step:
-    """The tests for GPUs among these. A process that can do no more is replaced: by pytest-xdist, else by a new run of
-    the tests that no run has begun."""
+def pytest(name: str, seconds: float, longest: float, *options: str) -> Step:
+    """The tests for GPUs among these, each for ``longest`` seconds. A process that can do no more is replaced: by
+    pytest-xdist, else by a new run of the tests that no run has begun."""
     workers = min(8, CORES // 2)
     environment = {"OMP_NUM_THREADS": str(max(1, CORES // max(workers, 1)))}
     parallel = ["-n", str(workers)]
     if not importlib.util.find_spec("xdist") or workers < 2:
         parallel, environment = [], {"BN_EXT_TESTS_BEGUN": str(ROOT / "build" / f"{name}.begun")}
+    environment["BN_EXT_TESTS_LONGEST"] = str(longest)
     plugins = ["-p", "no:cacheprovider", "-p", "gpu_session"]
     how = ["-v", "-m", "gpu", "--tb=short", "--continue-on-collection-errors", *plugins, *parallel]
     command = [sys.executable, "-m", "pytest", *how, *options]
@@ -90,8 +92,8 @@ def phases() -> dict[str, list[Step]]:
     smoke = [f"{tests}::{name}" for name in ("test_results", "test_graph_of_a_training_step")]
     profile = [sys.executable, "-m", "bench.traffic", str(FOLDER / "profile.csv"), "--profile"]
     return {
-        "core": [pytest("smoke", 60, *smoke), bench("core", 240)],
-        "tests": [pytest("tests", 205, tests, "tests")],
+        "core": [pytest("smoke", 60, 20, *smoke), bench("core", 240)],
+        "tests": [pytest("tests", 205, 100, tests, "tests")],
         "sanitizers": [sanitizer(tool, 35) for tool in TOOLS],
         "profile": [Step("profile", 50, profile, shown=60)],
         "fused": [bench("fused", 85)],
@@ -157,11 +159,11 @@ def run(step: Step, until: float, log: Path) -> Outcome:
         start = file.tell()
     status, result = attempt(step, until, log)
     processes = 1
-    while status == os.EX_TEMPFAIL and time.monotonic() < until:
+    while status in AGAIN and time.monotonic() < until:
         status, result = attempt(step, until, log)
         processes += 1
     if processes > 1:
-        result = f"failed: an error on the GPU persisted; of {processes} processes the last: {result}"
+        result = f"failed: a hang or an error on the GPU that persists; of {processes} processes the last: {result}"
     lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
     left_out = dict.fromkeys(line.removeprefix(LEFT_OUT) for line in lines if line.startswith(LEFT_OUT))
     outcome = Outcome(step.name, result, time.monotonic() - begin, tuple(left_out))

@@ -9,14 +9,16 @@ Inputs and outputs of one sample are together larger than the L2 cache twice ove
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import math
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, product
 from time import perf_counter
 from typing import Any
@@ -27,7 +29,7 @@ from bench import kernelbench, measure, memory, record, training
 from bench.gpu_clock import copy_rate, sets_past, timed
 from bench.gpu_plan import Case, in_words, limits_of, on_chip, plans_of
 from bench.measure import COPY, COPY_MOVES, Row
-from bench.peers import OTHERS, OURS, PEERS
+from bench.peers import BASELINE, OTHERS, OURS, PEERS, Peer
 from bench.problems import BLOCKS, DTYPES, LAYOUTS, LEAST_MOVES, PASSES, Problem, sizes_of
 
 DEVICE = "cuda"
@@ -66,8 +68,10 @@ PARTS = {
 SECTIONS = ("blocks", "kernelbench", "memory", "training")
 KEPT = {"kernelbench": 30.0, "memory": 10.0}  # seconds that blocks leave to what comes after them
 COMPILING = 0.5  # of the time, at most, to compile ahead
+LONGEST = 20.0  # seconds for a case; three times as long where Inductor may compile it
 
 FIELDS = {
+    "status": measure.FIELDS["status"] + "; begun: the process that measured it hung or ended otherwise",
     "bytes_per_second": "the least bytes that the pass must move / its time",
     "over_bound_us": "the time beyond what the least bytes take at the rate of a copy of 1 GiB",
     "plan": "of ours, of each launch: strategy, kind of team, teams x blocks of each, slabs",
@@ -113,8 +117,21 @@ def compile_ahead(cases: Sequence[Case], workers: int, seconds: float) -> None:
             print("not everything was compiled ahead", file=sys.stderr)
 
 
+BEGUN = {"status": "begun", "reason": "the process ended before it was measured"}
+
+
 class PersistentError(Exception):
     """An error after which the GPU refuses all further work of this process."""
+
+
+@contextmanager
+def watched(seconds: float) -> Iterator[None]:
+    """Has SIGALRM end the process after so long: no other thread and no handler in Python may run while it hangs."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def check_device() -> None:
@@ -126,13 +143,6 @@ def check_device() -> None:
         raise PersistentError(str(error).splitlines()[0]) from error
 
 
-def if_it_fits(cases: Iterator[list[Row]], what: str) -> Iterator[list[Row]]:
-    try:
-        yield from cases
-    except torch.OutOfMemoryError:
-        print(f"left out: {what}: the GPU has too little memory", flush=True)
-
-
 def sets_of(shape: str, dtype: str, here: dict[str, Any]) -> int:
     return sets_past(here["l2_bytes"], math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize)
 
@@ -142,11 +152,16 @@ def problem_of(case: Case, here: dict[str, Any]) -> Problem:
     return Problem(shape, layout, dtype, block, DEVICE, sets_of(shape, dtype, here))
 
 
+def planned(case: Case, name: str, here: dict[str, Any]) -> Row:
+    limits = limits_of(here["gpu"])
+    plans = plans_of(case, name, limits) if limits else []
+    return {"plan": "; ".join(map(in_words, plans)) or "unknown", "on_chip": bool(plans) and on_chip(plans)}
+
+
 def noted(rows: list[Row], case: Case, here: dict[str, Any]) -> list[Row]:
     """The rows of a pass with the case before and the rates behind."""
     shape, layout, dtype, block = case
     tensor = math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize
-    limits = limits_of(here["gpu"])
     for row in rows:
         if "median_ms" in row:
             least = tensor * (COPY_MOVES if row["peer"] == COPY else LEAST_MOVES[block][row["pass"]])
@@ -154,61 +169,101 @@ def noted(rows: list[Row], case: Case, here: dict[str, Any]) -> list[Row]:
             row["bytes_per_second"] = least / seconds
             row["over_bound_us"] = 1e6 * (seconds - least / here["copy_bytes_per_second"])
         if row["peer"] == OURS:
-            plans = plans_of(case, row["pass"], limits) if limits else []
-            row["plan"] = "; ".join(map(in_words, plans)) or "unknown"
-            row["on_chip"] = bool(plans) and on_chip(plans)
+            row.update(planned(case, row["pass"], here))
     return [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
 
 
+# What is measured at once: the row that stands for it until there are others, and the call that gives them.
+Task = tuple[Row, Callable[[], list[Row]]]
+
+
+def row_of(case: Case, name: str, peer: str = OURS) -> Row:
+    shape, layout, dtype, block = case
+    return {"block": block, "shape": shape, "layout": layout, "dtype": dtype, "pass": name, "peer": peer}
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    return tuple(row[name] for name in ("block", "shape", "layout", "dtype", "pass", "peer"))
+
+
+def attempted(task: Task) -> list[Row]:
+    """The rows of the task; where it fails, one that says why; none where it needs more memory than there is."""
+    known, rows = task
+    try:
+        return rows()
+    except torch.OutOfMemoryError:
+        print(f"left out: {' '.join(key_of(known))}: the GPU has too little memory", flush=True)
+        return []
+    except Exception as error:
+        return [known | measure.refusal(error)]
+
+
 def run_case(
-    made: Callable[[], Problem], names: Iterable[str], options: argparse.Namespace, here: dict[str, Any], end: float
-) -> Iterator[list[Row]]:
-    """The rows of one pass after the other, until the time is up."""
-    problem = made()
-    peers = measure.build(problem, options.peers)
+    case: Case,
+    made: Callable[[], Problem],
+    names: Iterable[str],
+    options: argparse.Namespace,
+    here: dict[str, Any],
+    end: float,
+) -> Iterator[Task]:
+    """One pass after the other, until the time is up."""
+
+    @cache
+    def built() -> tuple[Problem, dict[str, Peer | Row]]:
+        problem = made()
+        return problem, measure.build(problem, options.peers)
+
+    def rows(name: str) -> list[Row]:
+        found = measure.measure(*built(), name, options.seconds, options.rounds, timed)
+        return noted(found, case, here)
+
     for name in names:
         if perf_counter() > end:
             return
-        try:
-            rows = measure.measure(problem, peers, name, options.seconds, options.rounds, timed)
-        except Exception as error:  # of a call that had been validated
-            rows = [{"pass": name, "peer": OURS, **measure.refusal(error)}]
-        yield noted(rows, (problem.shape, problem.layout, problem.dtype, problem.block), here)
+        yield row_of(case, name) | planned(case, name, here), partial(rows, name)
 
 
 def run_blocks(
     cases: Iterable[tuple[Case, str]], options: argparse.Namespace, here: dict[str, Any], end: float
-) -> Iterator[list[Row]]:
+) -> Iterator[Task]:
     for case, passes in groupby(cases, key=lambda both: both[0]):
-        if perf_counter() > end:
-            return
-        rows = run_case(partial(problem_of, case, here), [name for _, name in passes], options, here, end)
-        yield from if_it_fits(rows, " ".join(case))
+        yield from run_case(case, partial(problem_of, case, here), [name for _, name in passes], options, here, end)
 
 
-def run_kernelbench(options: argparse.Namespace, here: dict[str, Any]) -> Iterator[list[Row]]:
+def run_kernelbench(options: argparse.Namespace, here: dict[str, Any]) -> Iterator[Task]:
     sets = sets_of(kernelbench.SHAPE, kernelbench.DTYPE, here)
     made = partial(kernelbench.Problem33, kernelbench.SHAPE, DEVICE, sets)
-    for rows in run_case(made, [kernelbench.PASS], options, here, math.inf):
-        yield [{**row, "block": kernelbench.NAME} for row in rows]
+    case = (kernelbench.SHAPE, kernelbench.LAYOUT, kernelbench.DTYPE, "bn")
+    named = {"block": kernelbench.NAME}
+    ((known, rows),) = run_case(case, made, [kernelbench.PASS], options, here, math.inf)
+    yield known | named, lambda: [row | named for row in rows()]
 
 
-def run_memory(options: argparse.Namespace) -> Iterator[list[Row]]:
+def run_memory(options: argparse.Namespace) -> Iterator[Task]:
     """Of the first shape: in tensors of its size all are alike."""
+
+    def rows(case: Case, known: Row) -> list[Row]:
+        return [known | row for row in memory.measure(Problem(*case, DEVICE))]
+
     for dtype, layout in product(options.dtypes, options.layouts):
-        case = {"block": BLOCKS[-1], "shape": options.shapes[0], "layout": layout, "dtype": dtype}
-        rows = memory.measure(Problem(case["shape"], layout, dtype, case["block"], DEVICE))
-        yield [{**case, **row} for row in rows]
+        case = (options.shapes[0], layout, dtype, BLOCKS[-1])
+        known = row_of(case, memory.PASS)
+        yield known, partial(rows, case, known)
 
 
-def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
+def run_training(options: argparse.Namespace) -> Iterator[Task]:
     """ResNet-50, by the clock on the wall: the host's work belongs to a step. Compiled last, which takes longest."""
+    known = {"block": "ResNet-50", **TRAINED, "pass": training.PASS}
+    limits = {"seconds": TRAINING, "rounds": options.rounds, "device": DEVICE}
+
+    def rows(always: Sequence[str], others: Sequence[str], left_out: Sequence[str] = ()) -> list[Row]:
+        found = training.measure(50, **TRAINED, others=others, always=always, **limits)
+        return [known | row for row in found if row["peer"] not in left_out]
+
     eager = [name for name in options.peers if name != "Inductor"]
-    known: set[str] = set()
-    for others in [eager, *([options.peers] if "Inductor" in options.peers else [])]:
-        rows = training.measure(50, **TRAINED, others=others, seconds=TRAINING, rounds=options.rounds, device=DEVICE)
-        yield [{"block": "ResNet-50", **TRAINED, **row} for row in rows if row["peer"] not in known]
-        known.update(row["peer"] for row in rows)
+    yield known | {"peer": OURS}, partial(rows, (BASELINE, OURS), eager)
+    if "Inductor" in options.peers:
+        yield known | {"peer": training.COMPILED}, partial(rows, (BASELINE,), ["Inductor"], left_out=(BASELINE,))
 
 
 def cases_of(options: argparse.Namespace) -> list[tuple[Case, str]]:
@@ -232,12 +287,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def section_of(row: Row) -> str:
-    if row["block"] == kernelbench.NAME:
-        return "kernelbench"
-    return {memory.PASS: "memory", training.PASS: "training"}.get(row["pass"], "blocks")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     begin = perf_counter()
     options = arguments(argv)
@@ -245,13 +294,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("there is no GPU", file=sys.stderr)
         return 1
     known = record.rows_of(options.out) if options.resume else []
-    done = {(row["shape"], row["layout"], row["dtype"], row["block"], row["pass"]) for row in known}
-    sections = [s for s in options.sections if s == "blocks" or s not in map(section_of, known)]
-    cases = [(case, name) for case, name in cases_of(options) if (*case, name) not in done]
-    cases = cases if "blocks" in sections else []
+    done = set(map(key_of, known))
+    cases = [(case, name) for case, name in cases_of(options) if key_of(row_of(case, name)) not in done]
+    cases = cases if "blocks" in options.sections else []
     if cases and "Inductor" in options.peers and options.workers > 1:
         compile_ahead(list(dict.fromkeys(case for case, _ in cases)), options.workers, COMPILING * options.within)
-    here = machine()
+    with watched(LONGEST):
+        here = machine()
     data: dict[str, Any] = {
         "machine": here,
         "versions": record.versions(),
@@ -259,22 +308,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         "fields": {"blocks": measure.FIELDS | FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
         "rows": known,
     }
-    end = begin + options.within - sum(KEPT.get(section, 0) for section in sections)
-    run: dict[str, Callable[[], Iterator[list[Row]]]] = {
+    end = begin + options.within - sum(KEPT.get(section, 0) for section in options.sections)
+    run: dict[str, Callable[[], Iterator[Task]]] = {
         "blocks": lambda: run_blocks(cases, options, here, end),
         "kernelbench": lambda: run_kernelbench(options, here),
         "memory": lambda: run_memory(options),
         "training": lambda: run_training(options),
     }
 
+    longest = 3 * LONGEST if "Inductor" in options.peers else LONGEST
+
     def checked(section: str) -> Iterator[list[Row]]:
-        for rows in if_it_fits(run[section](), section):
-            data["settings"]["cases_left"] -= section == "blocks"
-            yield rows
-            check_device()
+        for known, rows in run[section]():
+            if key_of(known) in done:
+                continue
+            yield [known | BEGUN]
+            with watched(longest):
+                found = attempted((known, rows))
+                data["rows"].pop()
+                if section == "blocks":
+                    data["settings"]["cases_left"] -= 1
+                yield found
+                check_device()
 
     try:
-        return record.collect(map(checked, sections), data, options.out)
+        return record.collect(map(checked, options.sections), data, options.out)
     except PersistentError as error:
         print(f"this process can do no more on the GPU: {error}", file=sys.stderr)
         return os.EX_TEMPFAIL
@@ -286,6 +344,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGALRM, chain=True)  # says where it hung
     status = main()
     sys.stdout.flush()
     if status == os.EX_TEMPFAIL:  # on a GPU in that state the interpreter's end might abort

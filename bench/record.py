@@ -105,7 +105,8 @@ def collect(sections: Iterable[Iterable[list[Row]]], data: dict[str, Any], path:
         for case in cases:
             data["rows"] += case
             write(path, data)
-            print(line(case), flush=True)
+            if case:
+                print(line(case), flush=True)
     print(f"wrote {path}")
     return refused(data["rows"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 
 import torch
@@ -95,6 +95,7 @@ def measure(
     rounds: int,
     device: str = "cpu",
     width: int = 64,
+    always: Sequence[str] = (BASELINE, OURS),
 ) -> list[Row]:
     """Validates the first step of ``resnet(depth)`` in each peer, then times steps in turn: a row each.
 
@@ -110,7 +111,7 @@ def measure(
     found: dict[str, Row] = {}
     calls: dict[str, Callable[[], object]] = {}
     set_inductor(cached=False, backward_repeats=False, workers=os.cpu_count() or 1)
-    for name in dict.fromkeys((BASELINE, OURS, *others, *([COMPILED] if "Inductor" in others else []))):
+    for name in dict.fromkeys((*always, *others, *([COMPILED] if "Inductor" in others else []))):
         try:
             peer = PEERS[name](copy.deepcopy(model))
             step = step_of(peer, images, labels, None if dtype == "float32" else DTYPES[dtype])

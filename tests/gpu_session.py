@@ -1,9 +1,9 @@
 """What pytest does besides in `make gpu` (-p gpu_session), where one bad test must not cost all others.
 
 A test that hangs, or leaves an error on the GPU that persists, ends its process, since everything after it would fail
-alike: pytest-xdist starts another; without it, the process exits with EX_TEMPFAIL, and a new run leaves out the tests
-that are in the file that BN_EXT_TESTS_BEGUN names. A file of tests whose imports need a package that is not there is
-left out, and the summary says so.
+alike. SIGALRM ends one that hangs, EX_TEMPFAIL tells of the error. pytest-xdist starts another process; without it, a
+new run leaves out the tests that are in the file that BN_EXT_TESTS_BEGUN names. A file of tests whose imports need a
+package that is not there is left out, and the summary says so.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import faulthandler
 import os
 import re
-import threading
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-LONGEST = 100.0  # seconds for a test
+LONGEST = float(os.environ.get("BN_EXT_TESTS_LONGEST", "100"))  # seconds for a test
 ROOT = Path(__file__).resolve().parents[1]
 BEGUN = os.environ.get("BN_EXT_TESTS_BEGUN")
 FAILURE = pytest.StashKey[str]()
@@ -28,12 +28,11 @@ stderr = 2
 def pytest_configure() -> None:
     global stderr  # noqa: PLW0603
     stderr = os.dup(2)  # before output is captured
+    faulthandler.register(signal.SIGALRM, stderr, chain=True)  # says where it hung
 
 
-def end(why: str, traceback: bool = False) -> None:
+def end(why: str) -> None:
     os.write(stderr, f"\n{why}\n".encode())
-    if traceback:
-        faulthandler.dump_traceback(stderr)
     os._exit(os.EX_TEMPFAIL)
 
 
@@ -43,17 +42,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         Path(BEGUN).parent.mkdir(parents=True, exist_ok=True)
         with Path(BEGUN).open("a") as file:
             print(item.nodeid, file=file)
-    timer = threading.Timer(LONGEST, end, (f"{item.nodeid} took more than {LONGEST:.0f} s", True))
-    timer.daemon = True
-    timer.start()
-    result = yield
-    timer.cancel()
+    signal.setitimer(signal.ITIMER_REAL, LONGEST)  # no other thread and no handler in Python may run while it hangs
+    try:
+        result = yield
+        check_device(item)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    return result
+
+
+def check_device(item: pytest.Item) -> None:
     if torch.cuda.is_initialized():
         try:
             torch.cuda.synchronize()
         except RuntimeError as error:
             end(f"{item.stash.get(FAILURE, '')}\n{item.nodeid} left an error on the GPU: {error}")
-    return result
 
 
 @pytest.hookimpl(wrapper=True)

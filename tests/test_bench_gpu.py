@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def no_gpu() -> Iterator[None]:
         patch.setattr(gpu, "timed", partial(timing.interleave, shortest=0))
         patch.setattr(gpu, "TRAINED", {**gpu.TRAINED, "shape": "16x3x64x64", "width": 4})
         patch.setattr(gpu, "TRAINING", 0.0)
+        patch.setattr(gpu, "LONGEST", 300.0)
         patch.setattr(kernelbench, "SHAPE", "3x4x9x9")
         yield
 
@@ -128,8 +130,8 @@ def test_running_statistics_of_kernelbench_are_compared(no_gpu: None, monkeypatc
         return results
 
     monkeypatch.setattr(kernelbench.Problem33, "expected", property(off))
-    (rows,) = gpu.run_kernelbench(gpu.arguments(["core", *SHORT]), MACHINE)
-    found = {row["peer"]: row for row in rows}
+    (task,) = gpu.run_kernelbench(gpu.arguments(["core", *SHORT]), MACHINE)
+    found = {row["peer"]: row for row in gpu.attempted(task)}
     assert found[peers.OURS]["status"] == "wrong" and "running_var" in found[peers.OURS]["reason"]
 
 
@@ -327,25 +329,59 @@ def test_an_error_that_persists_ends_the_process(
     assert len(record.rows_of(out)) == 8 * 3
 
 
-def test_what_fails_while_it_is_timed_is_recorded(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("no more")
-
-    monkeypatch.setattr(gpu, "timed", fail)
-    made = partial(problems.Problem, *CASE)
-    (rows,) = gpu.run_case(made, ["forward"], gpu.arguments(["core", "--peers"]), MACHINE, float("inf"))
-    assert [(row["peer"], row["status"], row["reason"]) for row in rows] == [
-        (peers.OURS, "unavailable", "RuntimeError: no more")
-    ]
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("no more")
 
 
-def test_memory_that_does_not_suffice(no_gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
-    def cases() -> Iterator[list[measure.Row]]:
-        yield []
+@pytest.mark.parametrize("where", ["timed", "Problem"])
+def test_what_fails_is_recorded(where: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is timed, while its tensors are made."""
+    monkeypatch.setattr(gpu, where, fail)
+    (task,) = gpu.run_blocks([(CASE, "forward")], gpu.arguments(["core", "--peers"]), MACHINE, float("inf"))
+    (found,) = gpu.attempted(task)
+    assert (found["peer"], found["status"], found["reason"]) == (peers.OURS, "unavailable", "RuntimeError: no more")
+    assert found["shape"] == SHAPE and found["on_chip"]
+
+
+@pytest.mark.parametrize(("part", "module", "count"), [("fused", memory, 4), ("training", gpu.training, 2)])
+def test_what_fails_as_a_whole_is_recorded(
+    part: str, module: ModuleType, count: int, no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "measure", fail)
+    out = tmp_path / "out.json"
+    assert gpu.main([part, "--sections", gpu.PARTS[part].sections[-1], "--out", str(out)]) == 1
+    rows = record.rows_of(out)
+    assert [row["reason"] for row in rows] == ["RuntimeError: no more"] * count
+    assert gpu_report.main(["--data", str(out)]) == 0
+
+
+def test_memory_that_does_not_suffice(
+    no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    assert list(gpu.if_it_fits(cases(), "kernelbench")) == [[]]
-    assert capsys.readouterr().out == "left out: kernelbench: the GPU has too little memory\n"
+    monkeypatch.setattr(memory, "measure", measured)
+    out = tmp_path / "out.json"
+    options = ["fused", "--sections", "memory", "--shapes", SHAPE, "--layouts", "contiguous", "--dtypes", "float32"]
+    assert gpu.main([*options, "--out", str(out)]) == 0
+    said = f"left out: bn+add+relu {SHAPE} contiguous float32 memory bn_ext: the GPU has too little memory"
+    assert said in capsys.readouterr().out.splitlines()
+    assert record.rows_of(out) == []
+
+
+def test_nothing_eager_is_measured_twice(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But the baseline, by which the compiled ones are judged."""
+    measured = []
+
+    def measure(*_: object, others: Sequence[str], always: Sequence[str], **__: object) -> list[measure.Row]:
+        measured.append([*always, *others])
+        return [{"peer": peer} for peer in measured[-1]]
+
+    monkeypatch.setattr(gpu.training, "measure", measure)
+    rows = [row["peer"] for task in gpu.run_training(gpu.arguments(["training"])) for row in gpu.attempted(task)]
+    assert measured == [[peers.BASELINE, peers.OURS, "cuDNN"], [peers.BASELINE, "Inductor"]]
+    assert rows == [peers.BASELINE, peers.OURS, "cuDNN", "Inductor"]
 
 
 def test_interrupted(no_gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,9 @@ def test_an_error_that_persists_starts_another_process(gpu: ModuleType, tmp_path
     code = "import os, pathlib, sys; p = pathlib.Path(sys.argv[1]); n = len(p.read_text()) if p.exists() else 0\n"
     code += "p.write_text('x' * (n + 1)); sys.exit(os.EX_TEMPFAIL if n < 2 else 0)"
     (outcome,) = gpu.run_all([python(gpu, "poisoned", code, 20, str(tmp_path / "count"))], log_of(gpu))
-    assert outcome.result == "failed: an error on the GPU persisted; of 3 processes the last: ok"
+    assert outcome.result == "failed: a hang or an error on the GPU that persists; of 3 processes the last: ok"
+    (hung,) = gpu.run_all([python(gpu, "hung", "import signal; signal.raise_signal(signal.SIGALRM)", 1)], log_of(gpu))
+    assert "a hang" in hung.result
     (endless,) = gpu.run_all([python(gpu, "endless", "raise SystemExit(75)", 1)], log_of(gpu))
     assert endless.result.endswith("failed with status 75")
 
@@ -152,38 +154,60 @@ def test_a_machine_without_tools(gpu: ModuleType, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
     assert gpu.building().environment["BN_EXT_CUDA"] == "1"
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
-    alone = gpu.pytest("tests", 1, "tests")
+    alone = gpu.pytest("tests", 1, 1, "tests")
     assert "-n" not in alone.command and "BN_EXT_TESTS_BEGUN" in alone.environment
 
 
-# The bench on a stub of a GPU, which is killed while it measures the fourth case.
+def test_a_test_that_hangs_ends_before_its_step(gpu: ModuleType) -> None:
+    for step in (step for steps in gpu.phases().values() for step in steps if "pytest" in step.command):
+        assert 2 * float(step.environment["BN_EXT_TESTS_LONGEST"]) < step.seconds, "and another has time"
+
+
+# The bench on a stub of a GPU, on which each process does something bad in place of its fourth measurement.
 BENCH = """\
-import os, signal, sys
-from functools import partial
+import ctypes, faulthandler, os, signal, sys
 from bench import gpu, timing
+out, longest, bad = sys.argv[1:]
 measured = 0
 def timed(*arguments):
     global measured
     measured += 1
     if measured == 4:
-        os.kill(os.getpid(), signal.SIGKILL)
+        exec(bad)
     return timing.interleave(*arguments, shortest=0)
-gpu.DEVICE, gpu.timed = "cpu", timed
+gpu.DEVICE, gpu.timed, gpu.LONGEST = "cpu", timed, float(longest)
 gpu.machine = lambda: {"gpu": "NVIDIA H100", "l2_bytes": 1, "copy_bytes_per_second": 1e9}
+faulthandler.register(signal.SIGALRM, chain=True)
 options = "--sections blocks --shapes 2x4x5x5 --peers --seconds 0 --rounds 2 --resume --within 100 --out"
-sys.exit(gpu.main(["core", *options.split(), sys.argv[1]]))
+sys.exit(gpu.main(["core", *options.split(), out]))
 """
 
 
-def test_a_bench_that_is_killed_leaves_what_it_measured(gpu: ModuleType) -> None:
+def bench(gpu: ModuleType, bad: str, longest: float = 60) -> tuple[str, int, dict[tuple[str, ...], dict]]:
+    """How a step with that bench ends, the cases that it leaves, and the rows of ours by case."""
     out = gpu.FOLDER / "core.json"
-    steps = [python(gpu, name, BENCH, 100, str(out)) for name in ("first", "second", "third")]
-    cases = []
-    for number, step in enumerate(steps):
-        (outcome,) = gpu.run_all([step], log_of(gpu))
-        data = json.loads(out.read_text())
-        cases = list(dict.fromkeys((r["dtype"], r["layout"], r["pass"]) for r in data["rows"]))
-        assert len(cases) == min(3 * (number + 1), 8) and data["settings"]["cases_left"] == 8 - len(cases)
-        assert all({"plan", "bytes_per_second"} <= r.keys() for r in data["rows"] if r["peer"] == "bn_ext")
-        assert outcome.result == ("failed with status -9" if number < 2 else "ok")
-    assert [dtype for dtype, *_ in cases] == ["bfloat16"] * 4 + ["float32"] * 4
+    (outcome,) = gpu.run_all([python(gpu, "core", BENCH, 100, str(out), str(longest), bad)], log_of(gpu))
+    data = json.loads(out.read_text())
+    rows = {(r["dtype"], r["layout"], r["pass"]): r for r in data["rows"] if r["peer"] == "bn_ext"}
+    assert len(rows) == len(data["rows"]) / 3 or "begun" in {r["status"] for r in rows.values()}
+    return outcome.result, data["settings"]["cases_left"], rows
+
+
+def test_a_bench_that_is_killed_leaves_what_it_measured(gpu: ModuleType) -> None:
+    killed = "os.kill(os.getpid(), signal.SIGKILL)"
+    result, left, rows = bench(gpu, killed)
+    assert result == "failed with status -9" and left == 5
+    assert [row["status"] for row in rows.values()] == ["ok", "ok", "ok", "begun"]
+    assert all({"plan", "on_chip"} <= row.keys() for row in rows.values())
+    result, left, rows = bench(gpu, killed)
+    assert result == "failed with status -9" and len(rows) == 8, "it went on behind the case that killed the first"
+    assert [dtype for dtype, *_ in rows] == ["bfloat16"] * 4 + ["float32"] * 4
+
+
+def test_a_case_that_hangs_costs_itself_alone(gpu: ModuleType) -> None:
+    """In code that keeps the GIL, where nothing of Python's runs: neither a handler of SIGINT nor another thread."""
+    result, left, rows = bench(gpu, "ctypes.PyDLL(None).sleep(60)", longest=3)
+    assert "a hang" in result and "of 3 processes the last" in result and left == 0
+    assert [row["status"] for row in rows.values()] == ["ok", "ok", "ok", "begun"] * 2
+    log = log_of(gpu).read_text()
+    assert "bn 2x4x5x5 contiguous bfloat16 backward: bn_ext begun\n" in log and "in timed" in log
