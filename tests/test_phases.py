@@ -149,10 +149,15 @@ def test_the_folder_has_room(gpu: ModuleType) -> None:
     assert len(names | {"gpu.log", "gpu.png", "core.part"}) <= 8
 
 
+def test_built_for_the_gpu_that_is_there(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 8.0 8.6 9.0 10.0+PTX")
+    step = gpu.building()
+    code = "import os; print(os.environ['BN_EXT_CUDA'], os.environ['TORCH_CUDA_ARCH_LIST'] or 'what is there')"
+    gpu.run_all([gpu.Step("build", 20, [sys.executable, "-c", code], step.environment)], log_of(gpu))
+    assert log_of(gpu).read_text().splitlines()[-1] == "1 what is there"
+
+
 def test_a_machine_without_tools(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
-    assert gpu.building().environment["BN_EXT_CUDA"] == "1"
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     alone = gpu.pytest("tests", 1, 1, "tests")
     assert "-n" not in alone.command and "BN_EXT_TESTS_BEGUN" in alone.environment
