@@ -2,8 +2,8 @@
 
 Phases are named on the command line and run one after the other, each for its time and what those before it left of
 theirs. What fails stops nothing that comes after it. At its time's end a command gets SIGINT, later SIGKILL: each
-writes what it finds as it finds it. All of it goes to the folder that ``OUT`` names, else to build/gpu: gpu.log, a
-data file of the bench for each phase, profile.csv and gpu.png.
+writes what it finds as it finds it. All of it goes to the folder that ``OUT`` names, else to build/gpu: gpu.log, to
+which each run adds, a data file of the bench for each phase, profile.csv and gpu.png.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def report() -> Step:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the process, and all that it started, to end, and waits for a while."""
+    """Asks the process, and all that it started, to end, and waits for GRACE."""
     os.killpg(process.pid, signal.SIGINT)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GRACE)
@@ -196,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"no phase is called {', '.join(sorted(unknown))}")
     begin = time.monotonic()
     log = FOLDER / "gpu.log"
-    for stale in [log, *ROOT.glob("build/*.begun"), *(FOLDER / f"{name}.json" for name in names)]:
+    for stale in [*ROOT.glob("build/*.begun"), *(FOLDER / f"{name}.json" for name in names)]:
         stale.unlink(missing_ok=True)
     outcomes = run_all([building(), *(step for name in names for step in known[name])], log)
     for unfinished in FOLDER.glob("*.part"):

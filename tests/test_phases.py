@@ -125,9 +125,11 @@ def test_a_failure_stops_nothing_but_shows(
     assert gpu.main([]) == 1
     table = capsys.readouterr().out.splitlines()[-4:]
     assert [line.split()[0] for line in table] == ["build", "one", "two", "whole"]
-    assert log_of(gpu).read_text().splitlines()[-4:] == table
+    log = log_of(gpu).read_text()
+    assert log.splitlines()[-4:] == table
     monkeypatch.setattr(gpu, "building", lambda: python(gpu, "build", "pass"))
     assert gpu.main(["two"]) == 0
+    assert log_of(gpu).read_text().startswith(log), "what one command found, the next one leaves"
     with pytest.raises(SystemExit):
         gpu.main(["three"])
 
