@@ -87,7 +87,7 @@ def sanitizer(tool: str, seconds: float) -> Step:
 def phases() -> dict[str, list[Step]]:
     tests = "tests/test_gpu.py"
     smoke = [f"{tests}::{name}" for name in ("test_results", "test_graph_of_a_training_step")]
-    profile = [sys.executable, "-m", "bench.traffic", str(FOLDER / "profile.csv"), "--profile"]
+    profile = [sys.executable, "-m", "bench.traffic", str(FOLDER / "profile.csv"), "--within", "{seconds}"]
     return {
         "core": [pytest("smoke", 60, 20, *smoke), bench("core", 240)],
         "tests": [pytest("tests", 205, 100, tests, "tests")],

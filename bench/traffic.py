@@ -1,23 +1,24 @@
 """Bytes that went to and from a GPU's memory, beside those that the plans count.
 
-    python -m bench.traffic ncu.csv --profile   has ncu measure a forward and a backward of every case
-    python -m bench.traffic ncu.csv             prints the table of what ncu wrote
-    python -m bench.traffic                     runs what ncu measures
+    python -m bench.traffic ncu.csv   has ncu measure a forward and a backward of every case; prints the table
+    python -m bench.traffic           runs what ncu measures
 
-The first of these ends with the table too. What the cache holds of an output when its kernel ends is not counted by
-ncu: up to its size a kernel may move less.
+What the cache holds of an output when its kernel ends is not counted by ncu: up to its size a kernel may move less.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import math
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
+from time import time
 
 import torch
 
@@ -34,19 +35,25 @@ NCU = ["ncu", "--csv", "--print-units", "base", "--clock-control", "none", "--ke
 METRICS = ["--metrics", "dram__bytes_read.sum,dram__bytes_write.sum"]
 
 
-def run(cases: Sequence[Case]) -> None:
-    """One launch for each case and direction."""
+def run(cases: Sequence[Case], until: float) -> None:
+    """One launch for each case and direction, until the time is up: ncu reports on what ends by itself."""
+    ran = 0
     for case in cases:
+        if time() > until:
+            break
         PEERS[OURS](Problem(*case, DEVICE)).call("both")()
+        ran += 1
+    print(f"{ran} cases ran")
 
 
-def profile(report: Path) -> int:
-    """Runs the cases under ncu; when it is interrupted, what it wrote so far is there."""
-    command = [*NCU, *METRICS, "--log-file", str(report), sys.executable, "-m", "bench.traffic"]
-    try:
-        return subprocess.run(command, check=False).returncode
-    except KeyboardInterrupt:
-        return 1
+def profile(report: Path, until: float) -> int:
+    """Runs the cases under ncu, and says how many ran."""
+    inner = [sys.executable, "-m", "bench.traffic", "--until", str(until)]
+    command = [*NCU, *METRICS, "--log-file", str(report), *inner]
+    said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False).stdout
+    print(said, end="", flush=True)
+    ran = re.search(r"^(\d+) cases ran$", said, re.MULTILINE)
+    return int(ran[1]) if ran else 0
 
 
 def moved(report: str) -> list[int]:
@@ -62,9 +69,12 @@ def moved(report: str) -> list[int]:
 
 
 def table(cases: Sequence[Case], measured: Sequence[int], limits: str) -> str:
-    """Megabytes of each launch that was measured, planned and moved."""
+    """Megabytes of each launch, planned and moved."""
+    launches = list(product(cases, DIRECTIONS))
+    if len(measured) != len(launches):  # nobody knows which is which
+        raise SystemExit(f"{len(cases)} cases ran, so there should be {len(launches)} launches, got {len(measured)}")
     body = []
-    for (case, direction), found in zip(product(cases, DIRECTIONS), measured, strict=False):
+    for (case, direction), found in zip(launches, measured, strict=True):
         shape, layout, dtype, _ = case
         plan = plan_of(case, direction, limits)
         where = place({"shape": shape, "layout": layout})
@@ -78,24 +88,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("report", type=Path, nargs="?", help="what ncu wrote; without it, run what it is to measure")
-    parser.add_argument("--profile", action="store_true", help="have ncu write the report first")
+    parser.add_argument("report", type=Path, nargs="?", help="where ncu writes; without it, run what it is to measure")
+    parser.add_argument("--within", type=float, default=math.inf, help="seconds, after which no other case begins")
+    parser.add_argument("--until", type=float, default=math.inf, help="the same as a time, in seconds since the epoch")
     options = parser.parse_args(argv)
+    until = min(options.until, time() + options.within)
     if options.report is None:
-        run(CASES)
+        run(CASES, until)
         return 0
-    if options.profile and shutil.which(NCU[0]) is None:
+    if shutil.which(NCU[0]) is None:
         print("left out: bytes that memory moved: there is no ncu")
         return 0
-    status = profile(options.report) if options.profile else 0
     limits = limits_of(torch.cuda.get_device_name())
     if limits is None:
         raise SystemExit(f"no limits are named for {torch.cuda.get_device_name()}")
-    measured = moved(options.report.read_text())
-    print(table(CASES, measured, limits))
-    if missing := len(CASES) * len(DIRECTIONS) - len(measured):
-        print(f"left out: {missing} of {len(CASES) * len(DIRECTIONS)} launches: ncu did not get to them")
-    return status
+    ran = profile(options.report, until)
+    print(table(CASES[:ran], moved(options.report.read_text()), limits))
+    if missing := len(CASES) - ran:
+        print(f"left out: {missing} of {len(CASES)} cases: the time was up")
+    return 0
 
 
 if __name__ == "__main__":

@@ -460,6 +460,9 @@ def test_traffic_of_each_launch() -> None:
         lines += [ncu_line(launch, "dram__bytes_read.sum", read), ncu_line(launch, "dram__bytes_write.sum", write)]
     assert traffic.moved("\n".join(lines)) == [1500, 2000001]
     text = traffic.table([CASE], [1500, 2400], "h100")
+    for unclear in ([1500], [1500, 2400, 2400]):
+        with pytest.raises(SystemExit, match="1 cases ran, so there should be 2 launches, got"):
+            traffic.table([CASE], unclear, "h100")
     assert "| 2×4×5×5 NCHW | float32 | backward | small, block, 1 x 1 blocks, slabs: 1 | 0.0 | 0.0 | 1.00 |" in text
     with pytest.raises(SystemExit, match="ncu measured nothing"):
         traffic.moved("==ERROR== no permission")
@@ -468,21 +471,39 @@ def test_traffic_of_each_launch() -> None:
 NCU_STUB = """\
 #!/bin/sh
 for last; do case $last in *.csv) cp "$NCU_STUB_WROTE" "$last";; esac; done
+echo "until $last"
+echo "1 cases ran"
 """
 
 
 def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """ncu, which got to one launch, writes its report; where it is missing, that is said."""
+    """What ncu runs ends by itself when the time is up, here after one case; where ncu is missing, that is said."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: MACHINE["gpu"])
-    report = tmp_path / "profile.csv"
+    monkeypatch.setattr(traffic, "time", lambda: 1000.0)
+    command = [str(tmp_path / "profile.csv"), "--within", "30"]
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert traffic.main([str(report), "--profile"]) == 0
+    assert traffic.main(command) == 0
     assert capsys.readouterr().out == "left out: bytes that memory moved: there is no ncu\n"
     (tmp_path / "ncu").write_text(NCU_STUB)
     (tmp_path / "ncu").chmod(0o755)
-    (tmp_path / "wrote").write_text("\n".join([HEAD, ncu_line(0, "dram__bytes_read.sum", "12,845,056")]))
-    monkeypatch.setenv("NCU_STUB_WROTE", str(tmp_path / "wrote"))
-    assert traffic.main([str(report), "--profile"]) == 0
+    wrote = tmp_path / "wrote"
+    launches = [ncu_line(launch, "dram__bytes_read.sum", "12,845,056") for launch in range(2)]
+    wrote.write_text("\n".join([HEAD, *launches]))
+    monkeypatch.setenv("NCU_STUB_WROTE", str(wrote))
+    assert traffic.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2].startswith("| 32×64×56×56 NCHW | bfloat16 | forward | ") and "| 12.8 |" in lines[2]
-    assert lines[-1] == "left out: 39 of 40 launches: ncu did not get to them"
+    assert lines[0] == "until 1030.0"
+    assert lines[-3].startswith("| 32×64×56×56 NCHW | bfloat16 | forward | ") and "| 12.8 |" in lines[-3]
+    assert lines[-1] == "left out: 19 of 20 cases: the time was up"
+    wrote.write_text("\n".join([HEAD, launches[0]]))
+    with pytest.raises(SystemExit, match="2 launches, got 1"):
+        traffic.main(command)
+
+
+def test_what_ncu_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(traffic, "DEVICE", "cpu")
+    monkeypatch.setattr(traffic, "CASES", [CASE] * 3)
+    clock = iter([0.0, 0.0, 5.0, 11.0])
+    monkeypatch.setattr(traffic, "time", lambda: next(clock))
+    assert traffic.main(["--until", "10"]) == 0
+    assert capsys.readouterr().out == "2 cases ran\n"
