@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -74,6 +75,7 @@ FIELDS = {
     "status": measure.FIELDS["status"] + "; begun: the process that measured it hung or ended otherwise",
     "bytes_per_second": "the least bytes that the pass must move / its time",
     "over_bound_us": "the time beyond what the least bytes take at the rate of a copy of 1 GiB",
+    "late": "samples that have time of the host in them, those to warm up included",
     "plan": "of ours, of each launch: strategy, kind of team, teams x blocks of each, slabs",
     "on_chip": "of ours: whether the plan keeps the tensors on chip between the two passes over them",
 }
@@ -214,8 +216,10 @@ def run_case(
         return problem, measure.build(problem, options.peers)
 
     def rows(name: str) -> list[Row]:
-        found = measure.measure(*built(), name, options.seconds, options.rounds, timed)
-        return noted(found, case, here)
+        late: Counter[str] = Counter()
+        clock = partial(timed, late=late)
+        found = measure.measure(*built(), name, options.seconds, options.rounds, clock)
+        return [{**row, "late": late[row["peer"]]} for row in noted(found, case, here)]
 
     for name in names:
         if perf_counter() > end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from time import perf_counter
@@ -24,6 +25,7 @@ class GpuClock:
 
     def __init__(self) -> None:
         self._queueing: dict[int, float] = {}
+        self.late: Counter[int] = Counter()  # by the call: samples in which the GPU waited for the host all the same
 
     def sample(self, call: Callable[[], object], times: int) -> float:
         """Seconds per call over ``times`` calls."""
@@ -40,12 +42,19 @@ class GpuClock:
             end.synchronize()
             if in_time:
                 break
+        else:
+            self.late[id(call)] += 1
         return start.elapsed_time(end) / 1e3 / times
 
 
-def timed(calls: dict[str, Callable[[], object]], seconds: float, rounds: int) -> tuple[dict[str, list[float]], int]:
-    """A turn over the sets is long enough for a sample."""
-    return interleave(calls, seconds, rounds, GpuClock().sample, shortest=0)
+def timed(
+    calls: dict[str, Callable[[], object]], seconds: float, rounds: int, late: Counter[str]
+) -> tuple[dict[str, list[float]], int]:
+    """A turn over the sets is long enough for a sample. Counts the samples of each call that are ``late``."""
+    clock = GpuClock()
+    samples = interleave(calls, seconds, rounds, clock.sample, shortest=0)
+    late.update({name: clock.late[id(call)] for name, call in calls.items()})
+    return samples
 
 
 def sets_past(cache: int, tensor: int) -> int:

@@ -102,14 +102,15 @@ def rates_table(results: Results) -> str:
         body.append(
             [
                 ", ".join([*block, place(row), row["dtype"], row["pass"]]),
-                f"{row['bytes_per_second'] / 1e9:.0f}",
+                f"{row['bytes_per_second'] / 1e9:.0f}{'*' if row.get('late') else ''}",
                 f"{row['of_copy']:.0%}",
                 f"{row['over_bound_us']:.1f}",
                 *(f"{found[0]['over_ours']:.2f}×" if found and "over_ours" in found[0] else "–" for found in over),
                 row["plan"],
             ]
         )
-    heads = ["", "GB/s", "of a copy", "µs over the bound", *(f"over {peer}" for peer in others), "plan"]
+    overs = (f"over {peer}" for peer in others)
+    heads = ["", "GB/s (*: some samples late)", "of a copy", "µs over the bound", *overs, "plan"]
     return markdown(heads, body)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -51,7 +51,7 @@ def no_gpu() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu, "DEVICE", "cpu")
         patch.setattr(gpu, "machine", lambda: MACHINE)
-        patch.setattr(gpu, "timed", partial(timing.interleave, shortest=0))
+        patch.setattr(gpu, "timed", lambda *of, late: timing.interleave(*of, shortest=0))
         patch.setattr(gpu, "TRAINED", {**gpu.TRAINED, "shape": "16x3x64x64", "width": 4})
         patch.setattr(gpu, "TRAINING", 0.0)
         patch.setattr(gpu, "LONGEST", 300.0)
@@ -210,6 +210,13 @@ def test_targets_count_what_fits_on_chip() -> None:
     assert lines[3].startswith("short") and "2×4×5×5 NHWC, both, float32" in lines[3]
 
 
+def test_late_samples_show() -> None:
+    figures = {"bytes_per_second": 2e9, "of_copy": 0.5, "over_bound_us": 1.0, "plan": "small"}
+    rows = [row(**figures, late=late) for late in (0, 2)]
+    lines = gpu_report.rates_table(report.Results({"machine": {}, "versions": {}, "rows": rows})).splitlines()
+    assert ["| 2* |" in line for line in lines[2:]] == [False, True]
+
+
 def test_rate_of_a_copy() -> None:
     copies = [row(peer=measure.COPY, median_ms=1e-6), row(peer=measure.COPY, median_ms=2e-6, dtype="float16")]
     results = report.Results({"machine": {}, "versions": {}, "rows": copies})
@@ -286,6 +293,27 @@ def test_clock_tries_again_when_the_host_was_late(host: float, attempts: int, mo
     clock.sample(call, 1)
     assert len(fake.slept) == attempts + 1
     assert fake.slept[-1] == pytest.approx(clock.MARGIN * host)
+
+
+def test_samples_that_stay_late_are_counted(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host takes four times as long with every call: twice as long as the GPU slept."""
+    fake = FakeGpu(monkeypatch, 1.0)
+
+    def call() -> None:
+        fake.call()
+        fake.host *= 4
+
+    late: Counter[str] = Counter()
+    gpu_clock.timed({"slow": call}, 0, 2, late)
+    assert late == {"slow": 2 + timing.WARM_UP} and len(fake.slept) == late["slow"] * gpu_clock.GpuClock.ATTEMPTS
+
+    def timed(calls: dict, seconds: float, rounds: int, late: Counter[str]) -> tuple[dict[str, list[float]], int]:
+        late[peers.OURS] += 3
+        return timing.interleave(calls, seconds, rounds, shortest=0)
+
+    monkeypatch.setattr(gpu, "timed", timed)
+    (task,) = gpu.run_blocks([(CASE, "forward")], gpu.arguments(["core", *SHORT, "--peers"]), MACHINE, float("inf"))
+    assert {row["peer"]: row["late"] for row in gpu.attempted(task)} == {"copy": 0, "ATen": 0, "bn_ext": 3}
 
 
 def test_copy_rate(monkeypatch: pytest.MonkeyPatch) -> None:
