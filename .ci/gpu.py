@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -27,6 +28,7 @@ GRACE = 15.0  # seconds from SIGINT to SIGKILL; what ends by itself is asked to 
 CORES = os.cpu_count() or 1
 LEFT_OUT = "left out: "  # begins a line, of any command, that belongs in the table
 AGAIN = (os.EX_TEMPFAIL, -signal.SIGALRM)  # after an error on the GPU that persists, after a hang
+SETUPTOOLS = 77  # the oldest that reads pyproject.toml
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
 
@@ -48,6 +50,14 @@ class Outcome:
     result: str
     seconds: float
     left_out: tuple[str, ...] = ()
+
+
+def unbuildable() -> str:
+    """Why nothing can be built here, and so nothing found out; empty if all can."""
+    versions = [d.version for d in importlib.metadata.distributions(name="setuptools")][:1]
+    if versions and int(versions[0].split(".")[0]) >= SETUPTOOLS:
+        return ""
+    return f"bn_ext needs setuptools >= {SETUPTOOLS} to be built, here is {versions[0] if versions else 'none'}"
 
 
 def building() -> Step:
@@ -194,6 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = parser.parse_args(argv).phases or list(known)
     if unknown := set(names) - known.keys():
         parser.error(f"no phase is called {', '.join(sorted(unknown))}")
+    if why := unbuildable():
+        print(why)
+        return 1
     begin = time.monotonic()
     log = FOLDER / "gpu.log"
     for stale in [*ROOT.glob("build/*.begun"), *(FOLDER / f"{name}.json" for name in names)]:

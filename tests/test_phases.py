@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -157,6 +157,21 @@ def test_built_for_the_gpu_that_is_there(gpu: ModuleType, monkeypatch: pytest.Mo
     code = "import os; print(os.environ['BN_EXT_CUDA'], os.environ['TORCH_CUDA_ARCH_LIST'] or 'what is there')"
     gpu.run_all([gpu.Step("build", 20, [sys.executable, "-c", code], step.environment)], log_of(gpu))
     assert log_of(gpu).read_text().splitlines()[-1] == "1 what is there"
+
+
+@pytest.mark.parametrize(("found", "builds"), [([], False), (["76.1"], False), (["77.0.1"], True), (["84.2"], True)])
+def test_setuptools(
+    found: list[str], builds: bool, gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too old, it would fail the build and everything after it, of which each took its time."""
+    distributions = [SimpleNamespace(version=version) for version in found]
+    monkeypatch.setattr(gpu.importlib.metadata, "distributions", lambda name: distributions)
+    monkeypatch.setattr(gpu, "phases", lambda: {"one": [python(gpu, "one", "print('one')")]})
+    monkeypatch.setattr(gpu, "building", lambda: python(gpu, "build", "pass"))
+    assert gpu.main([]) == (0 if builds else 1)
+    said = capsys.readouterr().out
+    assert log_of(gpu).exists() == builds == ("bn_ext needs setuptools >= 77" not in said)
+    assert f'"setuptools>={gpu.SETUPTOOLS}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_a_machine_without_tools(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
