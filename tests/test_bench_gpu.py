@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -253,6 +254,27 @@ def test_seconds_are_of_one_call(no_gpu: None) -> None:
 
     rows = measure.measure(problem, measure.build(problem, ()), "both", 0, 2, clock)
     assert {r["median_ms"] for r in rows} == {1000.0} and {r["calls"] for r in rows} == {4}
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-2])
+def test_ours_is_judged_without_a_baseline(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The baseline may not run here, or give its results other strides than the input has."""
+
+    def planar(problem: problems.Problem) -> peers.Peer:
+        peer = peers.aten(problem)
+        return replace(peer, train=lambda *inputs: peer.train(*inputs).contiguous())
+
+    def off(problem: problems.Problem) -> peers.Peer:
+        peer = peers.ours(problem)
+        return replace(peer, train=lambda *inputs: peer.train(*inputs) + wrong)
+
+    monkeypatch.setitem(peers.PEERS, peers.BASELINE, planar)
+    monkeypatch.setitem(peers.PEERS, peers.OURS, off)
+    problem = problems.Problem(SHAPE, "channels_last", "float32")
+    found = {row["peer"]: row for row in measure.measure(problem, measure.build(problem, ()), "forward", 0, 2)}
+    assert found[peers.BASELINE]["status"] == "wrong" and "strides" in found[peers.BASELINE]["reason"]
+    assert found[peers.OURS]["status"] == ("wrong" if wrong else "ok")
+    assert ("of_copy" in found[peers.OURS]) == (not wrong)
 
 
 class FakeGpu:
