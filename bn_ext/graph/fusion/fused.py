@@ -7,6 +7,8 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,21 +42,25 @@ class _Settings:
     """Dynamo's settings while fused models run, in any number of threads and one within the other."""
 
     def __init__(self) -> None:
+        # Each thread has settings of its own in newer versions of torch; in older ones all threads share them.
+        entry = torch._dynamo.config._config["recompile_limit"]  # type: ignore[attr-defined]
+        is_per_thread = isinstance(getattr(entry, "user_override", None), ContextVar)
+        self.own: Any = threading.local() if is_per_thread else SimpleNamespace()
         self.lock = threading.Lock()
-        self.running = 0
 
     def __enter__(self) -> None:
         with self.lock:
-            if self.running == 0:
-                self.patch = torch._dynamo.config.patch(_SETTINGS)
-                self.patch.__enter__()
-            self.running += 1
+            running = getattr(self.own, "running", 0)
+            if running == 0:
+                self.own.patch = torch._dynamo.config.patch(_SETTINGS)
+                self.own.patch.__enter__()
+            self.own.running = running + 1
 
     def __exit__(self, *_: object) -> None:
         with self.lock:
-            self.running -= 1
-            if self.running == 0:
-                self.patch.__exit__(None, None, None)
+            self.own.running -= 1
+            if self.own.running == 0:
+                self.own.patch.__exit__(None, None, None)
 
 
 _settings = _Settings()

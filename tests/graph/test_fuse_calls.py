@@ -1,0 +1,119 @@
+"""Calls of a fused model over its life: in threads, with hooks that come and go, captured again, and collected."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fusing import fused_with
+from torch import Tensor, nn
+
+import bn_ext
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 3, pause: Callable = lambda: None) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
+        self.pause = pause
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pause()
+        return F.relu(self.bn(self.conv(x)) + x)
+
+
+class Widening(nn.Module):
+    """A block of each width, each with a graph of its own."""
+
+    def __init__(self, first: nn.Module, widths: range) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([first, *(Block(width, torch._dynamo.graph_break) for width in widths)])
+        self.between = nn.ModuleList(nn.Conv2d(width - 1, width, 1) for width in widths)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks[0](x)
+        for conv, block in zip(self.between, self.blocks[1:]):
+            x = block(conv(x))
+        return x
+
+
+def example() -> Tensor:
+    return torch.randn(2, 3, 4, 4)
+
+
+# ---------------------------------------------------------------------------------------------- threads
+
+
+def settings() -> dict[str, object]:
+    return torch._dynamo.config.get_config_copy()
+
+
+def in_thread(function: Callable[[], object]) -> Callable[[], object]:
+    """Starts ``function`` in a thread; the result waits for it, and gives or raises what it did."""
+    outcome: list[object] = []
+
+    def run() -> None:
+        try:
+            outcome.append(function())
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def result() -> object:
+        thread.join()
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    return result
+
+
+def test_calls_that_overlap_in_threads() -> None:
+    """The first to begin is the first to end; the other is captured under the settings all the same."""
+    before = settings()
+    first_runs, second_runs, first_ended = (threading.Event() for _ in range(3))
+
+    @torch._dynamo.disable
+    def in_first() -> None:
+        first_runs.set()
+        assert second_runs.wait(100)
+
+    @torch._dynamo.disable
+    def in_second() -> None:
+        second_runs.set()
+        assert first_ended.wait(100)
+
+    first = bn_ext.fuse(Block(3, in_first))
+    second = bn_ext.fuse(Widening(Block(3, in_second), range(4, 15)))
+
+    def run_second() -> object:
+        assert first_runs.wait(100)
+        second(example())
+        return settings()
+
+    result = in_thread(run_second)
+    first(example())
+    first_ended.set()
+    assert result() == before
+    assert settings() == before
+    assert fused_with(second) == {f"blocks.{i}.bn": ("add", "relu") for i in range(12)}
+
+
+def test_one_model_in_many_threads() -> None:
+    model = bn_ext.fuse(nn.Sequential(Block(), Block())).eval()
+    x = example()
+    expected = bn_ext.convert(model).forward(x)
+    for result in [in_thread(lambda: [model(x) for _ in range(50)]) for _ in range(4)]:
+        for found in result():
+            torch.testing.assert_close(found, expected)
