@@ -117,3 +117,53 @@ def test_one_model_in_many_threads() -> None:
     for result in [in_thread(lambda: [model(x) for _ in range(50)]) for _ in range(4)]:
         for found in result():
             torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------------------------------------- hooks
+
+HOOKS = (
+    "register_forward_hook",
+    "register_forward_pre_hook",
+    "register_full_backward_hook",
+    "register_full_backward_pre_hook",
+)
+
+
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize("path", ["", "0", "0.bn"])
+def test_hooks_that_come_and_go(register: str, path: str) -> None:
+    model = bn_ext.fuse(nn.Sequential(Block()))
+    x = example().requires_grad_()
+    seen: list[str] = []
+    part = model.get_submodule(path)
+    for _ in range(2):
+        model(x).sum().backward()
+        assert not seen
+        handle = getattr(part, register)(lambda *_: seen.append("hook"))
+        model(x).sum().backward()
+        assert seen == ["hook"]
+        handle.remove()
+        seen.clear()
+        model(x).sum().backward()
+        assert not seen
+
+
+def test_a_hook_that_comes_later_changes_the_output() -> None:
+    model = bn_ext.fuse(nn.Sequential(Block()))
+    x = example()
+    model(x)
+    model[0].bn.register_forward_hook(lambda module, args, output: output * 0)
+    assert model(x).equal(x.relu())
+
+
+def test_hooks_of_all_modules() -> None:
+    model = bn_ext.fuse(nn.Sequential(Block()))
+    x = example()
+    model(x)
+    seen: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    model(x)
+    handle.remove()
+    assert seen == [model[0].conv, model[0].bn, model[0], model]
+    model(x)
+    assert len(seen) == 4

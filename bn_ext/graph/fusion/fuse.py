@@ -21,7 +21,8 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
     ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is fused still.
 
     The model stays the object that it is, with its class, methods, hooks and ``state_dict``. Only ``model(...)`` is
-    fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs.
+    fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs, and
+    all of the model while a hook of all modules is registered.
     ``print(*bn_ext.graph.fusions(model), sep="\\n")`` shows what was fused and why no more; :func:`bn_ext.revert`
     undoes it. To compile a fused model too, use ``torch.compile(model, backend="bn_ext_inductor")``: other backends
     refuse it. The replicas that :class:`torch.nn.DataParallel` makes on several devices cannot be fused: use

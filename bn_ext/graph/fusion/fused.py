@@ -18,6 +18,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
 
 from bn_ext.graph.fusion import installed
 from bn_ext.graph.fusion.backends import run
@@ -31,6 +32,7 @@ _SETTINGS = {
     "specialize_float": True,
     "optimize_ddp": False,
     "suppress_errors": True,
+    "skip_nnmodule_hook_guards": False,
 }
 _ADVICE = (
     "a fused model is compiled by backend='bn_ext_inductor' or backend='bn_ext'; others take the model after "
@@ -87,7 +89,7 @@ class Fused(installed.Own):
                 _refuse()
             return self.model._call_impl(*args, **kwargs)
         is_fx = any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values()))
-        if is_fx or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        if is_fx or torch.compiler.is_exporting() or torch.jit.is_tracing() or _has_any_global_hook():
             return self.model._call_impl(*args, **kwargs)
         with _settings:
             return self.compiled(*args, **kwargs)
