@@ -12,6 +12,8 @@ from fusing import fused_with
 from torch import Tensor, nn
 
 import bn_ext
+from bn_ext.graph import fusions
+from bn_ext.graph.fusion import fused
 
 
 @pytest.fixture(autouse=True)
@@ -167,3 +169,52 @@ def test_hooks_of_all_modules() -> None:
     assert seen == [model[0].conv, model[0].bn, model[0], model]
     model(x)
     assert len(seen) == 4
+
+
+# ---------------------------------------------------------------------------------------------- captures
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.calls = Block(), 0
+
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        self.calls += 1
+        return self.block(x) * factor * self.calls
+
+
+def captures() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("by", ["an argument", "an attribute"])
+def test_python_that_varies_without_end(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is not captured without end: the model then runs as it is, and says so once."""
+    monkeypatch.setattr(fused, "_MOST_CAPTURES", 3)
+    torch._dynamo.utils.counters.clear()
+    model, other = Scaled(), Scaled()
+    other.load_state_dict(model.state_dict())
+    bn_ext.fuse(model), bn_ext.fuse(other)
+    x = example()
+    with pytest.warns(UserWarning, match="Scaled: the model runs as it is since") as warned:
+        for i in range(6):
+            model.calls, other.calls = (i, i) if by == "an attribute" else (0, 0)
+            factor = 1 + i / 8 if by == "an argument" else 1.0
+            torch.testing.assert_close(model(x, factor), other.forward(x, factor))
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
+    assert captures() == 3
+    ((name, found, reason),) = fusions(model)
+    assert (name, found) == ("block.bn", ())
+    assert "varies without end" in reason
+
+
+def test_a_call_of_many_graphs_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_MOST_CAPTURES", 3)
+    model = bn_ext.fuse(Widening(Block(), range(4, 12)))
+    x = example()
+    for training in (True, False):
+        model.train(training)(x)
+        model(x)
+    assert fused_with(model) == {f"blocks.{i}.bn": ("add", "relu") for i in range(9)}

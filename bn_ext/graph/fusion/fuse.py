@@ -17,7 +17,7 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
 
     Batch norms become ours first (:func:`bn_ext.convert`). Then each call of ``model`` is captured as torch.compile
     captures it, rewritten, and run without a compiler: once for each way that its Python code takes, kept for later
-    calls that take the same. Every spelling counts: modules, functions, methods, operators, in place or not,
+    calls that take the same, and for 64 calls at most. Every spelling counts: modules, functions, methods, operators, in place or not,
     ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is fused still.
 
     The model stays the object that it is, with its class, methods, hooks and ``state_dict``. Only ``model(...)`` is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -66,7 +67,18 @@ class _Settings:
 
 
 _settings = _Settings()
+_MOST_CAPTURES = 64  # calls of a model that capture, after which its Python code is taken to vary without end
+_NO_MORE = f"the model runs as it is since {_MOST_CAPTURES} calls had to be captured: its Python code varies without end"
 _numbers = itertools.count()
+
+
+class _Captures:
+    """What Dynamo captured of one model."""
+
+    def __init__(self) -> None:
+        self.fusions: Counter[Fusion] = Counter()
+        self.graphs = 0
+        self.calls = 0  # in which there was a graph to capture
 
 
 class Fused(installed.Own):
@@ -74,14 +86,14 @@ class Fused(installed.Own):
 
     def __init__(self, model: nn.Module, only: str | None = None) -> None:
         super().__init__(model, "_call_impl")
-        self.seen: Counter[Fusion] = Counter()
+        self.captures = _Captures()
 
         def call(*args: Any, **kwargs: Any) -> Any:
             return model._call_impl(*args, **kwargs)
 
         # Dynamo keeps graphs by code object, and by its name what varied from call to call: every model has its own.
         call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
-        self.compiled = torch.compile(call, backend=_backend(weakref.ref(model), self.seen, only))
+        self.compiled = torch.compile(call, backend=_backend(weakref.ref(model), self.captures, only))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # the model is a part of what someone else compiles
@@ -91,18 +103,30 @@ class Fused(installed.Own):
         is_fx = any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values()))
         if is_fx or torch.compiler.is_exporting() or torch.jit.is_tracing() or _has_any_global_hook():
             return self.model._call_impl(*args, **kwargs)
-        with _settings:
-            return self.compiled(*args, **kwargs)
+        if self.captures.calls >= _MOST_CAPTURES:
+            return self.model._call_impl(*args, **kwargs)
+        graphs = self.captures.graphs
+        try:
+            with _settings:
+                return self.compiled(*args, **kwargs)
+        finally:
+            if self.captures.graphs > graphs:
+                self.count()
+
+    def count(self) -> None:
+        """Counts a call that was captured."""
+        self.captures.calls += 1
+        if self.captures.calls == _MOST_CAPTURES:
+            warnings.warn(f"bn_ext.fuse: {type(self.model).__name__}: {_NO_MORE}", stacklevel=4)
 
     def fusions(self) -> list[Fusion]:
         """What became of each call of a batch norm, and which batch norms were in no graph."""
-        named = {fusion.batch_norm for fusion in self.seen}
-        unseen = [
-            Fusion(path, (), "in no graph of the model")
-            for path, part in self.model.named_modules()
-            if path and isinstance(part, _BatchNorm) and path not in named
-        ]
-        return [*self.seen.elements(), *unseen]
+        norms = [path for path, part in self.model.named_modules() if path and isinstance(part, _BatchNorm)]
+        if self.captures.calls >= _MOST_CAPTURES:
+            return [Fusion(path, (), _NO_MORE) for path in norms]
+        named = {fusion.batch_norm for fusion in self.captures.fusions}
+        unseen = [Fusion(path, (), "in no graph of the model") for path in norms if path not in named]
+        return [*self.captures.fusions.elements(), *unseen]
 
 
 class _Compile(installed.Own):
@@ -115,14 +139,15 @@ class _Compile(installed.Own):
         self.model.compile(*args, backend=backend, **options)
 
 
-def _backend(model: weakref.ref[nn.Module], seen: Counter[Fusion], only: str | None) -> Callable[..., Any]:
+def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | None) -> Callable[..., Any]:
     """A backend, which Dynamo keeps forever, and which therefore does not keep the model."""
 
     def fuse(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        captures.graphs += 1
         owner = model()
         names = {} if owner is None else {str(id(part)): path for path, part in owner.named_modules()}
         found = Counter(rewrite(module, names, only))
-        seen.update(found - seen)  # a call is captured again for another mode
+        captures.fusions.update(found - captures.fusions)  # a call is captured again for another mode
         return run(module, inputs)
 
     fuse.fuses = True  # type: ignore[attr-defined]
