@@ -453,12 +453,3 @@ def test_inputs_are_not_kept() -> None:
     del x
     gc.collect()
     assert seen() is None
-
-
-def test_models_are_collected() -> None:
-    model = bn_ext.fuse(block())
-    model(example())
-    seen = weakref.ref(model)
-    del model
-    gc.collect()
-    assert seen() is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -12,7 +14,7 @@ from fusing import fused_with
 from torch import Tensor, nn
 
 import bn_ext
-from bn_ext.graph import fusions
+from bn_ext.graph import fusions, unfuse
 from bn_ext.graph.fusion import fused
 
 
@@ -22,8 +24,11 @@ def _fresh_compiler() -> Iterator[None]:
     yield
 
 
+def nothing() -> None: ...
+
+
 class Block(nn.Module):
-    def __init__(self, width: int = 3, pause: Callable = lambda: None) -> None:
+    def __init__(self, width: int = 3, pause: Callable = nothing) -> None:
         super().__init__()
         self.conv, self.bn = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
         self.pause = pause
@@ -218,3 +223,37 @@ def test_a_call_of_many_graphs_counts_once(monkeypatch: pytest.MonkeyPatch) -> N
         model.train(training)(x)
         model(x)
     assert fused_with(model) == {f"blocks.{i}.bn": ("add", "relu") for i in range(9)}
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def graph_modules() -> int:
+    gc.collect()  # what goes with the models is collected after them
+    gc.collect()
+    return sum(issubclass(type(thing), torch.fx.GraphModule) for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("end", [lambda model: None, unfuse], ids=["deleted", "unfused"])
+def test_models_and_their_graphs_are_collected(end: Callable) -> None:
+    def once() -> weakref.ref:
+        model = bn_ext.fuse(nn.Sequential(Block()))
+        model(example())
+        end(model)
+        return weakref.ref(model)
+
+    once()
+    before, names = graph_modules(), set(vars(fused))
+    seen = [once() for _ in range(3)]
+    assert graph_modules() <= before
+    assert [model() for model in seen] == [None] * 3
+    assert set(vars(fused)) <= names
+
+
+def test_an_unfused_model_that_lives_keeps_no_graphs() -> None:
+    before = graph_modules()
+    model = bn_ext.fuse(Block())
+    model(example())
+    assert graph_modules() > before
+    unfuse(model)
+    assert graph_modules() == before

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, Proxy
@@ -94,6 +95,8 @@ class Fused(installed.Own):
         # Dynamo keeps graphs by code object, and by its name what varied from call to call: every model has its own.
         call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
         self.compiled = torch.compile(call, backend=_backend(weakref.ref(model), self.captures, only))
+        # What Dynamo keeps for a code object keeps the code object: only this ends it.
+        weakref.finalize(self, reset_code, call.__code__).atexit = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # the model is a part of what someone else compiles
