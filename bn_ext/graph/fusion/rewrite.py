@@ -80,14 +80,14 @@ class _Rewriting:
         self.views: dict[int, list[Node]] = {}  # of each piece of memory, all results that lie in it
         for node in self.graph.nodes:
             self.note(node)
-        # Those that a caller may have made views of each other, and may write to after the call.
+        # Those that a caller may write to after the call.
         self.inputs = [
             node
             for node in self.graph.find_nodes(op="placeholder")
-            if isinstance(given := value(node), torch.Tensor)
-            and given.dim() > 1
-            and not isinstance(given, torch.nn.Parameter)
+            if isinstance(given := value(node), torch.Tensor) and not isinstance(given, torch.nn.Parameter)
         ]
+        # Those that may be views of other inputs: all but the buffers of modules, by Dynamo's names.
+        self.arguments = [node for node in self.inputs if "_buffers_" not in node.name]
 
     def run(self) -> list[Fusion]:
         for node in self.graph.nodes:
@@ -250,9 +250,9 @@ class _Rewriting:
         addition.prepend(norm)
 
     def written_by(self, nodes: Iterable[Node], targets: list[Node]) -> bool:
-        """Whether ``nodes`` may write to ``targets``; inputs of the graph may be views of each other."""
+        """Whether ``nodes`` may write to ``targets``; arguments may be views of other inputs."""
         if memory(targets) & memory(self.inputs):
-            targets = targets + self.inputs
+            targets = targets + self.arguments
         return any(writes(node, targets) for node in nodes)
 
     def is_private(self, tensor: Node, until: Node) -> bool:
