@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import bn_ext
 from bn_ext.graph import fusions
-from bn_ext.graph.fusion import rewrite
+from bn_ext.graph.fusion import fused, rewrite
 from bn_ext.graph.fusion.installed import installed
 from bn_ext.graph.fusion.spelling import Activation, activation_of
 
@@ -160,3 +160,43 @@ def test_lazy_modules() -> None:
     assert fused_with(model) == {"1": ("relu",)}
     assert model[1].num_batches_tracked == 0
     assert model[1].running_mean.eq(0).all() and model[1].running_var.eq(1).all()
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_an_error_of_ours_is_told(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By fuse with inputs as it is, else in the report: the call runs as it is."""
+
+    def broken(*_: object) -> list:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(fused, "rewrite", broken)
+    model = Model(lambda m, y, r: F.relu(y))
+    x = torch.randn(2, 3, 5, 5)
+    if given:
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            bn_ext.fuse(model, x)
+        assert installed(model) is None
+    else:
+        expected = bn_ext.convert(copy.deepcopy(model))(x)
+        torch.testing.assert_close(bn_ext.fuse(model)(x), expected)
+        ((name, found, reason),) = fusions(model)
+        assert (name, found) == ("bn", ())
+        assert reason == "a graph could not be rewritten: ZeroDivisionError('a bug')"
+
+
+class Refusing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] > 1:
+            raise KeyError("too many")
+        return F.relu(self.bn(x))
+
+
+def test_an_error_of_the_model_leaves_it_unfused() -> None:
+    model = Refusing()
+    with pytest.raises(KeyError, match="too many"):
+        bn_ext.fuse(model, torch.randn(2, 3, 4, 4))
+    assert installed(model) is None

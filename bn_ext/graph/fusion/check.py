@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bn_ext.graph.fusion.fused import install
-from bn_ext.graph.fusion.installed import fusions, uninstall
+from bn_ext.graph.fusion.installed import fusions, installed
 
 # What rounding explains: so many units of the largest output, or so many times the change that comes of rounding the
 # inputs and the outputs of batch norms once more.
@@ -26,7 +26,7 @@ def check(model: nn.Module, modes: Sequence[str], args: Sequence[Any], kwargs: M
     """Captures a fused model in each of the modes, and compares its outputs with those of the plain model.
 
     Raises:
-        AssertionError: they differ by more than rounding explains. The model is then no longer fused.
+        AssertionError: they differ by more than rounding explains.
     """
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         with _restored(model) as restore:  # what they become is not restored: evaluation leaves it as it begins
@@ -39,8 +39,9 @@ def check(model: nn.Module, modes: Sequence[str], args: Sequence[Any], kwargs: M
             difference = outputs.difference()
             if difference is not None:
                 culprit = _culprit(model, outputs)
+        if (error := installed(model).captures.error) is not None:
+            raise error
         if difference is not None:
-            uninstall(model)
             where = f"{type(model).__name__}, where {culprit} is fused," if culprit else type(model).__name__
             raise AssertionError(f"bn_ext.fuse: {where} gives other outputs in mode {mode!r}: {difference}")
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from bn_ext.graph.conversion.convert import make_ours
+from bn_ext.graph.fusion.installed import uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -17,8 +18,9 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
 
     Batch norms become ours first (:func:`bn_ext.convert`). Then each call of ``model`` is captured as torch.compile
     captures it, rewritten, and run without a compiler: once for each way that its Python code takes, kept for later
-    calls that take the same, and for 64 calls at most. Every spelling counts: modules, functions, methods, operators, in place or not,
-    ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is fused still.
+    calls that take the same, and for 64 calls at most. Every spelling counts: modules, functions, methods, operators,
+    in place or not, ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is
+    fused still.
 
     The model stays the object that it is, with its class, methods, hooks and ``state_dict``. Only ``model(...)`` is
     fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs, and
@@ -49,5 +51,9 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
     make_ours("fuse", model)  # what it leaves is captured as what it computes
     install(model)
     if args or kwargs:
-        check(model, modes, args, kwargs)
+        try:
+            check(model, modes, args, kwargs)
+        except BaseException:
+            uninstall(model)
+            raise
     return model

@@ -69,7 +69,7 @@ class _Settings:
 
 _settings = _Settings()
 _MOST_CAPTURES = 64  # calls of a model that capture, after which its Python code is taken to vary without end
-_NO_MORE = f"the model runs as it is since {_MOST_CAPTURES} calls had to be captured: its Python code varies without end"
+_NO_MORE = f"the model runs as it is: its Python code varies without end, {_MOST_CAPTURES} calls had to be captured"
 _numbers = itertools.count()
 
 
@@ -80,6 +80,7 @@ class _Captures:
         self.fusions: Counter[Fusion] = Counter()
         self.graphs = 0
         self.calls = 0  # in which there was a graph to capture
+        self.error: Exception | None = None  # the first of ours
 
 
 class Fused(installed.Own):
@@ -128,7 +129,9 @@ class Fused(installed.Own):
         if self.captures.calls >= _MOST_CAPTURES:
             return [Fusion(path, (), _NO_MORE) for path in norms]
         named = {fusion.batch_norm for fusion in self.captures.fusions}
-        unseen = [Fusion(path, (), "in no graph of the model") for path in norms if path not in named]
+        error = self.captures.error
+        reason = "in no graph of the model" if error is None else f"a graph could not be rewritten: {error!r}"
+        unseen = [Fusion(path, (), reason) for path in norms if path not in named]
         return [*self.captures.fusions.elements(), *unseen]
 
 
@@ -149,7 +152,11 @@ def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | Non
         captures.graphs += 1
         owner = model()
         names = {} if owner is None else {str(id(part)): path for path, part in owner.named_modules()}
-        found = Counter(rewrite(module, names, only))
+        try:
+            found = Counter(rewrite(module, names, only))
+        except Exception as error:  # Dynamo keeps it to itself, and runs what was captured as it is
+            captures.error = captures.error or error
+            raise
         captures.fusions.update(found - captures.fusions)  # a call is captured again for another mode
         return run(module, inputs)
 
