@@ -150,3 +150,26 @@ def test_writing_in_place_stays(write: Callable) -> None:
         return same.tanh()
 
     assert_same(Model(then))
+
+
+def test_a_bias_that_is_written_to_before_the_backward_is_an_error() -> None:
+    """As documented: the backward of the activation reads it."""
+    model = bn_ext.fuse(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    output = model(torch.randn(2, 3, 4, 4))
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+def test_a_bias_that_is_no_parameter_is_fused() -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 1)
+            self.register_buffer("bias", torch.randn(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.silu(F.batch_norm(self.conv(x), None, None, None, self.bias, True))
+
+    assert list(fused_with(assert_same(Normalized())).values()) == [("silu",)]

@@ -30,6 +30,9 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
     refuse it. The replicas that :class:`torch.nn.DataParallel` makes on several devices cannot be fused: use
     :class:`~torch.nn.parallel.DistributedDataParallel`.
 
+    The backward of an activation reads the bias of its batch norm, where torch's reads the output of the activation: a
+    bias that is written to between a forward and its backward is an error, or goes unseen if written to by ``.data``.
+
     Args:
         model: any module.
         args, kwargs: inputs, if given: the model is captured and checked with them now, not at its first call.

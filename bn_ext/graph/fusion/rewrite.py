@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_ext import _fake
+from bn_ext import _C, _fake
 from bn_ext.functional import operator
 from bn_ext.graph.fusion.effects import alike, between, memory, name_of, only_computes, value, writes
 from bn_ext.graph.fusion.spelling import activation_of, call_of, passes_through, reader
@@ -22,11 +22,9 @@ _ARGUMENTS = tuple(argument.name for argument in operator.default._schema.argume
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _TORCHS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: tuple(inspect.signature(F.batch_norm).parameters),
-    torch.batch_norm: ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "_"),
+    torch.batch_norm: tuple("input weight bias running_mean running_var training momentum eps cudnn_enabled".split()),
 }
 _DEFAULTS = {"training": False, "momentum": 0.1, "eps": 1e-5}
-# The backward of these keeps a bit an element of what was added; that of the others keeps all of it.
-_KEEP_A_MASK = ("relu", "relu6", "leaky_relu", "hardsigmoid")
 _CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
 
@@ -173,6 +171,7 @@ class _Rewriting:
         mean = given.get("running_mean")
         if given["training"] is not True or not isinstance(mean, Node):
             return None
+        # The names of buffers that Dynamo gives differ in this alone only if one module has both.
         name = mean.name.replace("running_mean", "num_batches_tracked")
         for node in self.graph.find_nodes(op="call_method", target="add_"):
             counter, *amount = node.args
@@ -216,11 +215,10 @@ class _Rewriting:
             raise _ObstacleError(f"its {activation.name} is of another type or layout")
         if not all(map(only_computes, between(norm, last))):
             raise _ObstacleError("gradient mode, autocast or a nested graph is between it and the activation")
-        if value(last).requires_grad:  # the backward reads the bias and, of some activations, what was added
-            residual, bias = norm.kwargs["residual"], norm.kwargs["bias"]
-            kept = [bias] if activation.name in _KEEP_A_MASK else [bias, residual]
-            if any(isinstance(tensor, Node) and self.may_be_written(tensor, norm) for tensor in kept):
-                raise _ObstacleError("its bias or what is added may be written to before the backward")
+        residual = norm.kwargs["residual"]
+        is_kept = isinstance(residual, Node) and value(last).requires_grad and not _C.keeps_mask(activation.name)
+        if is_kept and self.may_be_written(residual, norm):
+            raise _ObstacleError("what is added may be written to before the backward, which reads it")
         norm.update_kwarg("activation", activation.name)
         norm.update_kwarg("activation_param", activation.param)
         self.computes(norm, last)
