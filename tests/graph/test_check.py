@@ -200,3 +200,29 @@ def test_an_error_of_the_model_leaves_it_unfused() -> None:
     with pytest.raises(KeyError, match="too many"):
         bn_ext.fuse(model, torch.randn(2, 3, 4, 4))
     assert installed(model) is None
+
+
+def test_a_backward_to_come_is_not_disturbed() -> None:
+    model = Model(lambda m, y, r: F.relu(y + r)).eval()
+    x = torch.randn(2, 3, 5, 5, requires_grad=True)
+    output = model(x)
+    bn_ext.fuse(model, x, modes=("eval",))
+    output.sum().backward()
+
+
+class Registering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.register_buffer("mean", x.mean())
+        self.register_parameter("shift", nn.Parameter(torch.ones(1)))
+        return F.relu(self.bn(x)) + self.mean
+
+
+def test_what_a_forward_registers_does_not_stay() -> None:
+    model = Registering()
+    names = list(model.state_dict())
+    bn_ext.fuse(model, torch.randn(2, 3, 4, 4))
+    assert list(model.state_dict()) == names

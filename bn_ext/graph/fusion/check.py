@@ -150,10 +150,11 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
 
     def restore() -> None:
         for group, before in slots:
+            for name in group.keys() - before.keys():
+                del group[name]
             group.update((name, tensor) for name, tensor in before.items() if tensor is None or not is_lazy(tensor))
-        with torch.no_grad():
-            for tensor, before in values:
-                tensor.copy_(before)
+        for tensor, before in values:
+            tensor.data.copy_(before)  # unseen by backwards to come
         random.setstate(states[0])
         torch.set_rng_state(states[1])
         if numpy is not None:

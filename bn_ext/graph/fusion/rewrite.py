@@ -22,7 +22,7 @@ _ARGUMENTS = tuple(argument.name for argument in operator.default._schema.argume
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _TORCHS: dict[Any, tuple[str, ...]] = {
     F.batch_norm: tuple(inspect.signature(F.batch_norm).parameters),
-    torch.batch_norm: tuple("input weight bias running_mean running_var training momentum eps cudnn_enabled".split()),
+    torch.batch_norm: ("input", "weight", "bias", *_STATISTICS[:2], "training", "momentum", "eps", "cudnn_enabled"),
 }
 _DEFAULTS = {"training": False, "momentum": 0.1, "eps": 1e-5}
 _CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
