@@ -89,8 +89,22 @@ def test_modes_are_captured_now(modes: tuple[str, ...]) -> None:
 
 
 def test_unknown_modes() -> None:
-    with pytest.raises(ValueError, match="'train' and 'eval', got 'test'"):
-        bn_ext.fuse(Model(), torch.randn(2, 3, 5, 5), modes=("test",))
+    for modes, shown in ((("test",), r"\('test',\)"), ("train", "'train'")):
+        with pytest.raises(ValueError, match=f"a sequence of 'train' and 'eval', got {shown}$"):
+            bn_ext.fuse(Model(), torch.randn(2, 3, 5, 5), modes=modes)
+
+
+def test_inputs_may_have_any_name() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor, model: int) -> Tensor:
+            return F.relu(self.bn(x)) * model
+
+    model = bn_ext.fuse(Named(), torch.randn(2, 3, 4, 4), model=3)
+    assert fused_with(model) == {"bn": ("relu",)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -149,7 +163,7 @@ def test_without_inputs_nothing_is_captured_yet() -> None:
     torch._dynamo.utils.counters.clear()
     model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y)))
     assert captures() == 0
-    assert [str(fusion) for fusion in fusions(model)] == ["bn: nothing fused (in no graph of the model)"]
+    assert fusions(model)[0].reason == "in no graph of the model, unless an equal part's stands for it"
     model(torch.randn(2, 3, 5, 5))
     assert captures() == 1
 
@@ -202,11 +216,12 @@ def test_an_error_of_the_model_leaves_it_unfused() -> None:
     assert installed(model) is None
 
 
-def test_a_backward_to_come_is_not_disturbed() -> None:
-    model = Model(lambda m, y, r: F.relu(y + r)).eval()
+@pytest.mark.parametrize("training", [True, False])
+def test_a_backward_to_come_is_not_disturbed(training: bool) -> None:
+    model = Model(lambda m, y, r: F.relu(y + r)).train(training)
     x = torch.randn(2, 3, 5, 5, requires_grad=True)
     output = model(x)
-    bn_ext.fuse(model, x, modes=("eval",))
+    bn_ext.fuse(model, x)
     output.sum().backward()
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import fused_with
+from fusing import fused_with, operators
 from torch import Tensor, nn
 
 import bn_ext
@@ -257,3 +257,42 @@ def test_an_unfused_model_that_lives_keeps_no_graphs() -> None:
     assert graph_modules() > before
     unfuse(model)
     assert graph_modules() == before
+
+
+# ---------------------------------------------------------------------------------------------- parts, compilations
+
+
+def test_equal_parts_behind_graph_breaks() -> None:
+    """They share a graph: the report does not know of each."""
+    model = bn_ext.fuse(nn.Sequential(*(Block(3, torch._dynamo.graph_break) for _ in range(3))))
+    x = example()
+    assert operators(lambda: model(x)) == {"bn_ext::batch_norm": 3}
+    *found, last = fusions(model)
+    assert {fusion.fused for fusion in found} == {("add", "relu")}
+    assert last.reason == "in no graph of the model, unless an equal part's stands for it"
+
+
+def test_a_compiled_model_is_refused() -> None:
+    model = Block()
+    model.compile(backend="eager")
+    compiled = model._compiled_call_impl
+    with pytest.raises(RuntimeError, match=r"compiled in place already.* model.compile\(backend='bn_ext_inductor'\)"):
+        bn_ext.fuse(model)
+    assert model._compiled_call_impl is compiled
+    assert type(model.bn) is nn.BatchNorm2d
+
+
+class Calling(Block):
+    """Has a call of its own."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) + 1
+
+
+def test_a_call_of_the_class_stays() -> None:
+    model = bn_ext.fuse(Calling())
+    x = example()
+    expected = model.forward(x) + 1
+    for call in (model, model.__call__, torch.compile(model, backend="bn_ext")):
+        torch.testing.assert_close(call(x), expected)
+    assert fused_with(model) == {"bn": ("add", "relu")}

@@ -111,7 +111,7 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
-    """The largest of a value to the other that is not the same; NaN if one of them is no number."""
+    """The largest absolute difference. Equal values and pairs of NaN count as 0; NaN beside a number gives NaN."""
     one, other = one.detach().double(), other.detach().double()
     is_same = (one == other) | (one.isnan() & other.isnan())
     return torch.where(is_same, 0.0, (one - other).abs()).max().item() if one.numel() else 0.0
@@ -153,8 +153,9 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
             for name in group.keys() - before.keys():
                 del group[name]
             group.update((name, tensor) for name, tensor in before.items() if tensor is None or not is_lazy(tensor))
-        for tensor, before in values:
-            tensor.data.copy_(before)  # unseen by backwards to come
+        with torch.no_grad():
+            for tensor, before in values:
+                tensor.copy_(before)
         random.setstate(states[0])
         torch.set_rng_state(states[1])
         if numpy is not None:
@@ -162,9 +163,12 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
 
-    try:
-        yield restore
-    finally:
-        restore()
-        for module, flag in flags:
-            module.training = flag
+    # In the end a backward to come finds in tensors what its forward left there: they have their versions of before.
+    versioned = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(versioned):
+        try:
+            yield restore
+        finally:
+            restore()
+            for module, flag in flags:
+                module.training = flag

@@ -8,12 +8,12 @@ from typing import Any, TypeVar
 from torch import nn
 
 from bn_ext.graph.conversion.convert import make_ours
-from bn_ext.graph.fusion.installed import uninstall
+from bn_ext.graph.fusion.installed import is_compiled, uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **kwargs: Any) -> Model:
+def fuse(model: Model, /, *args: Any, modes: Sequence[str] = ("train", "eval"), **kwargs: Any) -> Model:
     """Makes ``activation(batch_norm(input) + residual)``, both optional, one call wherever ``model(...)`` does so.
 
     Batch norms become ours first (:func:`bn_ext.convert`). Then each call of ``model`` is captured as torch.compile
@@ -46,12 +46,17 @@ def fuse(model: Model, *args: Any, modes: Sequence[str] = ("train", "eval"), **k
         AssertionError: with these inputs the outputs are not those of the plain model, up to rounding. The message
             names the batch norm, and the model is left unfused.
     """
-    if unknown := set(modes) - {"train", "eval"}:
-        raise ValueError(f"bn_ext.fuse: modes should be of 'train' and 'eval', got {', '.join(map(repr, unknown))}")
+    if isinstance(modes, str) or not set(modes) <= {"train", "eval"}:
+        raise ValueError(f"bn_ext.fuse: modes should be a sequence of 'train' and 'eval', got {modes!r}")
+    if isinstance(model, nn.Module) and is_compiled(model):
+        raise RuntimeError(
+            "bn_ext.fuse: the model is compiled in place already, which fusing would undo; compile it after fusing, "
+            "by model.compile(backend='bn_ext_inductor')"
+        )
     from bn_ext.graph.fusion.check import check
     from bn_ext.graph.fusion.fused import install
 
-    make_ours("fuse", model)  # what it leaves is captured as what it computes
+    make_ours("fuse", model)  # the batch norms that it leaves are captured by the functions that they call
     install(model)
     if args or kwargs:
         try:

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# torch calls the first. Dynamo, which captures the forward of its class else, calls the first of an object that has the
-# second. The third would replace the first.
+# torch calls _compiled_call_impl. Dynamo calls it only of a model that has a __call__ too, and else captures the forward
+# of the class. torch's compile would replace _compiled_call_impl.
 _PLACES = ("_compiled_call_impl", "__call__", "compile")
 
 
@@ -35,7 +35,10 @@ def install(model: nn.Module, call: Own, compile: Own) -> None:
     """Puts a call on ``model``, and a method where the model has no attribute of its own."""
     uninstall(model)
     own = vars(model)
-    own.update(dict(zip(_PLACES, (call, call, compile))) | {name: own[name] for name in _PLACES[1:] if name in own})
+    own["_compiled_call_impl"] = call
+    if type(model).__call__ is nn.Module.__call__:
+        own.setdefault("__call__", call)
+    own.setdefault("compile", compile)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -44,6 +47,12 @@ def uninstall(model: nn.Module) -> None:
         found = vars(model).get(name)
         if isinstance(found, Own) or (isinstance(found, MethodType) and found.__self__ is model):
             del vars(model)[name]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether something else than ``install`` compiled ``model`` in place."""
+    call = model._compiled_call_impl
+    return not (call is None or isinstance(call, Own) or (isinstance(call, MethodType) and call.__self__ is model))
 
 
 def installed(model: nn.Module) -> Any:
