@@ -202,7 +202,9 @@ def test_python_that_varies_without_end(by: str, monkeypatch: pytest.MonkeyPatch
     other.load_state_dict(model.state_dict())
     bn_ext.fuse(model), bn_ext.fuse(other)
     x = example()
-    with pytest.warns(UserWarning, match="Scaled: the model runs as it is since") as warned:
+    with pytest.warns(
+        UserWarning, match="Scaled: the model runs as it is: its Python code varies without end"
+    ) as warned:
         for i in range(6):
             model.calls, other.calls = (i, i) if by == "an attribute" else (0, 0)
             factor = 1 + i / 8 if by == "an argument" else 1.0

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from fusing import Model
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import bn_ext
 
@@ -43,7 +44,8 @@ def test_traces_and_transforms() -> None:
     x = example()
     expected = model(x)
     outer = nn.Sequential(model, nn.Identity())
-    for traced in (torch.jit.trace(model, x), torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(outer)):
+    by_fx = [torch.fx.symbolic_trace(model), torch.fx.symbolic_trace(outer), make_fx(model)(x), make_fx(outer)(x)]
+    for traced in (torch.jit.trace(model, x), *by_fx):
         torch.testing.assert_close(traced(x), expected)
     torch.testing.assert_close(torch.func.functional_call(model, dict(model.named_parameters()), x), expected)
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters()}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._C._dynamo.eval_frame import reset_code
 from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch.fx import GraphModule, Proxy
+from torch.fx import GraphModule, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -26,15 +26,13 @@ from bn_ext.graph.fusion import installed
 from bn_ext.graph.fusion.backends import run
 from bn_ext.graph.fusion.rewrite import Fusion, rewrite
 
-# However many instances of a class there are, each is captured, whole and with its numbers as they are. What cannot be
-# captured runs as it is.
 _SETTINGS = {
-    "recompile_limit": 1 << 30,
-    "accumulated_recompile_limit": 1 << 30,
-    "specialize_float": True,
-    "optimize_ddp": False,
-    "suppress_errors": True,
-    "skip_nnmodule_hook_guards": False,
+    "recompile_limit": 1 << 30,  # each instance of a class is captured
+    "accumulated_recompile_limit": 1 << 30,  # the same, where others captured many
+    "specialize_float": True,  # the numbers that activations take are known
+    "optimize_ddp": False,  # a graph is not cut where a bucket of gradients is full
+    "suppress_errors": True,  # what cannot be captured runs as it is
+    "skip_nnmodule_hook_guards": False,  # hooks may come and go
 }
 _ADVICE = (
     "a fused model is compiled by backend='bn_ext_inductor' or backend='bn_ext'; others take the model after "
@@ -107,10 +105,8 @@ class Fused(installed.Own):
             if not torch.compiler.is_exporting() and not _is_fusing():
                 _refuse()
             return self.model._call_impl(*args, **kwargs)
-        is_fx = any(isinstance(argument, Proxy) for argument in (*args, *kwargs.values()))
-        if is_fx or torch.compiler.is_exporting() or torch.jit.is_tracing() or _has_any_global_hook():
-            return self.model._call_impl(*args, **kwargs)
-        if self.captures.calls >= _MOST_CAPTURES:
+        is_traced = _symbolic_trace._is_fx_tracing_flag or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        if is_traced or _has_any_global_hook() or self.captures.calls >= _MOST_CAPTURES:
             return self.model._call_impl(*args, **kwargs)
         graphs = self.captures.graphs
         try:
@@ -160,7 +156,7 @@ def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | Non
         except Exception as error:  # Dynamo keeps it to itself, and runs what was captured as it is
             captures.error = captures.error or error
             raise
-        captures.fusions.update(found - captures.fusions)  # a call is captured again for another mode
+        captures.fusions.update(found - captures.fusions)  # not what was found when the same was captured before
         return run(module, inputs)
 
     fuse.fuses = True  # type: ignore[attr-defined]

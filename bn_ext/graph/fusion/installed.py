@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# torch calls _compiled_call_impl. Dynamo calls it only of a model that has a __call__ too, and else captures the forward
-# of the class. torch's compile would replace _compiled_call_impl.
+# torch calls _compiled_call_impl. Dynamo captures the forward of the class, unless the model has a __call__ of its own.
+# The method compile of torch would replace _compiled_call_impl.
 _PLACES = ("_compiled_call_impl", "__call__", "compile")
 
 
