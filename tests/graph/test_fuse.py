@@ -110,6 +110,13 @@ def test_a_model_does_not_remember_the_sizes_of_another() -> None:
         assert all(isinstance(size, int) for tensor in inputs for size in tensor.shape)
 
 
+def test_limits_that_others_set() -> None:
+    model = bn_ext.fuse(Blocks(range(3, 8)))
+    with torch._dynamo.config.patch(recompile_limit=1, accumulated_recompile_limit=2):
+        model(example())
+    assert fused_with(model) == {f"blocks.{i}.bn": ("add", "relu") for i in range(5)}
+
+
 def test_limits_that_others_reached() -> None:
     x = example()
     for _ in range(10):
