@@ -18,25 +18,31 @@ def fuse(model: Model, /, *args: Any, modes: Sequence[str] = ("train", "eval"), 
 
     Batch norms become ours first (:func:`bn_ext.convert`). Then each call of ``model`` is captured as torch.compile
     captures it, rewritten, and run without a compiler: once for each way that its Python code takes, kept for later
-    calls that take the same, and for 64 calls at most. Every spelling counts: modules, functions, methods, operators,
-    in place or not, ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is
-    fused still.
+    calls that take the same. Every spelling counts: modules, functions, methods, operators, in place or not,
+    ``F.batch_norm`` of any class. What cannot be captured runs as it is, and what is around it is fused still.
 
     The model stays the object that it is, with its class, methods, hooks and ``state_dict``. Only ``model(...)`` is
-    fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs, and
-    all of the model while a hook of all modules is registered.
+    fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs.
     ``print(*bn_ext.graph.fusions(model), sep="\\n")`` shows what was fused and why no more; :func:`bn_ext.revert`
     undoes it. To compile a fused model too, use ``torch.compile(model, backend="bn_ext_inductor")``: other backends
-    refuse it. The replicas that :class:`torch.nn.DataParallel` makes on several devices cannot be fused: use
-    :class:`~torch.nn.parallel.DistributedDataParallel`.
+    refuse it.
 
-    The backward of an activation reads the bias of its batch norm, where torch's reads the output of the activation: a
-    bias that is written to between a forward and its backward is an error, or goes unseen if written to by ``.data``.
+    Limits:
+        - After 64 calls that had to be captured, such as with a number that is another at each call, the model runs as
+          it is, with one warning. It also does while a hook of all modules is registered.
+        - The backward of an activation reads the bias of its batch norm: a bias that is written to between a forward
+          and its backward is an error, or makes gradients wrong unseen if it is written to by ``.data``.
+        - A model with checkpointed regions gives no second derivatives.
+        - While a fused model runs, Dynamo's errors in functions that its parts compile by themselves are suppressed.
+          Parts that were compiled by themselves before become parts of its graphs.
+        - torch.jit.script takes the model after :func:`bn_ext.revert`.
+        - :class:`torch.nn.DataParallel` cannot replicate it: use :class:`~torch.nn.parallel.DistributedDataParallel`.
 
     Args:
         model: any module.
         args, kwargs: inputs, if given: the model is captured and checked with them now, not at its first call.
-            Parameters, buffers, random and training state stay as they are.
+            Parameters, buffers, random and training state stay as they are; other attributes that the forward changes
+            are changed by several calls.
         modes: "train" and "eval", those in which to check; in the first gradients are recorded, in the second not.
 
     Returns:
@@ -44,7 +50,9 @@ def fuse(model: Model, /, *args: Any, modes: Sequence[str] = ("train", "eval"), 
 
     Raises:
         AssertionError: with these inputs the outputs are not those of the plain model, up to rounding. The message
-            names the batch norm, and the model is left unfused.
+            names the batch norm. Tensors in tuples, lists, dicts and registered pytrees are compared, others are not.
+            After this or any other error with these inputs the model is left unfused.
+        RuntimeError: ``model.compile()`` was called before.
     """
     if isinstance(modes, str) or not set(modes) <= {"train", "eval"}:
         raise ValueError(f"bn_ext.fuse: modes should be a sequence of 'train' and 'eval', got {modes!r}")
