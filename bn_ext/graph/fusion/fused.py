@@ -9,14 +9,15 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
-from torch._C._dynamo.eval_frame import reset_code
+from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 from torch._dynamo.backends.registry import lookup_backend
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule, _symbolic_trace
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -80,6 +81,7 @@ class _Captures:
     def __init__(self) -> None:
         self.fusions: Counter[Fusion] = Counter()
         self.graphs = 0
+        self.codes: set[CodeType] = set()  # of the calls, and of what runs after a graph break
         self.calls = 0  # in which there was a graph to capture
         self.error: Exception | None = None  # the first of ours
 
@@ -96,9 +98,9 @@ class Fused(installed.Own):
 
         # Dynamo keeps graphs by code object, and by its name what varied from call to call: every model has its own.
         call.__code__ = call.__code__.replace(co_name=f"call_{next(_numbers)}")
-        self.compiled = torch.compile(call, backend=_backend(weakref.ref(model), self.captures, only))
-        # What Dynamo keeps for a code object keeps the code object: only this ends it.
-        weakref.finalize(self, reset_code, call.__code__).atexit = False
+        backend = _backend(weakref.ref(model), self.captures, only)
+        self.compiled = torch.compile(call, backend=backend)
+        weakref.finalize(self, _forget, call.__code__, self.captures.codes, backend).atexit = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # the model is a part of what someone else compiles
@@ -149,6 +151,7 @@ def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | Non
 
     def fuse(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         captures.graphs += 1
+        captures.codes.add(InstructionTranslator.current_tx().output.root_tx.f_code)
         owner = model()
         names = {} if owner is None else {str(id(part)): path for path, part in owner.named_modules()}
         try:
@@ -161,6 +164,16 @@ def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | Non
 
     fuse.fuses = True  # type: ignore[attr-defined]
     return fuse
+
+
+def _forget(call: CodeType, codes: set[CodeType], backend: Callable[..., Any]) -> None:
+    """Frees the graphs of a model. Dynamo keeps them by code objects: that of its call, and shared ones of classes."""
+    reset_code(call)
+    for code in codes - {call}:
+        for entry in _debug_get_cache_entry_list(code):
+            is_ours = getattr(getattr(entry, "backend", None), "compiler_fn", None) is backend
+            if is_ours and (entries := entry.guard_manager.extra_state) is not None:
+                entries.invalidate(entry, DeletedGuardManagerWrapper("the model is no longer fused"))
 
 
 @torch.compiler.assume_constant_result
