@@ -65,7 +65,7 @@ def between(first: Node, last: Node) -> Iterator[Node]:
 
 def only_computes(node: Node) -> bool:
     """Whether a node computes something and changes no setting, such as gradient mode or autocast."""
-    if node.op in ("placeholder", "get_attr", "output"):
+    if node.op in ("placeholder", "get_attr", "output") or name_of(node) == "_log_api_usage_once":
         return True
     return value(node) is not None and not isinstance(node.target, HigherOrderOperator)
 

@@ -107,7 +107,11 @@ class Fused(installed.Own):
             if not torch.compiler.is_exporting() and not _is_fusing():
                 _refuse()
             return self.model._call_impl(*args, **kwargs)
-        is_traced = _symbolic_trace._is_fx_tracing_flag or torch.compiler.is_exporting() or torch.jit.is_tracing()
+        is_traced = (
+            getattr(_symbolic_trace, "_is_fx_tracing_flag", False)
+            or torch.compiler.is_exporting()
+            or torch.jit.is_tracing()
+        )
         if is_traced or _has_any_global_hook() or self.captures.calls >= _MOST_CAPTURES:
             return self.model._call_impl(*args, **kwargs)
         graphs = self.captures.graphs

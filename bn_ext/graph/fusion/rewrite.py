@@ -113,14 +113,15 @@ class _Rewriting:
         self.graph.erase_node(node)
 
     def plus_zero(self, node: Node) -> Node | None:
-        """The batch norm, if ``node`` adds zero to it, as sum() does, and nobody else reads it."""
+        """The batch norm, or addition, if ``node`` adds zero to it, as sum() does, and nobody else reads it."""
         call = call_of(node)
         if call is None or call.name != "add" or len(node.all_input_nodes) != 1:
             return None
         (input,) = node.all_input_nodes
         is_zero = [operand for operand in call.operands if operand is not input] == [0]
-        is_same = _is_batch_norm(input) and len(input.users) == 1 and alike(value(node), value(input))
-        return input if is_zero and is_same else None
+        before = call_of(input)
+        is_new = _is_batch_norm(input) or (before is not None and before.name == "add" and not before.in_place)
+        return input if is_zero and is_new and len(input.users) == 1 and alike(value(node), value(input)) else None
 
     # ------------------------------------------------------------------------------------------ one batch norm
 
