@@ -19,12 +19,12 @@ struct Interleaved {
 
   // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
   template <class Term, int N>
-  void sums(const Extent& e,
-            const Term& term,
-            const Acc<T>* const (&coefficients)[N],
-            double* sum,
-            double* sum_product,
-            Scratch scratch) const {
+  BN_NOINLINE void sums(const Extent& e,
+                        const Term& term,
+                        const Acc<T>* const (&coefficients)[N],
+                        double* sum,
+                        double* sum_product,
+                        Scratch scratch) const {
     static_assert(Term::kCoefficients <= N);
     auto& lanes_of = scratch.take<Acc<T>[Term::kCoefficients][kMaxLanes]>();
     auto& u = scratch.take<double[kMaxLanes]>();
@@ -50,7 +50,7 @@ struct Interleaved {
   // f(spot, k) for every element of the tile, k being its channel's values of the first K coefficients. A copy of f, so
   // that what it holds stays in registers: every store could change another's.
   template <int K, int N, class F>
-  void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
+  BN_NOINLINE void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
     static_assert(K <= N);
     Scratch scratch = tile.scratch;
     auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();

@@ -9,8 +9,27 @@
 #include "cpu/interleaved.h"
 #include "cpu/planar.h"
 
+#include <type_traits>
+
 namespace bn::cpu {
 namespace {
+
+// An array with a value for each channel of a tile. One of few is on the stack, where the compiler knows that no store
+// but its own changes it; one of many is in the scratch.
+template <class A, int64_t kMaxChannels>
+class ChannelArray {
+ public:
+  explicit ChannelArray(Scratch& scratch) {
+    if constexpr (!kOnStack) {
+      values_ = scratch.take<A[kMaxChannels]>();
+    }
+  }
+  operator A*() { return values_; }
+
+ private:
+  static constexpr bool kOnStack = kMaxChannels <= 64;
+  std::conditional_t<kOnStack, A[kMaxChannels], A*> values_;
+};
 
 // Of double arrays, moments has four per channel, gradient_sums two and input_gradient none; with each, sums or map has
 // coefficients and two sums per lane.
@@ -34,11 +53,9 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   const auto* x = static_cast<const T*>(x_);
   const Rows<T> rows{tile};
   Scratch scratch = tile.scratch;
-  auto& origin = scratch.take<double[Rows<T>::kMaxChannels]>();
-  auto& shift = scratch.take<Acc<T>[Rows<T>::kMaxChannels]>();
+  ChannelArray<double, Rows<T>::kMaxChannels> origin(scratch), sum(scratch), sum_sq(scratch);
+  ChannelArray<Acc<T>, Rows<T>::kMaxChannels> shift(scratch);
   const Acc<T>* const about[] = {shift};
-  auto& sum = scratch.take<double[Rows<T>::kMaxChannels]>();
-  auto& sum_sq = scratch.take<double[Rows<T>::kMaxChannels]>();
   mean += tile.c0;
   m2 += tile.c0;
   for (int64_t c = 0; c < tile.channels(); ++c) {
@@ -138,8 +155,7 @@ void gradient_sums(const Tile& tile,
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
                                         of_tile<T>(tile, forward.offset)};
   Scratch scratch = tile.scratch;
-  auto& sum = scratch.take<double[Rows<T>::kMaxChannels]>();
-  auto& sum_shifted = scratch.take<double[Rows<T>::kMaxChannels]>();
+  ChannelArray<double, Rows<T>::kMaxChannels> sum(scratch), sum_shifted(scratch);
   std::fill_n(sum_dz + tile.c0, tile.channels(), 0.0);
   std::fill_n(sum_dz_shifted + tile.c0, tile.channels(), 0.0);
   for (int64_t b = tile.b0; b < tile.b1; ++b) {

@@ -35,27 +35,7 @@ struct Planar {
   template <int K, int N, class F>
   void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
     static_assert(K <= N);
-    Scratch scratch = tile.scratch;
-    auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
-    if (joined) {
-      spread(coefficients, lanes_of);
-    }
-    for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      const Extent e = tile.blocks.extent(b);
-      if (joined) {
-        map_lanes<T>(f, joined_rows(e), lanes_of, writes);
-        continue;
-      }
-      for (int64_t n = e.n0; n < e.n1; ++n) {
-        for (int64_t c = 0; c < tile.channels(); ++c) {
-          const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);
-          const auto k = of_channel<K>(coefficients, c);
-          write_row<T>(start, e.s1 - e.s0, writes.aligned, writes.streamed,
-                       [&](int64_t i, int64_t count, bool streamed)
-                           BN_INLINE { f(Spot<T>{start + i, count, streamed, writes.ahead}, k.of); });
-        }
-      }
-    }
+    joined ? map_lanes_of_tile<K>(coefficients, f, writes) : map_rows<K>(coefficients, f, writes);
   }
 
  private:
@@ -89,13 +69,39 @@ struct Planar {
     }
   }
 
+  template <int K, class F>
+  BN_NOINLINE void map_lanes_of_tile(const Acc<T>* const* coefficients, F f, Writes writes) const {
+    Scratch scratch = tile.scratch;
+    auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
+    spread(coefficients, lanes_of);
+    for (int64_t b = tile.b0; b < tile.b1; ++b) {
+      map_lanes<T>(f, joined_rows(tile.blocks.extent(b)), lanes_of, writes);
+    }
+  }
+
+  template <int K, class F>
+  BN_NOINLINE void map_rows(const Acc<T>* const* coefficients, F f, Writes writes) const {
+    for (int64_t b = tile.b0; b < tile.b1; ++b) {
+      const Extent e = tile.blocks.extent(b);
+      for (int64_t n = e.n0; n < e.n1; ++n) {
+        for (int64_t c = 0; c < tile.channels(); ++c) {
+          const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);
+          const auto k = of_channel<K>(coefficients, c);
+          write_row<T>(start, e.s1 - e.s0, writes.aligned, writes.streamed,
+                       [&](int64_t i, int64_t count, bool streamed)
+                           BN_INLINE { f(Spot<T>{start + i, count, streamed, writes.ahead}, k.of); });
+        }
+      }
+    }
+  }
+
   template <class Term>
-  void sums_of_lanes(const Extent& e,
-                     const Term& term,
-                     const Acc<T>* const* coefficients,
-                     double* sum,
-                     double* sum_product,
-                     Scratch scratch) const {
+  BN_NOINLINE void sums_of_lanes(const Extent& e,
+                                 const Term& term,
+                                 const Acc<T>* const* coefficients,
+                                 double* sum,
+                                 double* sum_product,
+                                 Scratch scratch) const {
     auto& lanes_of = scratch.take<Acc<T>[Term::kCoefficients][kMaxLanes]>();
     auto& u = scratch.take<double[kMaxLanes]>();
     auto& uw = scratch.take<double[kMaxLanes]>();
@@ -111,7 +117,7 @@ struct Planar {
   }
 
   template <class Term>
-  void sums_of_rows(
+  BN_NOINLINE void sums_of_rows(
       const Extent& e, const Term& term, const Acc<T>* const* coefficients, double* sum, double* sum_product) const {
     alignas(64) double u[kMaxChannels][kWidth<T>];
     alignas(64) double uw[kMaxChannels][kWidth<T>];
