@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from networks import assert_same_training
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -30,6 +31,27 @@ class Model(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         residual = self.side(x)
         return self.head(self.then(self, self.bn(self.conv(x)), residual))
+
+
+def nothing() -> None: ...
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = 3, pause: Callable = nothing) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
+        self.pause = pause
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.pause()
+        return F.relu(self.bn(self.conv(x)) + x)
+
+    def method(self, x: Tensor) -> Tensor:
+        return self.forward(x)
+
+
+def example() -> Tensor:
+    return torch.randn(2, 3, 4, 4)
 
 
 class Called(nn.Module):

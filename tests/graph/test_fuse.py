@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from fusing import Model, assert_same, fused_with, graphs_of, operators
+from fusing import Block, Model, assert_same, example, fused_with, graphs_of, operators
 from networks import NETWORKS, assert_same_training
 from torch import Tensor, nn
 
@@ -29,24 +29,6 @@ def _fresh_compiler() -> Iterator[None]:
 
 FUSED = {"bn_ext::batch_norm": 1}
 PLAIN = {"bn_ext::batch_norm": 1, "aten::add": 1, "aten::relu": 1}
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 3, pause: Callable = lambda: None) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
-        self.pause = pause
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.pause()
-        return F.relu(self.bn(self.conv(x)) + x)
-
-    def method(self, x: Tensor) -> Tensor:
-        return self.forward(x)
-
-
-def example() -> Tensor:
-    return torch.randn(2, 3, 4, 4)
 
 
 # ---------------------------------------------------------------------------------------------- recompile limits

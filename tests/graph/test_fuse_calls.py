@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-import torch.nn.functional as F
-from fusing import fused_with, operators
+from fusing import Block, example, fused_with, nothing, operators
 from torch import Tensor, nn
 
 import bn_ext
@@ -22,20 +21,6 @@ from bn_ext.graph.fusion import fused
 def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
-
-
-def nothing() -> None: ...
-
-
-class Block(nn.Module):
-    def __init__(self, width: int = 3, pause: Callable = nothing) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(width, width, 1), nn.BatchNorm2d(width)
-        self.pause = pause
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.pause()
-        return F.relu(self.bn(self.conv(x)) + x)
 
 
 class Widening(nn.Module):
@@ -51,10 +36,6 @@ class Widening(nn.Module):
         for conv, block in zip(self.between, self.blocks[1:]):
             x = block(conv(x))
         return x
-
-
-def example() -> Tensor:
-    return torch.randn(2, 3, 4, 4)
 
 
 # ---------------------------------------------------------------------------------------------- threads
