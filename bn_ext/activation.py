@@ -14,6 +14,9 @@ from bn_ext._load import _C
 DEFAULTS = dict(_C.activations())
 NAMES = tuple(DEFAULTS)
 
+# The names that torch gives the parameters.
+PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
+
 # The names for editors and type checkers. TorchScript, which compiles the modules' forward, knows no Literal.
 Names = Literal[
     "identity",

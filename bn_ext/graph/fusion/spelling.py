@@ -39,7 +39,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "tanh": {},
     **{name: {"p": 0.5, "training": True, "inplace": False} for name in _DROPOUTS},
 }
-_PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
 _USUAL = {"scale": 1.0, "input_scale": 1.0, "approximate": "none"}
 # The activation that an expression computes. A clamp passes gradients on at its limits, where relu6 does not: it may
 # stand for relu6 in hardswish alone, whose gradient there is torch's then.
@@ -117,7 +116,7 @@ def activation_of(node: Node) -> Activation | None:
     call = None if following is None else call_of(following)
     if following is not None and call is not None and call.operands == (node,) and call.name in activations.NAMES:
         options = dict(call.options)
-        param = options.pop(_PARAMETERS.get(call.name, ""), None)
+        param = options.pop(activations.PARAMETERS.get(call.name, ""), None)
         if options.items() <= _USUAL.items() and isinstance(param, (int, float, type(None))):
             return Activation(call.name, None if param is None else float(param), (following,))
         return None
