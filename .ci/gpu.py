@@ -1,4 +1,4 @@
-"""What a machine with a GPU can tell, offline: ``make gpu`` runs it with the python3 and torch that are there.
+"""Builds, tests and measures on a machine with a GPU, offline: ``make gpu`` runs this file by the machine's python3.
 
 Phases are named on the command line and run one after the other, each for its time and what those before it left of
 theirs. What fails stops nothing that comes after it. At its time's end a command gets SIGINT, later SIGKILL: each
@@ -110,7 +110,7 @@ def phases() -> dict[str, list[Step]]:
 
 
 def report() -> Step:
-    """Of all data files that are there, of whatever phase."""
+    """The step that prints the figures of all data files in the folder, whichever phase wrote them."""
     command = [sys.executable, "-m", "bench.gpu_report", "--data", *map(str, sorted(FOLDER.glob("*.json")))]
     return Step("report", 20, command, shown=150)
 

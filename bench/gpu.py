@@ -43,7 +43,7 @@ BATCHES = (256, 32)
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured together; of a product the first factor changes last: dtypes, blocks, shapes, layouts."""
+    """A product of cases to measure. Dtypes change last, then blocks, shapes and layouts."""
 
     sections: tuple[str, ...] = ("blocks",)
     blocks: tuple[str, ...] = ("bn",)
@@ -175,7 +175,7 @@ def noted(rows: list[Row], case: Case, here: dict[str, Any]) -> list[Row]:
     return [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
 
 
-# What is measured at once: the row that stands for it until there are others, and the call that gives them.
+# A case: the row that stands for it until it is measured, and the call that measures it and returns its rows.
 Task = tuple[Row, Callable[[], list[Row]]]
 
 

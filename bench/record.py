@@ -126,7 +126,7 @@ def write(path: Path, data: dict[str, Any]) -> None:
 
 
 def rows_of(path: Path) -> list[Row]:
-    """What was written there, if there is anything."""
+    """The rows in the data file ``path``; none if there is no such file."""
     return json.loads(path.read_text())["rows"] if path.exists() else []
 
 

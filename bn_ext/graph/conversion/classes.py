@@ -48,7 +48,7 @@ class Counterpart(nn.Module):
     _original: ClassVar[type[nn.Module]] = nn.Module
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """As the original's, but that unpickling makes this class again."""
+        """Pickles the module as its original class does; unpickling makes the counterpart again."""
         _, _, *state = tuple(super().__reduce_ex__(max(protocol, 2)))
         return _blank, (type(self)._original,), *state
 
@@ -76,7 +76,7 @@ class _Plain:
     attribute: int
 
 
-# What a class may define of its own and still compute what its base does.
+# Names that a subclass may define without computing anything else than its base.
 _HARMLESS = {
     *vars(_Plain),
     "__constants__",

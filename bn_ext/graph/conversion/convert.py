@@ -55,7 +55,7 @@ def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None)
 
 
 def make_ours(function: str, model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> str:
-    """What :func:`convert` does, for ``function``. Returns in words what is left as it is, or nothing."""
+    """Converts ``model`` for ``function``, which errors name. Returns in words which batch norms are left."""
     _check_module(function, model)
     if where is not None and not callable(where):
         raise TypeError(f"bn_ext.{function}: where should be a function, got an object of {type(where).__name__}")

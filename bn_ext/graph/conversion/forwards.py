@@ -32,7 +32,6 @@ _ACTIVATIONS: dict[str, activations.Name] = {
     "timm.layers.activations.Tanh": "tanh",
     "timm.layers.activations_me.SwishMe": "silu",  # its kin have other gradients at the kinks
 }
-_PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
 
 
 def full_name(cls: type) -> str:
@@ -40,20 +39,20 @@ def full_name(cls: type) -> str:
 
 
 class WithActivation(nn.Module):
-    """What timm's classes have: ``act(drop(batch_norm(x)))``."""
+    """A batch norm with the modules ``drop`` and ``act`` of timm's classes: ``act(drop(batch_norm(x)))``."""
 
     drop: nn.Module
     act: nn.Module
 
     def _activation(self) -> tuple[activations.Name, float | None] | None:
-        """What follows the normalization, as the operator takes it, or None if the operator does not."""
+        """The name and parameter of the activation, or None if the operator cannot do what ``drop`` and ``act`` do."""
         drop, act = self.drop, self.act
         name = _ACTIVATIONS.get(full_name(type(act)))
         if name is None or type(drop) is not nn.Identity or altered(drop) or altered(act):
             return None
         if name == "gelu" and getattr(act, "approximate", "none") != "none":
             return None
-        return name, getattr(act, _PARAMETERS[name]) if name in _PARAMETERS else None
+        return name, getattr(act, activations.PARAMETERS[name]) if name in activations.PARAMETERS else None
 
 
 class BatchNormAct2d(WithActivation, _FusedForward):

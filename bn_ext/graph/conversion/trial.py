@@ -30,7 +30,7 @@ class Trials:
 
 
 def _configuration(module: nn.Module | None) -> Hashable:
-    """What the computation of ``module`` depends on besides the values of its tensors."""
+    """The class, options and tensor types of ``module`` and its children: modules that share them compute alike."""
     if module is None:
         return None
     options = {name: value for name, value in vars(module).items() if isinstance(value, (int, float, str, type(None)))}
@@ -45,7 +45,7 @@ def _configuration(module: nn.Module | None) -> Hashable:
 
 
 def _difference(module: nn.Module, cls: type[nn.Module]) -> str:
-    """What a module of ``cls`` does otherwise than ``module``. Empty if nothing, or if nothing can be tried."""
+    """Says how a module of ``cls`` differs from ``module``. Empty if it does not, or if no trial is possible."""
     tensors = [*module.buffers(), *module.parameters()]
     if any(type(t) not in (Tensor, nn.Parameter) or t.device.type not in ("cpu", "cuda") for t in tensors):
         return ""
