@@ -203,7 +203,7 @@ Tensor batch_norm(const Arguments& a) {
   if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && saves_inference(a))) {
     return decomposed(a);
   }
-  check_inputs(a);  // here too: fake kernels leave some of it out
+  check_inputs(a);  // here too: fake kernels have other words for some mistakes
   check_running_statistics(a, recorded);
   return recorded ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
                   : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));

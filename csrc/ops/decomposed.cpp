@@ -214,12 +214,12 @@ Tensor decomposed(const Arguments& a) {
   }
   check_running_statistics(a, /*tracked=*/!in_functorch());
   const bool counts = a.training && a.num_batches_tracked.has_value();
-  const Tensor batches = counts ? a.num_batches_tracked->add(1) : Tensor();
-  if (counts && in_functorch()) {  // which refuses a captured counter: before torch's batch norm writes the statistics
+  const bool cumulative = counts && !a.momentum.has_value();
+  const Tensor factor = cumulative ? a.num_batches_tracked->add(1).to(at::kDouble).reciprocal() : Tensor();
+  if (counts && in_functorch()) {  // functorch refuses a captured counter, so before torch's batch norm writes anything
     a.num_batches_tracked->add_(1);
   }
-  const Normalized n = counts && !a.momentum.has_value() ? converted(a, batches.to(at::kDouble).reciprocal())
-                                                         : by_torch(a, a.momentum.value_or(0));
+  const Normalized n = cumulative ? converted(a, factor) : by_torch(a, a.momentum.value_or(0));
   const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
   if (n.running_mean.has_value()) {
     const Tensor mean = n.running_mean->view_as(*a.running_mean);
