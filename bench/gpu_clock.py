@@ -10,7 +10,7 @@ from time import perf_counter
 
 import torch
 
-from bench.timing import interleave
+from bn_ext.tools.timing import interleave
 
 COPIED = 1 << 30  # bytes, past every cache
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from statistics import median, quantiles
+from statistics import median
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from bench import validate
 from bench.peers import BASELINE, OURS, PEERS, Peer
 from bench.problems import LEAST_MOVES, Problem
-from bench.timing import interleave
+from bn_ext.tools.timing import interleave, percentiles, ratios
 
 COPY = "copy"
 COPY_MOVES = 2
@@ -110,16 +110,6 @@ def _largest(errors: dict[str, float]) -> Row:
     return named
 
 
-def _percentiles(values: list[float]) -> tuple[float, float, float]:
-    fifths = quantiles(values, n=5, method="inclusive")
-    return fifths[0], median(values), fifths[-1]
-
-
-def ratios(samples: dict[str, list[float]], numerator: str, denominator: str) -> list[float]:
-    """Round by round."""
-    return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
-
-
 def note_best(found: dict[str, Row]) -> None:
     """Sets ours beside the fastest of the others."""
     others = {key: row["over_ours"] for key, row in found.items() if key not in (OURS, COPY) and "over_ours" in row}
@@ -130,12 +120,12 @@ def note_best(found: dict[str, Row]) -> None:
 
 def summary(samples: dict[str, list[float]], key: str) -> Row:
     """The figures of one peer."""
-    low, middle, high = _percentiles([1e3 * t for t in samples[key]])
+    low, middle, high = percentiles([1e3 * t for t in samples[key]])
     row: Row = {"rounds": len(samples[key]), "p20_ms": low, "median_ms": middle, "p80_ms": high}
     if key == COPY:
         return row
     if BASELINE in samples:
-        row["speedup_p20"], row["speedup"], row["speedup_p80"] = _percentiles(ratios(samples, BASELINE, key))
+        row["speedup_p20"], row["speedup"], row["speedup_p80"] = percentiles(ratios(samples, BASELINE, key))
     if OURS in samples:
         row["over_ours"] = median(ratios(samples, key, OURS))
     return row

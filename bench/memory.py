@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from bench.measure import Row
 from bench.peers import BASELINE, OURS, PEERS, Peer
 from bench.problems import Problem
+from bn_ext.tools.profiling import allocated
 
 PASS = "memory"
 FIELDS = {
@@ -33,25 +31,6 @@ class _Consumer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None]:
         return ctx.dy, None
-
-
-def allocated(step: Callable[[], object], device: str) -> tuple[int, int]:
-    """Bytes that ``step`` leaves in what it returns, and the most that it had at a time."""
-    if torch.device(device).type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        left = step()
-        levels = [torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before]
-    else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            left = step()
-        events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
-        changes = sorted(
-            (e.start_ns(), number, e.nbytes()) for number, e in enumerate(events) if e.name() == "[memory]"
-        )
-        levels = list(accumulate((nbytes for *_, nbytes in changes), initial=0))
-    del left
-    return levels[-1], max(levels)
 
 
 def of_block(peer: Peer, device: str = "cpu") -> tuple[float, float]:

@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bn_ext
-from bench.measure import Row, ratios, refusal, summary
+from bench.measure import Row, refusal, summary
 from bench.networks import resnet
 from bench.peers import BASELINE, OURS, set_inductor, without_cudnn
 from bench.problems import DTYPES, LAYOUTS, sizes_of
-from bench.timing import interleave
 from bench.validate import TIMES_BASELINE, WrongResultError
+from bn_ext.tools.timing import interleave, ratios
 
 PASS = "step"
 COMPILED = f"{OURS}, compiled"

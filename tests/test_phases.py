@@ -188,7 +188,8 @@ def test_a_test_that_hangs_ends_before_its_step(gpu: ModuleType) -> None:
 # The bench on a stub of a GPU, on which each process does something bad in place of its fourth measurement.
 BENCH = """\
 import ctypes, faulthandler, os, signal, sys
-from bench import gpu, timing
+from bench import gpu
+from bn_ext.tools import timing
 out, longest, bad = sys.argv[1:]
 measured = 0
 def timed(*arguments, late):

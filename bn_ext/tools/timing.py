@@ -6,8 +6,10 @@ import gc
 import math
 import random
 from collections.abc import Callable
-from statistics import median
+from statistics import median, quantiles
 from time import perf_counter
+
+import torch
 
 SHORTEST_SAMPLE = 2e-3  # seconds, about; shorter calls are repeated within a sample
 MOST_CALLS = 200  # in one sample
@@ -24,6 +26,22 @@ def sample(call: Callable[[], object], times: int) -> float:
     for _ in repeat:
         call()
     return (perf_counter() - start) / times
+
+
+def sampler(device: torch.device) -> Sample:
+    """``sample`` for calls that a GPU goes on with after they return."""
+    if device.type != "cuda":
+        return sample
+
+    def synchronized(call: Callable[[], object], times: int) -> float:
+        torch.cuda.synchronize(device)
+        start = perf_counter()
+        for _ in range(times):
+            call()
+        torch.cuda.synchronize(device)
+        return (perf_counter() - start) / times
+
+    return synchronized
 
 
 def interleave(
@@ -54,3 +72,20 @@ def interleave(
     finally:
         gc.enable()
     return samples, times
+
+
+def percentiles(values: list[float]) -> tuple[float, float, float]:
+    """The 20th, the 50th and the 80th."""
+    fifths = quantiles(values, n=5, method="inclusive")
+    return fifths[0], median(values), fifths[-1]
+
+
+def ratios(samples: dict[str, list[float]], numerator: str, denominator: str) -> list[float]:
+    """Round by round."""
+    return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
+
+
+def duration(seconds: float) -> str:
+    """In three digits and a unit."""
+    scale, unit = next((unit for unit in ((1, "s"), (1e-3, "ms")) if seconds >= unit[0]), (1e-6, "µs"))
+    return f"{seconds / scale:.3g} {unit}"
