@@ -61,10 +61,10 @@ class _Outputs:
 
         def twin(tensor: Tensor) -> Tensor:
             copy = tensor.detach().clone()
-            copy = _rounded(copy) if inexact else copy
+            copy = rounded(copy) if inexact else copy
             return copy.requires_grad_(tensor.requires_grad)
 
-        with torch.set_grad_enabled(self.model.training), _rounding(self.model) if inexact else nullcontext():
+        with torch.set_grad_enabled(self.model.training), rounding(self.model) if inexact else nullcontext():
             args, kwargs = tree_map_only(Tensor, twin, (tuple(self.args), dict(self.kwargs)))
             return tree_leaves(call(*args, **kwargs))
 
@@ -90,7 +90,7 @@ def _culprit(model: nn.Module, outputs: _Outputs) -> str | None:
 def _difference(mine: list[Any], theirs: list[Any], inexact: list[Any]) -> str | None:
     if len(mine) != len(theirs):
         return f"{len(mine)} instead of {len(theirs)}"
-    for i, (one, other, rounded) in enumerate(zip(mine, theirs, inexact)):
+    for i, (one, other, third) in enumerate(zip(mine, theirs, inexact)):
         if not isinstance(one, Tensor) or not isinstance(other, Tensor):
             if isinstance(one, Tensor) or isinstance(other, Tensor):
                 return f"output {i} is a {type(one).__name__} instead of a {type(other).__name__}"
@@ -98,7 +98,7 @@ def _difference(mine: list[Any], theirs: list[Any], inexact: list[Any]) -> str |
             return f"output {i} is {_kind(one)} instead of {_kind(other)}"
         elif one.is_floating_point():
             allowed = _UNITS * torch.finfo(one.dtype).eps * _distance(other, torch.zeros_like(other))
-            allowed = max(allowed, _TIMES * _distance(rounded, other))
+            allowed = max(allowed, _TIMES * _distance(third, other))
             if not (distance := _distance(one, other)) <= allowed:
                 return f"output {i} is off by {distance:.1e}, where rounding explains {allowed:.1e}"
         elif not torch.equal(one, other):
@@ -117,18 +117,20 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return torch.where(is_same, 0.0, (one - other).abs()).max().item() if one.numel() else 0.0
 
 
-def _rounded(tensor: Tensor) -> Tensor:
+def rounded(tensor: Tensor) -> Tensor:
     """Each value a unit of rounding up, down, or as it is."""
     if not tensor.is_floating_point():
         return tensor
-    return tensor + tensor * torch.randint_like(tensor, -1, 2) * torch.finfo(tensor.dtype).eps
+    generator = torch.Generator(tensor.device).manual_seed(tensor.numel())  # dropouts draw what they would without
+    random = torch.randint(-1, 2, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
+    return tensor + tensor * random * torch.finfo(tensor.dtype).eps
 
 
 @contextmanager
-def _rounding(model: nn.Module) -> Iterator[None]:
+def rounding(model: nn.Module) -> Iterator[None]:
     """Rounds what batch norms give once more."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    handles = [norm.register_forward_hook(lambda _module, _args, output: _rounded(output)) for norm in norms]
+    handles = [norm.register_forward_hook(lambda _module, _args, output: rounded(output)) for norm in norms]
     try:
         yield
     finally:
