@@ -109,3 +109,35 @@ def backward(
         count = max(input.numel() // input.size(1), 1)
         dx = dy - _channels(dy, dbias / count) - x_hat * _channels(dy, dweight / count)
     return dx * _channels(dy, scale), dweight, dbias
+
+
+def block(
+    input: Tensor,
+    residual: Tensor | None,
+    dy: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str | None,
+    param: float = 0.0,
+) -> dict[str, Tensor]:
+    """All results of ``activation(batch_norm(input) + residual)`` by name, ``dy`` being the output's gradient.
+
+    The running statistics are those after the call.
+    """
+    mean, var = statistics(input) if training else (running_mean.double(), running_var.double())
+    z = forward(input, weight, bias, mean, var, eps)
+    if residual is not None:
+        z = z + residual.double()
+    dz = behind(dy, z, activation, param)
+    dx, dweight, dbias = backward(dz, input, weight, mean, var, eps, training)
+    results = {"output": activated(z, activation, param), "dx": dx, "dweight": dweight, "dbias": dbias}
+    if residual is not None:
+        results["dresidual"] = dz
+    if training:
+        mean, var = running(running_mean, mean, momentum), running(running_var, unbiased(input, var), momentum)
+    return results | {"running_mean": mean, "running_var": var}

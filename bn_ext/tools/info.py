@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,27 +62,20 @@ def _rounding(result: Tensor, exact: Tensor) -> float:
     return ((result.double() - exact).abs().max() / exact.abs().max() / torch.finfo(result.dtype).eps).item()
 
 
+@torch.no_grad()
 def _errors(x: Tensor, training: bool) -> dict[str, float]:
     """Of each result of silu(batch_norm(x) + residual), in roundings of its type at its largest value."""
-    residual, dy, leaf = torch.randn_like(x), torch.randn_like(x), x.clone().requires_grad_()
-    weight, bias, mean, var = torch.rand(4, x.size(1), device=x.device) + 0.5
-    leaves = leaf, weight.requires_grad_(), bias.requires_grad_()
-    moved = mean.clone(), var.clone()
-    y = bn_ext.functional.batch_norm(leaf, *moved, *leaves[1:], training=training, residual=residual, activation="silu")
-    results = dict(zip(("dx", "dweight", "dbias"), torch.autograd.grad(y, leaves, dy)), output=y.detach())
-    used, running = (mean, var), (mean.double(), var.double())
-    if training:
-        used = reference.statistics(x)
-        running = (
-            reference.running(mean, used[0], 0.1),
-            reference.running(var, reference.unbiased(x, used[1]), 0.1),
-        )
-    z = reference.forward(x, weight, bias, *used, 1e-5).detach() + residual.double()
-    dz = reference.behind(dy, z, "silu", 0)
-    gradients = reference.backward(dz, x, weight.detach(), *used, 1e-5, training)
-    exact = dict(zip(("dx", "dweight", "dbias"), gradients), output=reference.activated(z, "silu", 0))
-    results |= {"running_mean": moved[0], "running_var": moved[1]}
-    exact |= {"running_mean": running[0], "running_var": running[1]}
+    residual, dy = torch.randn_like(x), torch.randn_like(x)
+    weight, bias, mean, var = (torch.rand(x.size(1), device=x.device) + 0.5 for _ in range(4))
+    exact = reference.block(x, residual, dy, weight, bias, mean, var, training, 0.1, 1e-5, "silu")
+    leaves = {"dx": x, "dresidual": residual, "dweight": weight, "dbias": bias}
+    for leaf in leaves.values():
+        leaf.requires_grad_()
+    options: dict[str, Any] = {"training": training, "residual": residual, "activation": "silu"}
+    with torch.enable_grad():
+        y = bn_ext.functional.batch_norm(x, mean, var, weight, bias, **options)
+    results = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), dy)), output=y)
+    results |= {"running_mean": mean, "running_var": var}
     return {name: _rounding(results[name], exact[name]) for name in exact}
 
 
