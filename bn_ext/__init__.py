@@ -6,6 +6,7 @@ from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.folding.fold import fold
 from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from bn_ext.tools.compare import compare
 
 __all__ = [
     "BatchNorm1d",
@@ -16,6 +17,7 @@ __all__ = [
     "BatchNormAct3d",
     "activation",
     "checkpoint_contexts",
+    "compare",
     "convert",
     "fold",
     "functional",

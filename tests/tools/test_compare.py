@@ -1,0 +1,260 @@
+"""``bn_ext.compare`` runs a model in every way, refuses wrong results, leaves the model alone. No speed is asserted."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bn_ext
+from bn_ext.tools import compare as module
+from bn_ext.tools import profiling
+from bn_ext.tools.comparison import COMPILED, COMPILED_OURS, CONVERTED, FUSED, TORCH, Comparison, _in_words
+from bn_ext.tools.trial import Call, Judge, Trial, error, mean_square
+
+X = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3)
+    )
+
+
+def compare(model: nn.Module, *args: object, **options: object) -> Comparison:
+    return bn_ext.compare(model, *args, seconds=0, **options)
+
+
+def test_a_training_step() -> None:
+    model = network()
+    before, state, mode = copy.deepcopy(model.state_dict()), torch.get_rng_state(), model[1].__class__
+    found = compare(model, X)
+    assert [row.name for row in found.rows] == [TORCH, CONVERTED, FUSED] and not found.failed
+    for row in found.rows:
+        assert row.seconds > 0 and row.kept > 0 and row.peak > row.kept and row.speedup[0] <= row.speedup[2]
+        assert 0 < row.error < 1e-5
+    assert found.rows[1].remark == "2 of 2 batch norms converted"
+    assert found.rows[2].remark == "1 of 2 batch norms fused with what follows"
+    assert found.bound >= max(row.speedup[1] for row in found.rows)
+    printed = str(found)
+    assert "Sequential on 6x3x9x9 float32, training step" in printed
+    assert _in_words(found.bound) in printed
+    assert "kept for backward" in printed and "<table>" in found._repr_html_()
+    assert model[1].__class__ is mode and all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
+
+
+def test_inference_keeps_nothing_for_a_backward() -> None:
+    found = compare(network(), X, training=False)
+    assert "inference" in found.title and all(row.kept is None and row.peak > 0 for row in found.rows)
+    assert "kept for backward" not in str(found)
+
+
+def test_memory_is_counted() -> None:
+    big = torch.randn(4, 8, 64, 64)
+    found = compare(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()), big, loss=torch.sum)
+    kept = {row.name: row.kept for row in found.rows}
+    assert kept[TORCH] == pytest.approx(big.nbytes, rel=0.01)  # the output of ReLU; fused, the input alone is kept
+    assert kept[FUSED] < 0.01 * big.nbytes
+    assert found.rows[0].peak >= 2 * big.nbytes
+
+
+def test_a_converted_and_fused_model_is_torchs_in_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes = {}
+    judge = Judge.__call__
+
+    def spy(self: Judge, trial: Trial) -> tuple[float, str]:
+        classes[len(classes)] = [type(m) for m in trial.model.modules() if isinstance(m, nn.BatchNorm2d)]
+        return judge(self, trial)
+
+    monkeypatch.setattr(Judge, "__call__", spy)
+    found = compare(bn_ext.fuse(network()), X)
+    assert not found.failed
+    assert classes == {0: [nn.BatchNorm2d] * 2, 1: [bn_ext.BatchNorm2d] * 2, 2: [bn_ext.BatchNorm2d] * 2}
+
+
+def test_compiled_too() -> None:
+    found = compare(network(), X, compile=True)
+    assert [row.name for row in found.rows[3:]] == [COMPILED, COMPILED_OURS] and not found.failed
+    assert "With torch.compile on both sides:" in str(found)
+
+
+class Named(nn.Module):
+    """Takes keywords, returns a dictionary with other things than tensors in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, ids: Tensor, *, scale: Tensor | None = None, labels: Tensor | None = None) -> dict[str, object]:
+        y = self.bn(torch.nn.functional.one_hot(ids, 4).to(self.bn.weight.dtype))
+        if scale is not None:
+            y = y * scale
+        return {"logits": y, "ids": ids, "note": "text", "nested": [y.relu()]}
+
+
+def test_dictionaries_and_keywords() -> None:
+    ids = torch.arange(12) % 4
+    found = compare(Named(), ids, scale=torch.rand(12, 4))
+    assert not found.failed and "12 int64, 12x4 float32" in found.title
+
+
+def test_a_loss_is_called_with_the_outputs() -> None:
+    seen = []
+
+    def loss(outputs: dict[str, Tensor]) -> Tensor:
+        seen.append(outputs["note"])
+        return outputs["logits"].sum(0)[0]
+
+    assert not compare(Named(), torch.arange(12) % 4, loss=loss).failed
+    assert set(seen) == {"text"}
+
+
+def test_mean_square() -> None:
+    outputs = {"a": torch.tensor([1.0, 3.0]), "b": [torch.tensor([2]), torch.tensor(2.0, dtype=torch.float16)]}
+    assert mean_square(outputs).item() == 9
+    with pytest.raises(TypeError, match="no tensor of a floating type in the dict that it returns: give loss="):
+        mean_square({"b": torch.tensor([2])})
+
+
+@pytest.mark.parametrize("result", ["outputs", "gradients", "statistics"])
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch, result: str) -> None:
+    right = bn_ext.BatchNorm2d.forward
+
+    class Skewed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: Tensor) -> Tensor:
+            return y.view_as(y)
+
+        @staticmethod
+        def backward(ctx: object, dy: Tensor) -> Tensor:
+            return dy * 1.001
+
+    def wrong(self: bn_ext.BatchNorm2d, input: Tensor) -> Tensor:
+        y = right(self, input)
+        if result == "statistics":
+            self.running_mean += 1e-3
+        return {"outputs": y * 1.001, "gradients": Skewed.apply(y), "statistics": y}[result]
+
+    monkeypatch.setattr(bn_ext.BatchNorm2d, "forward", wrong)
+    found = compare(network(), X)
+    converted = found.rows[1]
+    assert found.failed and converted.seconds is None and converted.error > 1e-5
+    assert "other results: rounding explains errors up to" in converted.failure and converted.failure in str(found)
+
+
+def test_rounding_that_turns_a_branch_around_is_no_failure() -> None:
+    """Another sign of almost zero is half of this model's output."""
+
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.bn(x)
+            return (y - y.detach() + (y.detach() * 1e7).sin()) * y
+
+    for seed in range(3):
+        x = torch.randn(64, 4, generator=torch.Generator().manual_seed(seed))
+        assert not compare(Chaotic(), x).failed
+
+
+def test_a_model_that_has_no_float64() -> None:
+    class Single(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(4)
+            self.table = torch.randn(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(x) @ self.table
+
+    found = compare(Single(), torch.randn(8, 4))
+    assert not found.failed and "In float64 the model raises RuntimeError: errors are differences to torch." in str(
+        found
+    )
+    assert found.rows[0].error == 0
+
+
+def test_without_a_batch_norm() -> None:
+    found = compare(nn.Conv2d(3, 4, 3), X)
+    assert found.bound is None and "It calls no batch norm of ours: there is nothing to gain." in str(found)
+
+
+def test_a_way_that_fails_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(model: nn.Module) -> nn.Module:
+        raise RuntimeError("no capture\nat all")
+
+    monkeypatch.setattr(module, "fuse", fail)
+    found = compare(network(), X)
+    assert found.failed and found.rows[2].failure == "failed: RuntimeError: no capture" and found.bound
+
+
+def test_the_plain_models_error_is_raised() -> None:
+    with pytest.raises(RuntimeError, match="expected input"):
+        compare(network(), torch.randn(2, 5, 9, 9))
+    with pytest.raises(TypeError, match=r"bn_ext\.compare: model should be a torch.nn.Module, got an object of list"):
+        compare([])
+
+
+def test_the_bound_in_words() -> None:
+    assert "takes 20 % of this model's step: no batch norm can give more than 1.25x here." in _in_words(1.25)
+    assert "takes less than 1 % of this model's step: no batch norm can make it faster." in _in_words(1.001)
+
+
+def test_a_lazy_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"bn_ext\.compare: the model is not initialized, call it first"):
+        compare(nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()), X)
+
+
+def test_frozen_and_autocast() -> None:
+    frozen = network()
+    frozen[1].eval().requires_grad_(False)
+    assert not compare(frozen, X).failed
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = compare(network(), X, autocast=torch.bfloat16)
+    assert not found.failed and "autocast to bfloat16" in found.title and found.rows[0].error > 1e-4
+
+
+def test_errors() -> None:
+    exact = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([0.0])}
+    assert error({"a": torch.tensor([3.0, 4.5]), "b": torch.tensor([0.0])}, exact) == pytest.approx(0.1)
+    assert error({"a": exact["a"], "b": torch.tensor([0.2])}, exact) == pytest.approx(0.2)
+    assert math.isnan(error({"a": torch.tensor([3.0, math.nan]), "b": torch.tensor([9.0])}, exact))
+    assert error({"a": torch.tensor([3.0]), "b": exact["b"]}, exact) == math.inf
+
+
+def test_the_share_of_ours_is_between_none_and_all() -> None:
+    x = torch.randn(8, 16, 32, 32)
+    bn = bn_ext.BatchNorm2d(16)
+    assert profiling.share_of_ours(lambda: bn(x).sum().backward(), "cpu") > 0.5
+    assert profiling.share_of_ours(x.relu, "cpu") == 0
+
+
+def test_the_profiler_is_silent_but_nothing_else_is(capfd: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    profiling.allocated(lambda: os.write(2, b"heard\n"), "cpu")
+    assert capfd.readouterr().err == "heard\n"
+
+
+def test_a_trial_forgets_gradients() -> None:
+    model = network()
+    trial = Trial(model, Call((X,), {}, mean_square, None, torch.device("cpu")))
+    first = trial.results()["gradients"]
+    model.load_state_dict(network().state_dict())
+    assert torch.equal(trial.results()["gradients"], first)
+
+
+def test_importing_does_not_load_the_compiler() -> None:
+    code = "import sys, bn_ext; sys.exit('torch._dynamo' in sys.modules and 'torch._inductor' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
