@@ -1,8 +1,8 @@
-"""``python -m bn_ext``: what is built, what runs, and whether it computes what it should."""
+"""``python -m bn_ext``: what is built and what runs; ``compare`` and ``bench`` measure."""
 
 import sys
 
-from bn_ext.tools import info
+from bn_ext.tools import command
 
 if __name__ == "__main__":
-    sys.exit(info.main())
+    sys.exit(command.main())

@@ -1,0 +1,136 @@
+"""The command line: a shape measured, a model compared, arguments that are wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bn_ext import activation
+from bn_ext.tools import bench as module
+from bn_ext.tools import command
+from bn_ext.tools.bench import Block
+
+MODELS = """\
+from torch import nn
+def small(channels=4, *, kernel=3):
+    return nn.Sequential(nn.Conv2d(3, channels, kernel), nn.BatchNorm2d(channels), nn.ReLU())
+class holder:
+    small = small
+made = small()
+number = lambda: 3
+"""
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "newcomers_models.py").write_text(MODELS)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "newcomers_models", raising=False)
+
+
+@pytest.mark.parametrize("spelled", ["small", "small(5)", "small(channels=5, kernel=1)", "holder.small", "made"])
+def test_compare(models: None, capsys: pytest.CaptureFixture[str], spelled: str) -> None:
+    assert command.main(["compare", f"newcomers_models:{spelled}", "2x3x8x8", "--seconds", "0"]) == 0
+    printed = capsys.readouterr()
+    assert "Sequential on 2x3x8x8 float32, training step" in printed.out
+    assert "1 of 1 batch norms fused" in printed.out and printed.err == ""
+
+
+def test_compare_with_options(models: None, capsys: pytest.CaptureFixture[str]) -> None:
+    threads = torch.get_num_threads()
+    options = ["--channels-last", "--eval", "--dtype", "float64", "--threads", "1", "--seconds", "0"]
+    try:
+        assert command.main(["compare", "newcomers_models:small", "2x3x8x8", *options]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "2x3x8x8 float64 channels last, inference, 1 thread," in capsys.readouterr().out
+
+
+def test_compare_fails_where_results_differ(
+    models: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bn_ext.tools.compare.convert", lambda model: model.append(torch.nn.Sigmoid()))
+    assert command.main(["compare", "newcomers_models:small", "2x3x8x8", "--seconds", "0"]) == 1
+    assert "other results" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("newcomers_models", "expected package.module:callable, got newcomers_models"),
+        ("newcomers_models:small(", "expected package.module:callable"),
+        ("newcomers_models:small(x)", "expected package.module:callable"),
+        ("newcomers_models:large", "newcomers_models has no large"),
+        ("newcomers_models:number", "gives an object of int, expected a torch.nn.Module"),
+        ("no_such_package:f", "No module named 'no_such_package', asked for by no_such_package:f"),
+    ],
+)
+def test_models_that_are_none(models: None, capsys: pytest.CaptureFixture[str], model: str, message: str) -> None:
+    assert command.main(["compare", model, "2x3x8x8"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "4xa"], "expected sizes as in 8x3x224x224, got 4xa"),
+        (["bench", "4x0"], "expected positive sizes, got 4x0"),
+        (["bench", "4x3", "--activation", "rule"], "invalid choice: 'rule'"),
+        (["bench", "4x3", "--threads", "0"], "expected at least 1, got 0"),
+        (["measure"], "invalid choice: 'measure'"),
+    ],
+)
+def test_arguments_that_are_wrong(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        command.main(arguments)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_bench_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["bench", "4x3", "--channels-last"]) == 2
+    assert "channels last has four or five dimensions, got 4x3" in capsys.readouterr().err
+    assert command.main(["bench", "4"]) == 2
+    assert "a shape has two dimensions or more, got 4" in capsys.readouterr().err
+
+
+def test_bench_runs_as_a_command() -> None:
+    line = [sys.executable, "-m", "bn_ext", "bench", "4x3x5x5", "--residual", "--activation", "relu", "--seconds", "0"]
+    run = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    title, head, *rows = run.stdout.splitlines()
+    assert title.startswith("relu(batch_norm(x) + residual), x of 4x3x5x5 float32, ") and "of a copy's rate" in head
+    assert [row.split("  ")[0] for row in rows[:4]] == ["forward", "backward", "forward + backward", "inference"]
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (6, 3, 5), (2, 3, 4, 5), (2, 3, 4, 5, 6), (2, 3, 2, 2, 2, 2)])
+@pytest.mark.parametrize("residual", [False, True])
+def test_every_rank_and_activation(shape: tuple[int, ...], residual: bool) -> None:
+    for name in (None, *activation.NAMES):
+        for dtype in (torch.float32, torch.bfloat16):
+            channels_last = len(shape) in (4, 5)
+            errors = module.Problem(shape, Block(name, residual), dtype, channels_last, torch.device("cpu")).check()
+            assert all(ours >= 0 for ours, _ in errors.values())
+
+
+@pytest.mark.parametrize("result", ["output", "running_var", "dx", "inferred"])
+def test_bench_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, result: str) -> None:
+    right = module.batch_norm
+
+    def wrong(x: Tensor, mean: Tensor, var: Tensor, *rest: Any) -> Tensor:
+        y, training = right(x, mean, var, *rest), rest[2]
+        if result == "running_var" and training:
+            var += 1e-3
+        if result == "dx" and training:
+            y.register_hook(lambda dy: dy * 1.001)
+        return y * 1.001 if result == ("output" if training else "inferred") else y
+
+    monkeypatch.setattr(module, "batch_norm", wrong)
+    with pytest.raises(AssertionError, match=r"bench: \S.* is off by .*, torch's by"):
+        module.bench((4, 3, 5, 5), seconds=0)
+    assert command.main(["bench", "4x3x5x5", "--seconds", "0"]) == 1
