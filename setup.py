@@ -1,20 +1,34 @@
 """What is compiled: the CPU kernels, once per instruction set, the GPU kernels where torch can use them, the operators.
 
-``BN_EXT_CUDA=0`` leaves the GPU kernels out, ``BN_EXT_CUDA=1`` insists on them.
+``BN_EXT_CUDA=0`` leaves the GPU kernels out, ``BN_EXT_CUDA=1`` insists on them. ``MAX_JOBS`` is the number of compilers
+that run at once, ``CXX`` the compiler.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from shutil import which
 
-import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
+from setuptools.command.sdist import sdist
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension, include_paths
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    raise SystemExit(
+        "bn_ext is compiled against the torch that will run it: install torch 2.11 or newer first, then\n"
+        '    pip install ninja pybind11 "setuptools>=77" wheel\n'
+        "    pip install --no-build-isolation ."
+    ) from None
 
 ROOT = Path(__file__).parent
 KERNELS = "csrc/cpu/kernels.cpp"
@@ -25,7 +39,11 @@ SOURCES = sorted(
 )
 GPU_SOURCES = [ON_GPU, *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
 
-FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+OLDEST_TORCH = "torch>=2.11"
+OLDEST_GCC = 11
+
+# Python's own flags ask for debug information, which would be nine tenths of the library.
+FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
 # For kernels: x * y + z may become one instruction. GCC warns inside its own AVX-512 header.
 KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 NVCC_FLAGS = ["-std=c++20", "-O3"]
@@ -41,6 +59,9 @@ class Build(BuildExtension):
     """Compiles the kernels once per instruction set, and notes how, and the torch that all of it was built against."""
 
     def run(self) -> None:
+        if found := unfit_compiler():
+            raise SystemExit(f"bn_ext needs g++ {OLDEST_GCC} or newer, found {found}. Install one, or set CXX to it.")
+        os.environ["CXX"] = compiler()  # unless it is set, torch takes c++, and setuptools what built Python
         super().run()
         lines = [f"{name} = {value!r}\n" for name, value in build_info().items()]
         (Path(self.get_ext_fullpath("bn_ext._C")).parent / "_build_info.py").write_text("".join(lines))
@@ -48,7 +69,7 @@ class Build(BuildExtension):
             self.run_command("egg_info")
 
     def build_extensions(self) -> None:
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(INSTRUCTION_SETS))) as pool:
             self.extensions[0].extra_objects = list(pool.map(self._compile_kernels, INSTRUCTION_SETS))
         super().build_extensions()
 
@@ -71,6 +92,38 @@ class Build(BuildExtension):
             extra_postargs=[*KERNEL_FLAGS, *INSTRUCTION_SETS[capability]],
         )
         return compiled
+
+
+class SourceDistribution(sdist):
+    """Requires a torch to be built against, where a wheel requires the one that it was built against."""
+
+    def run(self) -> None:
+        self.distribution.install_requires[:] = [OLDEST_TORCH]  # in place: its metadata have the same list
+        super().run()
+
+
+def needed_torch(version: str) -> str:
+    """What a wheel requires that was built against this version of torch."""
+    major, minor = version.split(".")[:2]
+    return f"torch=={major}.{minor}.*"
+
+
+def compiler() -> str:
+    """The command of the C++ compiler, as torch chooses it."""
+    return os.environ.get("CXX") or "c++"
+
+
+def unfit_compiler() -> str:
+    """What there is in the place of a compiler that is new enough; empty if there is one. Another than g++ may try."""
+    command = shlex.split(compiler())
+    if which(command[0]) is None:
+        return f"none: there is no {command[0]}"
+    ask = [*command, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+    version = re.search(r"^#define __GNUC__ (\d+)", macros, re.MULTILINE)
+    if version and "__clang__" not in macros and int(version[1]) < OLDEST_GCC:
+        return f"{version[1]}: {compiler()}"
+    return ""
 
 
 def without_cuda() -> str:
@@ -110,7 +163,7 @@ def build_info() -> dict[str, object]:
     return {
         "torch_version": torch.__version__,
         "commit": output("git", "describe", "--always", "--dirty") or "unknown",
-        "compiler": output(os.environ.get("CXX", "c++"), "--version") or "unknown",
+        "compiler": output(*shlex.split(compiler()), "--version") or "unknown",
         "instruction_sets": tuple(INSTRUCTION_SETS),
         "cuda_architectures": () if cuda else architectures(),
         "without_cuda": cuda,
@@ -127,4 +180,8 @@ def extension() -> CppExtension:
 
 
 if __name__ == "__main__":
-    setup(ext_modules=[extension()], cmdclass={"build_ext": Build})
+    setup(
+        ext_modules=[extension()],
+        install_requires=[needed_torch(torch.__version__)],
+        cmdclass={"build_ext": Build, "sdist": SourceDistribution},
+    )
