@@ -1,4 +1,20 @@
-"""Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``."""
+"""Batch normalization for PyTorch as fused kernels: ``bn_ext.BatchNorm2d`` drops in for ``torch.nn.BatchNorm2d``.
+
+A tour; the docstring of each name has its arguments, shapes and errors::
+
+    model = bn_ext.convert(model)              # torch's and timm's batch norms become ours, in place; revert undoes it
+    model = bn_ext.fuse(model)                 # batch norm, addition and activation become one call, in training too
+    folded = bn_ext.fold(model.eval(), x)      # a copy for inference: batch norms go into the layers before them
+    print(bn_ext.report(model))                # what runs on our kernels, what is fused, what is not and why
+    print(bn_ext.compare(model, x))            # whether the model is faster, by how much, and at what error
+
+    bn = bn_ext.BatchNorm2d(64)                # or by hand: torch's constructor and state_dict
+    y = bn(x, residual, activation="relu")     # relu(bn(x) + residual) in one pass
+    act = bn_ext.BatchNormAct2d(64, activation="silu")         # the two as one module, for nn.Sequential
+    y = bn_ext.functional.batch_norm(x, mean, var, training=True)  # the function behind the modules
+
+In a shell, ``python -m bn_ext`` says what is built and what runs, and checks results against float64.
+"""
 
 from bn_ext import activation, functional
 from bn_ext.checkpoint import checkpoint_contexts

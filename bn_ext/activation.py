@@ -1,4 +1,14 @@
-"""The activations that can follow a batch norm, by torch's names and in torch's operators."""
+"""The activations that can follow a batch norm, by torch's names and in torch's operators.
+
+:data:`NAMES` are the names, :data:`DEFAULTS` the parameter of each, None where it has none, and :data:`PARAMETERS` the
+names that torch gives the parameters.
+
+Example:
+    >>> bn_ext.activation.NAMES[:4]
+    ('identity', 'relu', 'relu6', 'leaky_relu')
+    >>> bn_ext.activation.DEFAULTS["leaky_relu"], bn_ext.activation.DEFAULTS["relu"]
+    (0.01, None)
+"""
 
 from __future__ import annotations
 
@@ -38,7 +48,21 @@ else:
 
 
 def check(activation: str | None, param: float | None) -> None:
-    """Raises ValueError for a name that is none of :data:`NAMES`, or a parameter for one that has none."""
+    """Does nothing but raise.
+
+    Args:
+        activation: a name, or None for none.
+        param: its parameter, or None for the default.
+
+    Raises:
+        ValueError: the name is none of :data:`NAMES`, or has no parameter.
+
+    Example:
+        >>> bn_ext.activation.check("elu", 1.0)
+        >>> bn_ext.activation.check("relu", 1.0)
+        Traceback (most recent call last):
+        ValueError: activation_param is for leaky_relu and elu, got 1.0 with activation='relu'
+    """
     if activation is not None and activation not in NAMES:
         near = get_close_matches(str(activation).lower(), NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -48,7 +72,24 @@ def check(activation: str | None, param: float | None) -> None:
 
 
 def apply(input: Tensor, activation: str | None, param: float | None) -> Tensor:
-    """The activation of ``input``, of any shape, by torch's own operator."""
+    """An activation by torch's own operator.
+
+    Args:
+        input: of any shape and floating dtype.
+        activation: a name of :data:`NAMES`, or None for none.
+        param: its parameter, or None for the default.
+
+    Returns:
+        Like ``input``; ``input`` itself without an activation.
+
+    Raises:
+        ValueError: as :func:`check`.
+
+    Example:
+        >>> bn_ext.activation.apply(torch.tensor([-2.0, 3.0]), "leaky_relu", 0.5)
+        tensor([-1.,  3.])
+    """
+    check(activation, param)
     if activation is None or activation == "identity":
         return input
     function = getattr(F, activation)

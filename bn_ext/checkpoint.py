@@ -29,9 +29,21 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     """A ``context_fn`` for :func:`torch.utils.checkpoint.checkpoint`: the second forward, in the backward, leaves the
     running statistics and batch counters of our modules alone.
 
-    Example::
+    Checkpoint calls it: give the function itself, without parentheses. Batch norms that are still torch's count twice.
 
-        y = checkpoint(block, x, use_reentrant=False, context_fn=bn_ext.checkpoint_contexts)
+    Returns:
+        The contexts of the first and of the second forward.
+
+    Raises:
+        ValueError: by checkpoint, with ``use_reentrant=True``, which takes no contexts.
+
+    Example:
+        >>> block, x = bn_ext.BatchNorm1d(3), torch.randn(4, 3, requires_grad=True)
+        >>> contexts = bn_ext.checkpoint_contexts
+        >>> y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+        >>> y.sum().backward()
+        >>> block.num_batches_tracked
+        tensor(1)
     """
     if is_compiling():  # a compiled step writes once anyway, and takes no contexts but these
         return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)

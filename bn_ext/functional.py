@@ -59,21 +59,26 @@ def batch_norm(
     ``* weight + bias``; then ``+ residual`` and the activation, in the same pass.
 
     Args:
-        input: (N, C, *) of float64, float32, bfloat16 or float16, of any strides.
-        running_mean, running_var: (C,), of the input's dtype or, for a half-precision input, float32. In training
+        input: of float64, float32, bfloat16 or float16, of any strides.
+        running_mean, running_var: of the input's dtype or, for a half-precision input, float32. In training
             they are updated in place (the variance with the unbiased estimate), unless None; otherwise they are the
             statistics to normalize by, and required.
-        weight, bias: (C,), dtypes as above, or None for 1 and 0.
+        weight, bias: dtypes as above, or None for 1 and 0.
         training: normalize by the statistics of this batch, the variance biased.
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
-        residual: (N, C, *) of the input's dtype. Another that can be added gives the same as separate calls, at
-            their speed.
+        residual: of the input's shape and dtype. A number or another tensor that can be added gives the same as
+            separate calls, at their speed.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
 
+    Shape:
+        - input, residual: (N, C, *), any number of dimensions after the channels.
+        - running_mean, running_var, weight, bias: (C,).
+        - output: (N, C, *).
+
     Returns:
-        (N, C, *), of the dtype of ``input`` and with the strides of torch's output.
+        The output, of the dtype of ``input`` and with the strides of torch's output.
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an
@@ -81,6 +86,12 @@ def batch_norm(
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
         TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
+
+    Example:
+        >>> x, mean, var = torch.randn(4, 3, 5, 5), torch.zeros(3), torch.ones(3)
+        >>> y = bn_ext.functional.batch_norm(x, mean, var, training=True, residual=x, activation="relu")
+        >>> y.shape, y.min() >= 0
+        (torch.Size([4, 3, 5, 5]), tensor(True))
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
     """

@@ -79,26 +79,80 @@ class _FusedBatchNorm(_FusedForward):
 
 
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d` on fused kernels: (N, C) or (N, C, L).
+    """:class:`torch.nn.BatchNorm1d` on fused kernels, and what follows the normalization in the same pass.
 
-    Called as :class:`BatchNorm2d` is.
+    The call takes a residual and an activation, as :class:`BatchNorm2d` does.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
+
+    Shape:
+        - input, residual, output: (N, C) or (N, C, L).
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNorm1d(8)
+        >>> x, residual = torch.randn(2, 4, 8, 5)
+        >>> bn(x, residual, activation="relu").shape
+        torch.Size([4, 8, 5])
     """
 
 
 class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` on fused kernels: (N, C, H, W), contiguous or channels-last.
+    """:class:`torch.nn.BatchNorm2d` on fused kernels, and what follows the normalization in the same pass.
 
     ``module(input, residual, activation="relu", activation_param=None)`` gives
-    ``activation(batch_norm(input) + residual)`` in one pass; the three are those of
-    :func:`bn_ext.functional.batch_norm`, each of them optional. They belong to the call, so that torch's class in the
-    place of this one raises TypeError where it would drop them.
+    ``activation(batch_norm(input) + residual)``; each of the three is optional, as in
+    :func:`bn_ext.functional.batch_norm`. They belong to the call, so that torch's class in the place of this one raises
+    TypeError where it would drop them.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics, or None for their cumulative average.
+        affine: whether there are a weight and a bias.
+        track_running_stats: whether there are running statistics, by which evaluation normalizes. Without them it
+            normalizes by the statistics of its own batch.
+        device, dtype: of parameters and buffers.
+
+    Shape:
+        - input, residual, output: (N, C, H, W), of any strides.
+
+    Raises:
+        ValueError: in a call, an input of another rank; in training, one value per channel, or ``eps`` not positive; an
+            unknown activation, or a parameter for one that has none.
+        RuntimeError: in a call, other than ``num_features`` channels; a dtype or device that does not fit the input.
+        NotImplementedError: in a call, an input that is not of a floating dtype.
+
+    Example:
+        >>> bn = bn_ext.BatchNorm2d(8)
+        >>> x, residual = torch.randn(2, 4, 8, 5, 5)
+        >>> bn(x, residual, activation="relu").shape
+        torch.Size([4, 8, 5, 5])
     """
 
 
 class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` on fused kernels: (N, C, D, H, W), contiguous or channels-last.
+    """:class:`torch.nn.BatchNorm3d` on fused kernels, and what follows the normalization in the same pass.
 
-    Called as :class:`BatchNorm2d` is.
+    The call takes a residual and an activation, as :class:`BatchNorm2d` does.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
+
+    Shape:
+        - input, residual, output: (N, C, D, H, W), of any strides.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNorm3d(8)
+        >>> x, residual = torch.randn(2, 4, 8, 2, 5, 5)
+        >>> bn(x, residual, activation="relu").shape
+        torch.Size([4, 8, 2, 5, 5])
     """
 
 
@@ -138,13 +192,31 @@ class BatchNormAct(_FusedForward):
 
 
 class BatchNormAct1d(BatchNormAct):
-    """Batch norm and an activation as one module, for (N, C) or (N, C, L): see :class:`BatchNormAct2d`."""
+    """Batch norm and an activation as one module, as :class:`torch.nn.Sequential` wants it.
+
+    It is :class:`BatchNormAct2d` for other shapes, and no subclass of :class:`torch.nn.BatchNorm1d`.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
+        activation, activation_param: as for :class:`BatchNormAct2d`.
+
+    Shape:
+        - input, residual, output: (N, C) or (N, C, L).
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :class:`BatchNormAct2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNormAct1d(8, activation="silu")
+        >>> bn(torch.randn(4, 8, 5)).shape
+        torch.Size([4, 8, 5])
+    """
 
     _check_input_dim = torch.nn.BatchNorm1d._check_input_dim
 
 
 class BatchNormAct2d(BatchNormAct):
-    """Batch norm and an activation as one module, for (N, C, H, W), as :class:`torch.nn.Sequential` wants it.
+    """Batch norm and an activation as one module, as :class:`torch.nn.Sequential` wants it.
 
     ``module(input, residual=None)`` gives ``activation(batch_norm(input) + residual)`` in one pass. The names of
     parameters and buffers are those of :class:`torch.nn.BatchNorm2d`, but it is no subclass of it: whoever replaces,
@@ -152,19 +224,45 @@ class BatchNormAct2d(BatchNormAct):
     :func:`torch.optim.swa_utils.update_bn` does not reset its statistics.
 
     Args:
-        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for
-            :class:`torch.nn.BatchNorm2d`.
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
 
+    Shape:
+        - input, residual, output: (N, C, H, W), of any strides.
+
     Raises:
         ValueError: an unknown activation, or a parameter for one that has none.
+        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNormAct2d(8, activation="silu")
+        >>> bn(torch.randn(4, 8, 5, 5)).shape
+        torch.Size([4, 8, 5, 5])
     """
 
     _check_input_dim = torch.nn.BatchNorm2d._check_input_dim
 
 
 class BatchNormAct3d(BatchNormAct):
-    """Batch norm and an activation as one module, for (N, C, D, H, W): see :class:`BatchNormAct2d`."""
+    """Batch norm and an activation as one module, as :class:`torch.nn.Sequential` wants it.
+
+    It is :class:`BatchNormAct2d` for other shapes, and no subclass of :class:`torch.nn.BatchNorm3d`.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
+        activation, activation_param: as for :class:`BatchNormAct2d`.
+
+    Shape:
+        - input, residual, output: (N, C, D, H, W), of any strides.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as :class:`BatchNormAct2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNormAct3d(8, activation="silu")
+        >>> bn(torch.randn(4, 8, 2, 5, 5)).shape
+        torch.Size([4, 8, 2, 5, 5])
+    """
 
     _check_input_dim = torch.nn.BatchNorm3d._check_input_dim

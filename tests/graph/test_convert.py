@@ -163,21 +163,6 @@ def test_where_selects() -> None:
     ]
 
 
-@pytest.mark.parametrize("change", [bn_ext.convert, bn_ext.revert])
-@pytest.mark.parametrize(
-    ("given", "got"),
-    [
-        (None, "an object of NoneType"),
-        ([nn.BatchNorm2d(2)], "an object of list"),
-        (torch.zeros(2), "an object of Tensor"),
-        (nn.BatchNorm2d, "the class BatchNorm2d"),
-    ],
-)
-def test_no_module(change: Callable, given: object, got: str) -> None:
-    with pytest.raises(TypeError, match=rf"^bn_ext.{change.__name__}: model should be a torch.nn.Module, got {got}$"):
-        change(given)
-
-
 @pytest.mark.parametrize(("theirs", "mine"), PAIRS)
 def test_lazy_modules(theirs: type, mine: type) -> None:
     """They become ours with their first input, or torch's again if reverted before."""

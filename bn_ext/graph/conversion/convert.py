@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from bn_ext.graph.arguments import check_model
 from bn_ext.graph.conversion import classes
 from bn_ext.graph.conversion.classes import UnlikeError, become
 from bn_ext.graph.conversion.trial import Trials
@@ -46,19 +47,21 @@ def convert(model: Model, where: Callable[[str, nn.Module], bool] | None = None)
         TypeError: ``model`` is no module, or ``where`` no function.
 
     Example:
-        >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
+        >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> model = bn_ext.convert(model, where=lambda path, module: module.num_features > 4)
+        >>> [isinstance(module, bn_ext.BatchNorm2d) for module in model]
+        [False, False, True]
     """
-    if left := make_ours("convert", model, where):
+    check_model("convert", model)
+    if where is not None and not callable(where):
+        raise TypeError(f"bn_ext.convert: where should be a function, got an object of {type(where).__name__}")
+    if left := make_ours(model, where):
         warnings.warn(f"bn_ext.convert: {left}", stacklevel=2)
     return model
 
 
-def make_ours(function: str, model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> str:
-    """Converts ``model`` for ``function``, which errors name. Returns in words which batch norms are left."""
-    _check_module(function, model)
-    if where is not None and not callable(where):
-        raise TypeError(f"bn_ext.{function}: where should be a function, got an object of {type(where).__name__}")
+def make_ours(model: nn.Module, where: Callable[[str, nn.Module], bool] | None = None) -> str:
+    """Converts ``model``. Returns in words which batch norms are left."""
     found = [(path, module) for path, module in model.named_modules() if classes.is_batch_norm(module)]
     theirs = [(path, module) for path, module in found if not classes.is_ours(module)]
     chosen = [one for one in theirs if where is None or where(*one)]  # before anything is changed
@@ -96,11 +99,11 @@ def revert(model: Model) -> Model:
             Nothing is changed then.
 
     Example:
-        >>> model = bn_ext.revert(bn_ext.convert(torch.nn.Sequential(torch.nn.BatchNorm2d(8))))
+        >>> model = bn_ext.revert(bn_ext.convert(nn.Sequential(nn.BatchNorm2d(8))))
         >>> type(model[0])
         <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
-    _check_module("revert", model)
+    check_model("revert", model)
     for module in model.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             called = node.op == "call_module" and _original(module.get_submodule(node.target)) is not None
@@ -111,12 +114,6 @@ def revert(model: Model) -> Model:
         if (original := _original(module)) is not None:
             become(module, original)
     return model
-
-
-def _check_module(function: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        got = f"the class {model.__name__}" if isinstance(model, type) else f"an object of {type(model).__name__}"
-        raise TypeError(f"bn_ext.{function}: model should be a torch.nn.Module, got {got}")
 
 
 def _original(module: nn.Module) -> type[nn.Module] | None:

@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bn_ext import modules
+from bn_ext.graph.arguments import check_model
 from bn_ext.graph.folding.layers import absorbed, rest
 from bn_ext.graph.folding.nodes import Nodes
 from bn_ext.graph.folding.pairs import Judgement, Pair
@@ -40,7 +41,25 @@ class Fold(NamedTuple):
 
 
 def folds(model: nn.Module | ExportedProgram) -> list[Fold]:
-    """What became of each batch norm of a model that :func:`bn_ext.fold` returned; empty for others."""
+    """What became of each batch norm of a model that :func:`bn_ext.fold` returned.
+
+    Args:
+        model: any module or exported program.
+
+    Returns:
+        One named tuple for each batch norm: ``batch_norm``, its path; ``into``, the path of the layer that holds it
+        now, or an empty string; ``reason``, why it is not folded, or an empty string. The list is empty for a
+        model that :func:`bn_ext.fold` did not return.
+
+    Raises:
+        TypeError: ``model`` is neither.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)).eval()
+        >>> [(fold.batch_norm, fold.into) for fold in bn_ext.graph.folds(bn_ext.fold(model))]
+        [('2', '1'), ('0', '')]
+    """
+    check_model("graph.folds", model, ExportedProgram)
     return vars(model).get(_FOLDS, [])
 
 
@@ -70,11 +89,21 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
         model: a module in evaluation mode, or an exported program, as torch.export returns it. It is not changed.
         args, kwargs: example inputs, if any; positional ones may also be given as one tuple.
 
+    Returns:
+        The folded copy, of the class of ``model``.
+
     Raises:
         ValueError: a model or a batch norm in training mode, or a module that is not initialized.
-        TypeError: an attribute of the model that cannot be copied.
+        TypeError: ``model`` is neither a module nor an exported program, or has an attribute that cannot be copied.
         AssertionError: outputs that are off by more than rounding explains.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()).eval()
+        >>> folded = bn_ext.fold(model, torch.randn(2, 3, 8, 8))
+        >>> type(folded[1])
+        <class 'torch.nn.modules.linear.Identity'>
     """
+    check_model("fold", model, ExportedProgram)
     if len(args) == 1 and type(args[0]) is tuple and not kwargs:
         (args,) = args
     if isinstance(model, ExportedProgram):

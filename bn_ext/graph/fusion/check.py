@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from bn_ext.graph.fusion.installed import fusions, installed
 _UNITS, _TIMES = 16, 32
 
 
-def check(model: nn.Module, modes: Sequence[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+def check(model: nn.Module, modes: Iterable[str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Captures a fused model in each of the modes, and compares its outputs with those of the plain model.
 
     Raises:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any, TypeVar
 
 from torch import nn
 
+from bn_ext.graph.arguments import check_model
 from bn_ext.graph.conversion.convert import make_ours
 from bn_ext.graph.fusion.installed import is_compiled, uninstall
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def fuse(model: Model, /, *args: Any, modes: Sequence[str] = ("train", "eval"), **kwargs: Any) -> Model:
+def fuse(model: Model, /, *args: Any, modes: Collection[str] = ("train", "eval"), **kwargs: Any) -> Model:
     """Makes ``activation(batch_norm(input) + residual)``, both optional, one call wherever ``model(...)`` does so.
 
     Batch norms become ours first (:func:`bn_ext.convert`). Then each call of ``model`` is captured as torch.compile
@@ -49,14 +50,23 @@ def fuse(model: Model, /, *args: Any, modes: Sequence[str] = ("train", "eval"), 
         ``model``.
 
     Raises:
+        TypeError: ``model`` is no module.
+        ValueError: other modes.
         AssertionError: with these inputs the outputs are not those of the plain model, up to rounding. The message
             names the batch norm. Tensors in tuples, lists, dicts and registered pytrees are compared, others are not.
             After this or any other error with these inputs the model is left unfused.
         RuntimeError: ``model.compile()`` was called before.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = bn_ext.fuse(model, torch.randn(2, 3, 8, 8))
+        >>> bn_ext.graph.fusions(model)[0].fused
+        ('relu',)
     """
-    if isinstance(modes, str) or not set(modes) <= {"train", "eval"}:
+    check_model("fuse", model)
+    if not isinstance(modes, Collection) or isinstance(modes, str) or any(m not in ("train", "eval") for m in modes):
         raise ValueError(f"bn_ext.fuse: modes should be a sequence of 'train' and 'eval', got {modes!r}")
-    if isinstance(model, nn.Module) and is_compiled(model):
+    if is_compiled(model):
         raise RuntimeError(
             "bn_ext.fuse: the model is compiled in place already, which fusing would undo; compile it after fusing, "
             "by model.compile(backend='bn_ext_inductor')"
@@ -64,7 +74,7 @@ def fuse(model: Model, /, *args: Any, modes: Sequence[str] = ("train", "eval"), 
     from bn_ext.graph.fusion.check import check
     from bn_ext.graph.fusion.fused import install
 
-    make_ours("fuse", model)  # the batch norms that it leaves are captured by the functions that they call
+    make_ours(model)  # the batch norms that it leaves are captured by the functions that they call
     install(model)
     if args or kwargs:
         try:

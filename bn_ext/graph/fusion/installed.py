@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from bn_ext.graph.arguments import check_model
+
 if TYPE_CHECKING:
     from bn_ext.graph.fusion.rewrite import Fusion
 
@@ -62,13 +64,49 @@ def installed(model: nn.Module) -> Any:
 
 
 def unfuse(model: Model) -> Model:
-    """Undoes :func:`bn_ext.fuse` in ``model`` and in its parts; the batch norms stay ours. Returns ``model``."""
+    """Undoes :func:`bn_ext.fuse` in ``model`` and in its parts. The batch norms stay ours.
+
+    Args:
+        model: any module, fused or not.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> model = bn_ext.fuse(nn.Sequential(nn.BatchNorm2d(8), nn.ReLU()))
+        >>> model = bn_ext.graph.unfuse(model)
+        >>> bn_ext.graph.fusions(model)
+        []
+    """
+    check_model("graph.unfuse", model)
     for module in model.modules():
         uninstall(module)
     return model
 
 
 def fusions(model: nn.Module) -> list[Fusion]:
-    """What became of each call of a batch norm in ``model`` so far; empty if the model is not fused."""
+    """What became of each call of a batch norm in a model that :func:`bn_ext.fuse` returned.
+
+    Args:
+        model: any module.
+
+    Returns:
+        One named tuple for each call that was captured so far: ``batch_norm``, the path of its module; ``fused``, what
+        the call computes besides, such as ``("add", "relu")``; ``reason``, why no more, or an empty string. A batch
+        norm that was in no captured graph has one too. The list is empty if ``model`` is not fused.
+
+    Raises:
+        TypeError: ``model`` is no module.
+
+    Example:
+        >>> model = bn_ext.fuse(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+        >>> y = model(torch.randn(2, 3, 8, 8))
+        >>> print(*bn_ext.graph.fusions(model), sep="\\n")
+        1: relu
+    """
+    check_model("graph.fusions", model)
     fused = installed(model)
     return [] if fused is None else fused.fusions()
