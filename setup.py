@@ -103,9 +103,8 @@ class SourceDistribution(sdist):
 
 
 def needed_torch(version: str) -> str:
-    """What a wheel requires that was built against this version of torch."""
-    major, minor = version.split(".")[:2]
-    return f"torch=={major}.{minor}.*"
+    """What a wheel requires that was built against this version of torch; pip ignores its local part, such as +cpu."""
+    return f"torch=={version.partition('+')[0]}"
 
 
 def compiler() -> str:

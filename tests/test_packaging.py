@@ -90,10 +90,10 @@ def required(metadata: str) -> list[str]:
 @pytest.mark.parametrize(
     ("version", "needed"),
     [
-        ("2.13.0+cpu", "torch==2.13.*"),
-        ("2.11.0+cu130", "torch==2.11.*"),
-        ("2.11.0a0+git1a2b3c.nv26.1", "torch==2.11.*"),
-        ("2.12.1", "torch==2.12.*"),
+        ("2.13.0+cpu", "torch==2.13.0"),
+        ("2.11.0+cu130", "torch==2.11.0"),
+        ("2.11.0a0+git1a2b3c.nv26.1", "torch==2.11.0a0"),
+        ("2.12.1", "torch==2.12.1"),
     ],
 )
 def test_needed_torch(version: str, needed: str) -> None:
