@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+from bn_ext.graph.arguments import check_model
 from bn_ext.graph.conversion.classes import is_batch_norm, is_ours
-from bn_ext.graph.conversion.convert import _check_module, convert, revert
+from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.graph.fusion.installed import fusions
 from bn_ext.tools.comparison import COMPILED, COMPILED_OURS, CONVERTED, FUSED, TORCH, Comparison, Row
@@ -71,7 +72,7 @@ def compare(
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.ReLU())
         >>> print(bn_ext.compare(model, torch.randn(4, 3, 32, 32)))  # doctest: +SKIP
     """
-    _check_module("compare", model)
+    check_model("compare", model)
     if any(is_lazy(tensor) for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("bn_ext.compare: the model is not initialized, call it first")
     model = copy.deepcopy(getattr(model, "_orig_mod", model))  # what torch.compile returns holds the model
