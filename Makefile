@@ -18,8 +18,10 @@ test: $(VENV)/built
 	$(BIN)/python -m pytest -q -n $(JOBS)
 
 bench: $(VENV)/built
-	$(BIN)/python -m bench
-	$(BIN)/python -m bench.report --readme README.md
+	$(BIN)/python -m bench --heap kept
+	$(BIN)/python -m bench --heap default
+	$(BIN)/python -m bench.report --page bench/RESULTS.md
+	$(BIN)/python -m bench.expect --page README.md
 
 cuda-check: $(VENV)/tools
 	MAX_JOBS=$(JOBS) $(BIN)/python -m tests.cuda_check

@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
-from bench import measure, memory, record, training
+from bench import heap, measure, memory, record, training
 from bench.measure import Row
 from bench.peers import OTHERS
 from bench.problems import BLOCKS, LAYOUTS, PASSES, RESNET, SHAPES, Problem, layouts
 
 RECORD = record.RESULTS / "cpu.json"
+AS_USERS_RUN = record.RESULTS / "cpu-default-heap.json"
 
 GRID: dict[str, Any] = {
     "sections": record.SECTIONS,
@@ -32,7 +33,19 @@ GRID: dict[str, Any] = {
 }
 # Of a block with more in it than batch norm, unless chosen: with the whole grid of each this would take an hour.
 LONGER: dict[str, Any] = {"shapes": RESNET, "threads": (2,), "passes": ("both", "inference")}
-TRAINED: dict[str, Any] = {"shape": "32x3x64x64"}
+# What is measured as users run: enough to say what they may expect.
+USERS: dict[str, Any] = {
+    "sections": ("blocks", "training"),
+    "blocks": BLOCKS,
+    "shapes": RESNET,
+    "layouts": tuple(LAYOUTS),
+    "dtypes": ("float32",),
+    "threads": (2,),
+    "passes": ("both", "inference"),
+    "peers": (),
+}
+# The depth of each network, its input, and whether there is time to compile it.
+NETWORKS = ((18, "32x3x64x64", True), (50, "8x3x224x224", False))
 QUICK: dict[str, Any] = {
     "sections": ("blocks", "memory"),
     "shapes": RESNET,
@@ -85,21 +98,21 @@ def run_blocks(options: argparse.Namespace) -> Iterator[list[Row]]:
 
 def run_memory(options: argparse.Namespace) -> Iterator[list[Row]]:
     """Of one shape: in tensors of its size all are alike."""
-    case = {"block": BLOCKS[-1], "shape": options.shapes[0]}
-    for layout, dtype in product(options.layouts, options.dtypes):
-        problem = Problem(case["shape"], layout, dtype, case["block"])
-        yield [{**case, "layout": layout, "dtype": dtype, **row} for row in memory.measure(problem)]
+    shape = options.shapes[0]
+    for block, layout, dtype in product(options.blocks, options.layouts, options.dtypes):
+        case = {"block": block, "shape": shape, "layout": layout, "dtype": dtype}
+        yield [case | row for row in memory.measure(Problem(shape, layout, dtype, block))]
 
 
 def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
-    """ResNet-18 in float32, on all threads."""
+    """Residual networks in float32, on all threads."""
     threads = max(options.threads)
     torch.set_num_threads(threads)
-    others = [name for name in options.peers if name in training.PEERS]
-    for layout in options.layouts:
-        case = {**TRAINED, "layout": layout, "dtype": "float32"}
-        rows = training.measure(18, **case, others=others, seconds=options.seconds, rounds=options.rounds)
-        yield [{"block": "ResNet-18", **case, "threads": threads, **row} for row in rows]
+    for (depth, shape, compiled), layout in product(NETWORKS, options.layouts):
+        others = [name for name in options.peers if name in training.PEERS and compiled]
+        case = {"shape": shape, "layout": layout, "dtype": "float32"}
+        rows = training.measure(depth, **case, others=others, seconds=options.seconds, rounds=options.rounds)
+        yield [{"block": f"ResNet-{depth}", **case, "threads": threads, **row} for row in rows]
 
 
 RUN = dict(zip(record.SECTIONS, (run_blocks, run_memory, run_training), strict=True))
@@ -109,8 +122,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = record.parser("python -m bench", __doc__, GRID, rounds=7)
     parser.add_argument("--quick", action="store_true", help="float32, 2 threads, ResNet-50's shapes, no other peers")
     parser.add_argument("--threads", nargs="+", type=int, metavar="N")
+    heap.add_option(parser)
     options = parser.parse_args(argv)
-    return record.settle(options, GRID, GRID | (QUICK if options.quick else {"seconds": 0.6}), RECORD)
+    grid, path = (GRID, RECORD) if options.heap == "kept" else (USERS, AS_USERS_RUN)
+    return record.settle(options, grid, grid | (QUICK if options.quick else {"seconds": 0.6}), path)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "settings": {
             "seconds": options.seconds,
             "rounds": options.rounds,
+            "heap": options.heap,
             "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         },
         "fields": {"blocks": measure.FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},

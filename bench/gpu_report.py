@@ -2,7 +2,7 @@
 
 python -m bench.gpu_report --data build/gpu/*.json            prints tables and targets, draws build/gpu/gpu.png
 python -m bench.gpu_report --data build/gpu/*.json --record   writes all of them to bench/results/gpu.json first
-python -m bench.gpu_report --readme README.md                 puts the table of the record between that file's marks
+python -m bench.gpu_report --page README.md                   puts the table of the record between that file's marks
 """
 
 from __future__ import annotations
@@ -218,14 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, nargs="+", default=[RECORD], help="what python -m bench.gpu wrote")
     parser.add_argument("--record", action="store_true", help="put all of it into bench/results")
-    parser.add_argument("--readme", type=Path, help=f"a file with {' and '.join(MARKS)}")
+    parser.add_argument("--page", type=Path, help=f"a file with {' and '.join(MARKS)}")
     options = parser.parse_args(argv)
     data = merged(options.data)
     results = Results(data)
     if options.record:
         write(RECORD, data)
-    if options.readme:
-        put_into(options.readme, table(results), MARKS)
+    if options.page:
+        put_into(options.page, table(results), MARKS)
     else:
         print(table(results))
         print("\n".join(target.judge(results)[1] for target in TARGETS))

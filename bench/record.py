@@ -92,7 +92,7 @@ def line(rows: list[Row]) -> str:
 def _figure(row: Row) -> str:
     if row["status"] != "ok":
         return f"{row['peer']} {row['status']}"
-    if "kept" in row:
+    if "median_ms" not in row:
         return f"{row['peer']} keeps {row['kept']:.2f}, peak {row['peak']:.2f}"
     return f"{row['peer']} {row['median_ms']:.3g} ms" + (f" ({row['speedup']:.2f}x)" if "speedup" in row else "")
 

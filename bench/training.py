@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -18,6 +19,7 @@ from bench.peers import BASELINE, OURS, set_inductor, without_cudnn
 from bench.problems import DTYPES, LAYOUTS, sizes_of
 from bench.validate import TIMES_BASELINE, WrongResultError
 from bn_ext.tools.timing import interleave, ratios
+from bn_ext.tools.trial import Call, Trial
 
 PASS = "step"
 COMPILED = f"{OURS}, compiled"
@@ -26,6 +28,9 @@ CLASSES = 1000
 LARGEST_ERROR = 0.5  # a ReLU that rounding turns on or off changes all gradients before it; wrong ones are off by 1
 FIELDS = {
     "error": "of all gradients and the loss of the first step, the norm of the difference to float64 / the norm",
+    "kept, peak": "bytes between forward and backward, and the most in a step; without inputs, parameters, optimizer",
+    "kept_over, peak_over": f"the same / that of {BASELINE}",
+    "bound": f"speedup if our operators took no time, of {OURS}: no batch norm can give more",
     "over_plain": "time of the same without bn_ext / time of this one, median over the rounds",
 }
 
@@ -108,13 +113,15 @@ def measure(
     exact = copy.deepcopy(model).double()
     expected = _observed(exact, step_of(exact, images.double(), labels))
     del exact
+    half = None if dtype == "float32" else DTYPES[dtype]
     found: dict[str, Row] = {}
+    trials: dict[str, Trial] = {}
     calls: dict[str, Callable[[], object]] = {}
     set_inductor(cached=False, backward_repeats=False, workers=os.cpu_count() or 1)
     for name in dict.fromkeys((*always, *others, *([COMPILED] if "Inductor" in others else []))):
         try:
             peer = PEERS[name](copy.deepcopy(model))
-            step = step_of(peer, images, labels, None if dtype == "float32" else DTYPES[dtype])
+            step = step_of(peer, images, labels, half)
             error = float((_observed(peer, step) - expected).norm() / expected.norm())
             allowed = min(LARGEST_ERROR, TIMES_BASELINE[False] * found.get(BASELINE, {}).get("error", 1.0))
             if not error <= allowed:
@@ -122,12 +129,20 @@ def measure(
         except Exception as refused:
             found[name] = refusal(refused)
         else:
-            found[name] = {"status": "ok", "error": error}
+            trials[name] = Trial(
+                peer, Call((images,), {}, partial(F.cross_entropy, target=labels), half, images.device)
+            )
+            kept, peak = trials[name].memory()
+            found[name] = {"status": "ok", "error": error, "kept": kept, "peak": peak}
             calls[name] = step
     samples = interleave(calls, seconds, rounds)[0] if calls else {}
     for name in calls:
         row = found[name] | summary(samples, name)
         row["images_a_second"] = len(images) / row["median_ms"] * 1e3
+        if BASELINE in samples:
+            row |= {f"{what}_over": row[what] / found[BASELINE][what] for what in ("kept", "peak")}
+        if name == OURS and BASELINE in samples:
+            row["bound"] = row["speedup"] / (1 - trials[name].share_of_ours())
         if PLAIN.get(name) in samples:
             row["over_plain"] = median(ratios(samples, PLAIN[name], name))
         found[name] = row

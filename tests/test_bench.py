@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
 
-from bench import cpu, measure, memory, networks, peers, problems, record, report, training
+from bench import cpu, expect, heap, measure, memory, networks, peers, problems, record, report, training
 
 SHAPE = "2x4x5x5"
 SHORT = ["--seconds", "0", "--rounds", "2"]
@@ -26,7 +27,8 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before = torch.get_num_threads()
     options = ["--shapes", SHAPE, "--threads", "1", "--passes", *problems.PASSES, "--peers", "oneDNN", *SHORT]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu, "TRAINED", TINY)
+        patch.setattr(cpu, "NETWORKS", ((18, TINY["shape"], True),))
+        patch.setattr(training, "measure", partial(training.measure, width=TINY["width"]))
         try:
             assert cpu.main([*options, "--out", str(path)]) == 0
         finally:
@@ -41,10 +43,12 @@ def test_data_file_is_complete(recorded: Path) -> None:
     kinds = len(problems.LAYOUTS) * len(cpu.GRID["dtypes"])
     rows = [row for row in data["rows"] if row["pass"] in problems.PASSES]
     assert len(rows) == len(problems.BLOCKS) * kinds * len(problems.PASSES) * 4
-    assert len([row for row in data["rows"] if row["pass"] == memory.PASS]) == kinds * 2
+    assert len([row for row in data["rows"] if row["pass"] == memory.PASS]) == len(problems.BLOCKS) * kinds * 2
     trained = [row for row in data["rows"] if row["pass"] == training.PASS]
     assert len(trained) == len(problems.LAYOUTS) * 2
     assert all(row["status"] == "ok" and row["images_a_second"] > 0 for row in trained)
+    assert all(row["peak"] > row["kept"] > 0 and row["kept_over"] > 0 and row["peak_over"] > 0 for row in trained)
+    assert all(row["bound"] > row["speedup"] for row in trained if row["peer"] == peers.OURS)
     for row in rows:
         assert {"block", "shape", "layout", "dtype", "threads", "pass", "peer", "status"} <= row.keys()
         if row["status"] != "ok":
@@ -61,13 +65,60 @@ def test_report_renders(recorded: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
     picture = tmp_path / "cpu.png"
-    assert report.main(["--data", str(recorded), "--readme", str(readme), "--picture", str(picture)]) == 0
+    assert report.main(["--data", str(recorded), "--page", str(readme), "--picture", str(picture)]) == 0
     text = readme.read_text()
     assert text.startswith("before\n<!-- bench:begin -->\n") and text.endswith("<!-- bench:end -->\nafter\n")
     assert "old" not in text and text.count("| 2×4×5×5 NCHW |") == text.count("| 2×4×5×5 NHWC |") == 2
     assert "geometric mean, bfloat16, 1 thread" in text and "ResNet-18, 4×3×32×32 NHWC" in text
     assert "keeps for backward" in text
     assert picture.stat().st_size > 0
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_what_to_expect(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool) -> None:
+    """Each kind of block with mean and range, each network with bound and memory; what is not measured is left out."""
+    data = json.loads(recorded.read_text())
+    for row in data["rows"]:
+        if row["pass"] == "both" and row["peer"] == peers.OURS:
+            row |= {"threads": 2, "speedup": 4.0 if row["dtype"] == "float32" else 9.0}
+    other = {"shape": "3x4", "speedup": 1.0}
+    data["rows"] += [row | other for row in data["rows"] if row["pass"] == "both" and row["layout"] == "contiguous"]
+    if not measured:
+        data["rows"] = [row for row in data["rows"] if row["pass"] != training.PASS]
+    (tmp_path / "users.json").write_text(json.dumps(data))
+    page, picture = tmp_path / "page.md", tmp_path / "expect.png"
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*expect.MARKS))
+    monkeypatch.setattr(expect, "RESNET", (SHAPE, "3x4"))
+    files = ["--users", str(tmp_path / "users.json"), "--kept", str(recorded), "--picture", str(picture)]
+    assert expect.main([*files, "--page", str(page)]) == 0
+    text = page.read_text()
+    assert "| batch norm + add + ReLU, NCHW | 2.00× (1.00 to 4.00) |" in text
+    assert "| batch norm, NHWC | 4.00× (4.00 to 4.00) |" not in text and "| batch norm, NHWC | 4.00× |" in text
+    assert ("| ResNet-18, 4×3×32×32 NHWC | " in text) == measured and "old" not in text
+    assert picture.stat().st_size > 0
+
+
+@pytest.mark.parametrize(("arguments", "chosen"), [([], "kept"), (["--quick", "--heap", "default"], "default")])
+def test_the_heap_is_chosen_before_anything_is_loaded(
+    arguments: list[str], chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert heap.chosen(arguments) == chosen
+    started: list[dict[str, str]] = []
+    monkeypatch.setattr(heap.os, "execve", lambda _, __, environment: started.append(environment))
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.delenv(heap.GUARD, raising=False)
+    heap.restart(chosen)
+    of_malloc = {name: value for name, value in started[0].items() if name.startswith("MALLOC_")}
+    assert of_malloc == heap.VARIABLES[chosen]
+    monkeypatch.setenv(heap.GUARD, chosen)
+    heap.restart(chosen)
+    assert len(started) == 1
+
+
+def test_the_record_of_each_heap() -> None:
+    for name, path in (("kept", cpu.RECORD), ("default", cpu.AS_USERS_RUN)):
+        assert cpu.arguments(["--heap", name]).out == path
+        assert cpu.arguments(["--heap", name, "--blocks", "bn"]).out == record.PARTIAL
 
 
 def test_targets_are_judged(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,6 +130,7 @@ def test_targets_are_judged(recorded: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_bound_from_above() -> None:
     fields = {"shape": SHAPE, "layout": "contiguous", "dtype": "float32", "pass": memory.PASS, "peer": peers.OURS}
+    fields["block"] = problems.BLOCKS[-1]
     for kept in ([0.5, 0.5], [0.5, 0.6]):
         rows = [{**fields, "status": "ok", "kept_over": value} for value in kept]
         reached, line = report.TARGETS[-1].judge(report.Results({"machine": {}, "versions": {}, "rows": rows}))

@@ -28,8 +28,8 @@ from bench import (
     problems,
     record,
     report,
-    timing,
 )
+from bn_ext.tools import timing
 
 ROOT = Path(__file__).parents[1]
 SHAPE = "2x4x5x5"
@@ -140,7 +140,7 @@ def test_report_renders(recorded: list[Path], tmp_path: Path, capsys: pytest.Cap
     readme = tmp_path / "README.md"
     readme.write_text("before\n{}\nold\n{}\nafter\n".format(*gpu_report.MARKS))
     data = ["--data", *map(str, recorded)]
-    assert gpu_report.main([*data, "--readme", str(readme)]) == 0
+    assert gpu_report.main([*data, "--page", str(readme)]) == 0
     text = readme.read_text()
     assert "geometric mean, batch norm + add + ReLU" in text and "| ResNet-50, 16×3×64×64 NHWC, bfloat16 |" in text
     assert "old" not in text and "| 2×4×5×5 NHWC |" in text and "NVIDIA H100 80GB HBM3" in text

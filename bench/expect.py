@@ -1,0 +1,145 @@
+"""What to expect: each kind of block over its shapes, and whole networks, as users run and with the heap kept.
+
+python -m bench.expect                    prints the table, draws bench/results/expect.png
+python -m bench.expect --page README.md   puts the table between the two marks of that file
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+
+from bench import record, training
+from bench.cpu import AS_USERS_RUN, RECORD
+from bench.measure import Row
+from bench.peers import BASELINE, OURS
+from bench.problems import BLOCKS, LAYOUTS, RESNET
+from bench.report import BLOCK_NAMES, COLORS, LAYOUT_NAMES, Results, markdown, place, put_into
+
+MARKS = ("<!-- expect:begin -->", "<!-- expect:end -->")
+PICTURE = record.RESULTS / "expect.png"
+DTYPE, THREADS, PASS = "float32", 2, "both"
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Speed-ups of one line of the table; those of a block are over its shapes, a network has one."""
+
+    name: str
+    rows: Sequence[Row]
+
+    @property
+    def middle(self) -> float:
+        return geometric_mean(row["speedup"] for row in self.rows)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        values = [row["speedup"] for row in self.rows]
+        return min(values), max(values)
+
+    def cell(self) -> str:
+        low, high = self.range
+        return f"{self.middle:.2f}×" + (f" ({low:.2f} to {high:.2f})" if len(self.rows) > 1 else "")
+
+    def bound(self) -> str:
+        """The most that is possible, of a network."""
+        return f"{self.rows[0]['bound']:.2f}×" if "bound" in self.rows[0] else ""
+
+    def memory(self) -> str:
+        """Kept between forward and backward, and the peak of a step, of what torch needs."""
+        row = self.rows[0]
+        return f"{row['kept_over']:.0%}, {row['peak_over']:.0%}" if "kept_over" in row else ""
+
+
+def expected(results: Results) -> list[Expected]:
+    """The lines of one record."""
+    lines = []
+    for block in BLOCKS:
+        for layout in LAYOUTS:
+            where = {"block": block, "layout": layout, "dtype": DTYPE, "threads": THREADS, "shape": RESNET}
+            rows = results.select(peer=OURS, status="ok", **where, **{"pass": PASS})
+            lines.append(Expected(f"{BLOCK_NAMES[block]}, {LAYOUT_NAMES[layout]}", rows))
+    networks = results.select(peer=OURS, status="ok", dtype=DTYPE, **{"pass": training.PASS})
+    lines += [Expected(f"{row['block']}, {place(row)}", [row]) for row in networks]
+    return [line for line in lines if line.rows]
+
+
+def table(users: Results, kept: Results) -> str:
+    """Forward and backward of blocks, whole training steps of networks."""
+    with_kept = {line.name: line for line in expected(kept)}
+    body = []
+    for line in expected(users):
+        other = with_kept.get(line.name)
+        body.append([line.name, line.cell(), other.cell() if other else "–", line.bound(), line.memory()])
+    machine, versions = users.machine, users.versions
+    head = ["", "as users run", "heap kept", "at most", "memory kept, peak"]
+    return f"""\
+{markdown(head, body)}
+
+Forward and backward of a layer, over the shapes of ResNet-50 (mean and range), and whole training steps: times as fast
+as {BASELINE}, {DTYPE}, {THREADS} threads. *As users run* is with malloc's default settings, *heap kept* with
+`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_={64 << 30}`, on both sides. *At most* is what a batch norm without any
+cost would give. *Memory* is in percent of torch's, between forward and backward and at the peak of a step.
+{machine["cpu"]}, {machine["cores"]} cores, {machine["isa"]}; torch {versions["torch"]}, bn_ext {versions["bn_ext"]};
+{versions["date"]}.
+"""
+
+
+def picture(users: Results, kept: Results, path: Path) -> None:
+    """A dot a line, with its range; as users run in our color, with the heap kept in grey."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    records = (("heap kept", "#b8b8b8", kept, 0.16), ("as users run", COLORS[OURS], users, -0.16))
+    names = [line.name for line in expected(users)]
+    figure = Figure(figsize=(9, 0.8 + 0.42 * len(names)), layout="constrained")
+    axis = figure.subplots()
+    for _, color, results, offset in records:
+        for line in expected(results):
+            if line.name in names:
+                height = names.index(line.name) + offset
+                axis.plot(line.range, (height, height), color=color, linewidth=3, solid_capstyle="round")
+                axis.plot([line.middle], [height], "o", color=color, markersize=8)
+                if results is users:
+                    place = (line.range[1], height)
+                    axis.annotate(f"{line.middle:.2f}×", place, xytext=(7, -3), textcoords="offset points")
+    axis.axvline(1, color="black", linewidth=0.8)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter("{x:g}×")
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.grid(axis="x", alpha=0.3)
+    handles = [Line2D([], [], color=color, marker="o", label=label) for label, color, *_ in reversed(records)]
+    axis.legend(handles=handles, loc="lower right", frameon=False)
+    title = f"Training, times as fast as torch ({DTYPE}, {THREADS} threads): layers over their shapes, whole networks"
+    axis.set_title(title, loc="left", fontsize=11)
+    figure.savefig(path, dpi=130)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.expect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--users", type=Path, default=AS_USERS_RUN, help="what python -m bench --heap default wrote")
+    parser.add_argument("--kept", type=Path, default=RECORD, help="what python -m bench wrote")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--page", type=Path, help="a file with the two marks")
+    options = parser.parse_args(argv)
+    users, kept = (Results(json.loads(path.read_text())) for path in (options.users, options.kept))
+    picture(users, kept, options.picture)
+    if options.page:
+        put_into(options.page, table(users, kept), MARKS)
+    else:
+        print(table(users, kept))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
