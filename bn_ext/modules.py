@@ -14,7 +14,14 @@ from bn_ext import activation as activations
 from bn_ext.functional import as_tensor, check, exporting, finished, operator
 
 
-class _FusedForward(_NormBase):
+class Ours(torch.nn.Module):
+    """A module of ours, or one that will become ours: its repr says so."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), "bn_ext")))
+
+
+class _FusedForward(Ours, _NormBase):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
     def _traced(self, input: Any, **options: Any) -> Any:
@@ -182,7 +189,7 @@ class BatchNormAct(_FusedForward):
 
     def extra_repr(self) -> str:
         param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
-        return f"{super().extra_repr()}, activation={self.activation}{param}"
+        return f"{_NormBase.extra_repr(self)}, activation={self.activation}{param}, bn_ext"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not is_scripting():  # noqa: SIM102

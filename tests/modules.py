@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 
 import torch
 from compare import assert_as_close
@@ -35,6 +36,11 @@ def ours(name: str) -> type[nn.Module]:
 
 def torchs(name: str) -> type[nn.Module]:
     return getattr(nn, name)
+
+
+def unmarked(text: str) -> str:
+    """The repr of a module of ours, or of a model with such, as torch's has it."""
+    return re.sub(r"\n *bn_ext(?=\n)|, bn_ext(?=[)\n])|(?<=\()bn_ext(?=\))", "", text)
 
 
 def pair(name: str, *args, **kwargs) -> tuple[nn.Module, nn.Module]:

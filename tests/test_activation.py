@@ -375,7 +375,7 @@ def test_names_and_parameters() -> None:
 
 def test_module(device: str) -> None:
     module = bn_ext.BatchNormAct2d(3, device=device, activation="leaky_relu", activation_param=0.2)
-    assert repr(module).endswith("activation=leaky_relu, activation_param=0.2)")
+    assert repr(module).endswith("activation=leaky_relu, activation_param=0.2, bn_ext)")
     x, r = torch.randn(2, 2, 3, 4, 4, device=device)
     expected = torch.nn.functional.leaky_relu(torch.nn.BatchNorm2d(3, device=device)(x) + r, 0.2)
     torch.testing.assert_close(module(x, r), expected)

@@ -60,6 +60,9 @@ class FrozenBatchNorm2d(Frozen):
         super().__init__(channels)
         self.eps = eps
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.weight)}, eps={self.eps})"
+
     def forward(self, x: Tensor) -> Tensor:
         scale = (self.weight * (self.running_var + self.eps).rsqrt()).view(1, -1, 1, 1)
         return x * scale + (self.bias.view(1, -1, 1, 1) - self.running_mean.view(1, -1, 1, 1) * scale)

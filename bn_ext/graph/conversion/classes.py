@@ -14,15 +14,15 @@ from bn_ext.graph.conversion import forwards
 from bn_ext.graph.conversion.forwards import full_name
 
 
-class LazyBatchNorm1d(nn.LazyBatchNorm1d):
+class LazyBatchNorm1d(modules.Ours, nn.LazyBatchNorm1d):
     cls_to_become = modules.BatchNorm1d  # type: ignore[assignment]
 
 
-class LazyBatchNorm2d(nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(modules.Ours, nn.LazyBatchNorm2d):
     cls_to_become = modules.BatchNorm2d  # type: ignore[assignment]
 
 
-class LazyBatchNorm3d(nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(modules.Ours, nn.LazyBatchNorm3d):
     cls_to_become = modules.BatchNorm3d  # type: ignore[assignment]
 
 
@@ -42,10 +42,14 @@ class UnlikeError(Exception):
     """Why a class or a module has no counterpart of ours."""
 
 
-class Counterpart(nn.Module):
-    """A class of ours made from another's, whose instances differ from the other's in their forward alone."""
+class Counterpart(modules.Ours):
+    """A class of ours made from another's, whose instances differ from the other's in forward and repr alone."""
 
     _original: ClassVar[type[nn.Module]] = nn.Module
+
+    def __repr__(self) -> str:
+        text = super().__repr__()  # some have one of their own, which does not ask for extra_repr
+        return text if "bn_ext" in text or not text.endswith(")") else f"{text[:-1]}, bn_ext)"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles the module as its original class does; unpickling makes the counterpart again."""
@@ -101,7 +105,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def is_ours(module: nn.Module) -> bool:
-    return isinstance(module, (modules._FusedForward, Counterpart, *_TORCHS))
+    return isinstance(module, modules.Ours)
 
 
 def original(cls: type) -> type[nn.Module] | None:
