@@ -15,6 +15,9 @@ def last_cache_bytes() -> int:
 def bypasses_cache(output_bytes: int, last_cache_bytes: int) -> bool:
     """Whether the CPU kernels write an output of this size past a last cache of this size."""
 
+def warn_of_fallbacks(enabled: bool) -> None:
+    """Whether calls that torch's own operators answer are told to ``bn_ext._fallback.fell_back``."""
+
 class LaunchPlan:
     """How one pass is laid out on a GPU; ``csrc/cuda/plan.h`` says what each number means."""
 

@@ -17,6 +17,7 @@ In a shell, ``python -m bn_ext`` says what is built and what runs, and checks re
 """
 
 from bn_ext import activation, functional
+from bn_ext._fallback import set_warn_fallback
 from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.folding.fold import fold
@@ -39,5 +40,6 @@ __all__ = [
     "functional",
     "fuse",
     "revert",
+    "set_warn_fallback",
 ]
 __version__ = "0.2.0"

@@ -12,8 +12,10 @@ from torch.jit import is_scripting, is_tracing
 
 from bn_ext import _load  # noqa: F401, for the operator
 from bn_ext import activation as activations
+from bn_ext._fallback import fell_back
 
 operator = torch.ops.bn_ext.batch_norm
+EXPORTED = "it is exported, for others to run"
 
 
 def exporting() -> bool:
@@ -101,6 +103,7 @@ def batch_norm(
             raise TypeError("batch_norm(): momentum must be a number, got None")
         residual = as_tensor(residual, input)
         if exporting():
+            fell_back(input, EXPORTED)
             output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
             return finished(output, residual, activation, activation_param)
     return operator(

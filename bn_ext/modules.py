@@ -11,7 +11,8 @@ from torch.jit import is_scripting
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from bn_ext import activation as activations
-from bn_ext.functional import as_tensor, check, exporting, finished, operator
+from bn_ext._fallback import fell_back
+from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, operator
 
 
 class Ours(torch.nn.Module):
@@ -40,6 +41,7 @@ class _FusedForward(Ours, _NormBase):
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
             if exporting():
+                fell_back(input, EXPORTED)
                 return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
         self._check_input_dim(input)
         running_mean, running_var = self.running_mean, self.running_var

@@ -8,6 +8,7 @@
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <limits>
@@ -119,6 +120,11 @@ LaunchPlan launch_plan(int64_t n,
   return bn::cuda::plan(bn::problem_of(order, type, n, c, s), work, bn::cuda::named_limits(gpu));
 }
 
+void warn_of_fallback(const at::Tensor& input, const char* reason) {
+  const py::gil_scoped_acquire gil;
+  py::module_::import("bn_ext._fallback").attr("fell_back")(input, reason);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -129,6 +135,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", &bn::cpu::instruction_set);
   m.def("last_cache_bytes", &bn::cpu::last_cache_bytes);
   m.def("bypasses_cache", &bn::cpu::bypasses_cache, py::arg("output_bytes"), py::arg("last_cache_bytes"));
+
+  m.def(
+      "warn_of_fallbacks", [](bool enabled) { bn::ops::fallback_observer = enabled ? warn_of_fallback : nullptr; },
+      py::arg("enabled"));
 
   py::class_<LaunchPlan>(m, "LaunchPlan")
       .def_property_readonly("strategy", [](const LaunchPlan& p) { return name_of(p.strategy); })

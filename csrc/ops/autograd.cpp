@@ -131,8 +131,11 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
     const bool transformed = in_functorch() || has_tangent(dy) || has_tangent(a.input) || tangent(weight) ||
                              tangent(bias) || tangent(residual);
-    const bool differentiable = at::GradMode::is_enabled() || transformed;
-    const auto [dx, dweight, dbias, dresidual] = differentiable ? decomposed_backward(a, eps) : batch_norm_backward(a);
+    const char* reason = transformed ? "a transform of torch.func or forward-mode AD differentiates its gradient"
+                         : at::GradMode::is_enabled() ? "its gradient may be differentiated again"
+                                                      : nullptr;
+    const auto [dx, dweight, dbias, dresidual] =
+        reason == nullptr ? batch_norm_backward(a) : decomposed_backward(a, eps, reason);
     return {dx, dweight, dbias, wants_dresidual && passes_on ? dy : dresidual, Tensor()};
   }
 };
@@ -167,14 +170,6 @@ bool is_like(const Tensor& residual, const Tensor& input) {
   return true;
 }
 
-// Whether there are kernels for this; torch answers for what is not like that, with results or errors.
-bool has_kernels(const Arguments& a) {
-  const bool on_device = a.input.is_cpu() || a.input.is_meta() || (a.input.is_cuda() && compiled_for_gpus());
-  return on_device && a.input.layout() == at::kStrided && a.input.dim() >= 2 &&
-         (!a.num_batches_tracked.has_value() || a.num_batches_tracked->scalar_type() == at::kLong) &&
-         (!a.residual.has_value() || is_like(*a.residual, a.input));
-}
-
 bool is_inference(const OptionalTensor& t) {
   return t.has_value() && t->is_inference();
 }
@@ -185,6 +180,33 @@ bool saves_inference(const Arguments& a) {
   const bool activated = a.activation.kind != ActivationKind::Identity;
   return a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
          (kept(a).residual && is_inference(a.residual));
+}
+
+// Why torch's own operators answer a call, with a result or an error; null if kernels do.
+const char* obstacle(const Arguments& a, bool recorded) {
+  const bool on_device = a.input.is_cpu() || a.input.is_meta() || (a.input.is_cuda() && compiled_for_gpus());
+  if (!on_device) {
+    return "there are no kernels for this device";
+  }
+  if (a.input.layout() != at::kStrided) {
+    return "the input is not strided";
+  }
+  if (a.input.dim() < 2) {
+    return "the input has fewer than two dimensions";
+  }
+  if (a.num_batches_tracked.has_value() && a.num_batches_tracked->scalar_type() != at::kLong) {
+    return "the counter of batches is not int64";
+  }
+  if (a.residual.has_value() && !is_like(*a.residual, a.input)) {
+    return "the residual differs from the input in sizes, dtype, device or layout";
+  }
+  if (any_of(a, has_tangent)) {
+    return "an input has a tangent of forward-mode AD";
+  }
+  if (recorded && saves_inference(a)) {
+    return "autograd saves no tensor that was made in inference mode";
+  }
+  return nullptr;
 }
 
 void check_saved(const Arguments& a) {
@@ -200,13 +222,18 @@ Tensor batch_norm(const Arguments& a) {
   if (recorded) {
     check_saved(a);
   }
-  if (!has_kernels(a) || any_of(a, has_tangent) || (recorded && saves_inference(a))) {
-    return decomposed(a);
+  if (const char* reason = obstacle(a, recorded)) {
+    return decomposed(a, reason);
   }
   check_inputs(a);  // here too: fake kernels have other words for some mistakes
   check_running_statistics(a, recorded);
   return recorded ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
                   : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));
+}
+
+// Under functorch's transforms, which the C++ autograd function does not know.
+Tensor transformed(const Arguments& a) {
+  return decomposed(a, "a transform of torch.func has to see through it");
 }
 
 // A function as the dispatcher calls it.
@@ -239,9 +266,8 @@ TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", with_arguments<batch_norm>);
 }
 
-// Under functorch's transforms, which the C++ autograd function does not know.
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) {
-  m.impl("batch_norm", with_arguments<decomposed>);
+  m.impl("batch_norm", with_arguments<transformed>);
 }
 
 }  // namespace bn::ops

@@ -6,6 +6,7 @@
 #include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <array>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -68,10 +69,14 @@ inline bool in_functorch() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Told of each call that torch's own operators answer: its input and the reason. Null unless someone asks.
+using FallbackObserver = void (*)(const Tensor& input, const char* reason);
+inline std::atomic<FallbackObserver> fallback_observer = nullptr;
+
 // batch_norm by standard operators: for transforms that have to see through it, for devices without kernels.
-Tensor decomposed(const Arguments& a);
+Tensor decomposed(const Arguments& a, const char* reason);
 
 // batch_norm_backward by standard operators, which can be differentiated again.
-FourTensors decomposed_backward(const BackwardArguments& a, double eps);
+FourTensors decomposed_backward(const BackwardArguments& a, double eps, const char* reason);
 
 }  // namespace bn::ops

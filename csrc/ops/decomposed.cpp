@@ -203,9 +203,15 @@ void check_addition(const Tensor& input, const Tensor& residual) {
   TORCH_CHECK(!residual.is_complex(), "batch_norm: residual is of type ", residual.scalar_type());
 }
 
+void tell(const Tensor& input, const char* reason) {
+  if (const FallbackObserver observer = fallback_observer) {
+    observer(input, reason);
+  }
+}
+
 }  // namespace
 
-Tensor decomposed(const Arguments& a) {
+Tensor decomposed(const Arguments& a, const char* reason) {
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
     check_inputs(a);
   }
@@ -213,6 +219,7 @@ Tensor decomposed(const Arguments& a) {
     check_addition(a.input, *a.residual);
   }
   check_running_statistics(a, /*tracked=*/!in_functorch());
+  tell(a.input, reason);  // before anything is written: it may throw
   const bool counts = a.training && a.num_batches_tracked.has_value();
   const bool cumulative = counts && !a.momentum.has_value();
   const Tensor factor = cumulative ? a.num_batches_tracked->add(1).to(at::kDouble).reciprocal() : Tensor();
@@ -233,7 +240,8 @@ Tensor decomposed(const Arguments& a) {
   return output;
 }
 
-FourTensors decomposed_backward(const BackwardArguments& a, double eps) {
+FourTensors decomposed_backward(const BackwardArguments& a, double eps, const char* reason) {
+  tell(a.input, reason);
   const auto type = at::toOpMathType(a.input.scalar_type());
   std::vector<int64_t> others;
   std::vector<int64_t> per_channel(a.input.dim(), 1);

@@ -7,7 +7,8 @@ from torch.fx import Proxy
 from torch.jit import is_scripting, is_tracing
 
 from bn_ext import activation as activations
-from bn_ext.functional import exporting, finished, operator
+from bn_ext._fallback import fell_back
+from bn_ext.functional import EXPORTED, exporting, finished, operator
 from bn_ext.graph.folding.layers import altered
 from bn_ext.modules import _FusedForward
 
@@ -94,6 +95,9 @@ class FrozenBatchNorm2d(nn.Module):
                 activation,
                 activation_param,
             )
+        if not is_scripting():  # noqa: SIM102
+            if not isinstance(x, Proxy):
+                fell_back(x, EXPORTED if exporting() else "the input is not (N, C, H, W) of the frozen tensors' dtype")
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
         output = x * scale.reshape(1, -1, 1, 1) + shift.reshape(1, -1, 1, 1)
