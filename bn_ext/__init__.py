@@ -22,6 +22,7 @@ from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.folding.fold import fold
 from bn_ext.graph.fusion.fuse import fuse
+from bn_ext.graph.report import report
 from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from bn_ext.tools.compare import compare
 
@@ -39,6 +40,7 @@ __all__ = [
     "fold",
     "functional",
     "fuse",
+    "report",
     "revert",
     "set_warn_fallback",
 ]

@@ -8,7 +8,7 @@ from torch import Tensor
 from bn_ext import activation as activations
 from bn_ext._load import _C
 
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def _check(condition: bool | torch.SymBool, message: str) -> None:
@@ -16,7 +16,7 @@ def _check(condition: bool | torch.SymBool, message: str) -> None:
 
 
 def _check_input(input: Tensor, activation: str | None, activation_param: float | None) -> None:
-    known = input.dtype in _FLOATING
+    known = input.dtype in FLOATING
     torch._check_not_implemented(known, lambda: f"\"batch_norm\" not implemented for '{input.dtype}'")
     _check(input.dim() >= 2, f"input should have sizes (N, C, ...), got {tuple(input.shape)}")
     activations.check(activation, activation_param)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     """Rows of text under a head, between lines of text."""
 
@@ -21,6 +21,8 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*lines)]
         aligned = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
         return "\n".join((*self.above, *aligned, *self.below))
+
+    __repr__ = __str__
 
     def _repr_html_(self) -> str:
         def line(cells: Sequence[str], tag: str) -> str:

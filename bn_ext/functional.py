@@ -15,7 +15,14 @@ from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 
 operator = torch.ops.bn_ext.batch_norm
+FORWARD = "bn_ext::batch_norm_forward"
 EXPORTED = "it is exported, for others to run"
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether our operators compute on ``device``. Elsewhere torch's own operators do."""
+    on_gpu = device.type == "cuda" and torch._C._dispatch_has_kernel_for_dispatch_key(FORWARD, "CUDA")
+    return device.type == "cpu" or on_gpu
 
 
 def exporting() -> bool:

@@ -168,7 +168,7 @@ def test_without_inputs_nothing_is_captured_yet() -> None:
     torch._dynamo.utils.counters.clear()
     model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y)))
     assert captures() == 0
-    assert fusions(model)[0].reason == "in no graph of the model, unless an equal part's stands for it"
+    assert fusions(model)[0].reason == "no call of the fused model is captured yet: call the model once"
     model(torch.randn(2, 3, 5, 5))
     assert captures() == 1
 
@@ -198,8 +198,8 @@ def test_an_error_of_ours_is_told(given: bool, monkeypatch: pytest.MonkeyPatch) 
     else:
         expected = bn_ext.convert(copy.deepcopy(model))(x)
         torch.testing.assert_close(bn_ext.fuse(model)(x), expected)
-        ((name, found, reason),) = fusions(model)
-        assert (name, found) == ("bn", ())
+        ((name, found, reason, on_kernels),) = fusions(model)
+        assert (name, found, on_kernels) == ("bn", (), None)
         assert reason == "a graph could not be rewritten: ZeroDivisionError('a bug')"
 
 

@@ -142,7 +142,7 @@ LEFT = {
     "running_var": (defines(running_var=None), "running_var of their own"),
     "training": (defines(training=property(lambda self: False, lambda self, mode: None)), "training of their own"),
     "our method": (defines(_fused=lambda self: None, _original=None), "_fused, _original of their own"),
-    "metaclass": (OwnMetaclass, "its own metaclass"),
+    "metaclass": (OwnMetaclass, "a metaclass of their own"),
     "lazy": (OwnLazy, "a forward of their own"),
 }
 

@@ -193,8 +193,8 @@ def test_python_that_varies_without_end(by: str, monkeypatch: pytest.MonkeyPatch
     assert len(warned) == 1
     assert warned[0].filename == __file__
     assert captures() == 3
-    ((name, found, reason),) = fusions(model)
-    assert (name, found) == ("block.bn", ())
+    ((name, found, reason, on_kernels),) = fusions(model)
+    assert (name, found, on_kernels) == ("block.bn", (), None)
     assert "varies without end" in reason
 
 

@@ -132,7 +132,7 @@ def _derived(cls: type) -> type[nn.Module]:
     if way is None:
         raise UnlikeError("a forward of their own")
     if type(cls) is not type:
-        raise UnlikeError("its own metaclass")
+        raise UnlikeError("a metaclass of their own")
     names = (name for c in cls.__mro__ if c not in base.__mro__ for name in vars(c))
     own = [name for name in names if _matters(name, (base, way, Counterpart))]
     if own:

@@ -27,6 +27,7 @@ from bn_ext.graph.folding.watch import Watch, located, tensors
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 _FOLDS = "_bn_ext_folds"
+THE_MODEL = "the model"  # the path of the model itself, in words
 
 
 class Fold(NamedTuple):
@@ -69,8 +70,7 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
     The copy has the class, methods and hooks of the model and shares with it all but the folded layers. Their new
     weight and bias are computed in float64 and have the dtype, device and requires_grad of the weight, and its memory
     format. In the place of a folded batch norm is what remains of it: :class:`torch.nn.Identity`, or a module that adds
-    the residual and applies the activation. ``print(*bn_ext.graph.folds(folded), sep="\\n")`` shows what was
-    folded and why no more.
+    the residual and applies the activation. :func:`bn_ext.report` shows what was folded and why no more.
 
     With example inputs the pairs are found in a run of the model, whatever its code does, and the outputs of the folded
     model are compared with the model's. A branch that the run does not take is not seen. All runs are without
@@ -152,7 +152,7 @@ def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
     norm.__class__ = type(remains)
     vars(norm).clear()
     vars(norm).update(vars(remains))
-    return Fold(path, into or "the model", "")
+    return Fold(path, into or THE_MODEL, "")
 
 
 def _fold_program(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ExportedProgram:

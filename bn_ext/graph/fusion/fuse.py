@@ -24,9 +24,8 @@ def fuse(model: Model, /, *args: Any, modes: Collection[str] = ("train", "eval")
 
     The model stays the object that it is, with its class, methods, hooks and ``state_dict``. Only ``model(...)`` is
     fused: a method, or a part that is called by itself, runs as it is, as do copies, pickles and exported programs.
-    ``print(*bn_ext.graph.fusions(model), sep="\\n")`` shows what was fused and why no more; :func:`bn_ext.revert`
-    undoes it. To compile a fused model too, use ``torch.compile(model, backend="bn_ext_inductor")``: other backends
-    refuse it.
+    :func:`bn_ext.report` shows what was fused and why no more; :func:`bn_ext.revert` undoes it. To compile a fused
+    model too, use ``torch.compile(model, backend="bn_ext_inductor")``: other backends refuse it.
 
     Limits:
         - After 64 calls that had to be captured, such as with a number that is another at each call, the model runs as

@@ -69,8 +69,9 @@ class _Settings:
 _settings = _Settings()
 _MOST_CAPTURES = 64  # calls of a model that capture, after which its Python code is taken to vary without end
 _NO_MORE = f"the model runs as it is: its Python code varies without end, {_MOST_CAPTURES} calls had to be captured"
-# Equal parts behind graph breaks share a graph, in which the first of them is named. Else the model was not called yet,
-# it did not call the batch norm, Dynamo could not capture what did, or what did is not called by Python.
+_UNCALLED = "no call of the fused model is captured yet: call the model once"
+# Equal parts behind graph breaks share a graph, in which the first of them is named. Else the model did not call the
+# batch norm, Dynamo could not capture what did, or what did is not called by Python.
 _UNSEEN = "in no graph of the model, unless an equal part's stands for it"
 _numbers = itertools.count()
 
@@ -135,7 +136,9 @@ class Fused(installed.Own):
             return [Fusion(path, (), _NO_MORE) for path in norms]
         named = {fusion.batch_norm for fusion in self.captures.fusions}
         error = self.captures.error
-        reason = _UNSEEN if error is None else f"a graph could not be rewritten: {error!r}"
+        reason = _UNSEEN if self.captures.graphs else _UNCALLED
+        if error is not None:
+            reason = f"a graph could not be rewritten: {error!r}"
         unseen = [Fusion(path, (), reason) for path in norms if path not in named]
         return [*self.captures.fusions.elements(), *unseen]
 

@@ -14,9 +14,10 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_ext import _C, _fake
-from bn_ext.functional import operator
+from bn_ext.functional import has_kernels, operator
 from bn_ext.graph.fusion.effects import alike, between, memory, name_of, only_computes, value, writes
 from bn_ext.graph.fusion.spelling import activation_of, call_of, passes_through, reader
+from bn_ext.modules import Ours
 
 _ARGUMENTS = tuple(argument.name for argument in operator.default._schema.arguments)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -34,6 +35,7 @@ class Fusion(NamedTuple):
     batch_norm: str  # the path of its module; of a functional call, that of the module around it and its node's name
     fused: tuple[str, ...]  # what it computes besides, in order: "add", an activation
     reason: str  # why no more; empty after an activation
+    on_kernels: bool | None = None  # whether our kernels compute it; None if it is in no graph
 
     def __str__(self) -> str:
         fused = " + ".join(self.fused) or "nothing fused"
@@ -128,16 +130,18 @@ class _Rewriting:
     def fuse(self, node: Node) -> Fusion:
         name = self.name(node)
         fused: list[str] = []
+        on_kernels = False
         if self.only not in (None, name):
-            return Fusion(name, (), "is not to be fused")
+            return Fusion(name, (), "is not to be fused", on_kernels)
         try:
             norm = self.as_ours(node)
+            on_kernels = has_kernels(value(norm).device)
             if activation_of(norm) is None:
                 fused += self.addition(norm)
             fused += self.activation(norm)
         except _ObstacleError as obstacle:
-            return Fusion(name, tuple(fused), str(obstacle))
-        return Fusion(name, tuple(fused), "")
+            return Fusion(name, tuple(fused), str(obstacle), on_kernels)
+        return Fusion(name, tuple(fused), "", on_kernels)
 
     def as_ours(self, node: Node) -> Node:
         """A call of our operator that does what ``node`` does, by keywords."""
@@ -159,7 +163,7 @@ class _Rewriting:
         given = value(input) if isinstance(input, Node) else None
         if type(given) is not FakeTensor or type(value(node)) is not FakeTensor:
             raise _ObstacleError("its input is no plain tensor")
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("bn_ext::batch_norm_forward", given.device.type.upper()):
+        if not has_kernels(given.device):
             raise _ObstacleError(f"there are no kernels for {given.device.type}")
         if not given.is_floating_point() or given.dim() < 2:
             raise _ObstacleError(f"there are no kernels for {given.dtype} of {given.dim()} dimensions")
@@ -278,7 +282,7 @@ class _Rewriting:
         if following.op == "output":
             return "its output is returned"
         is_added = _is_batch_norm(following) and following.kwargs.get("residual") is norm
-        return "another batch norm adds it" if is_added else f"then {name_of(following)}"
+        return f"{self.name(following)} adds it" if is_added else f"then {name_of(following)}"
 
     def name(self, node: Node) -> str:
         """The path of the module that calls it."""
@@ -287,7 +291,7 @@ class _Rewriting:
             return node.name
         key, (source, kind) = stack[-1]
         path = self.names.get(key.partition("@")[0], _path(source))
-        is_norm = isinstance(kind, type) and issubclass(kind, _BatchNorm)
+        is_norm = isinstance(kind, type) and issubclass(kind, (_BatchNorm, Ours))
         return path if is_norm else f"{path}.{node.name}".removeprefix(".")
 
 
