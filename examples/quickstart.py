@@ -1,0 +1,27 @@
+"""Fifteen lines to copy: a model with bn_ext's batch norm, trained, saved, loaded into plain torch, folded."""
+
+import torch
+from torch import nn
+
+import bn_ext
+from bn_ext.graph import fusions
+
+
+def plain_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+
+
+model = bn_ext.convert(plain_model())  # torch's batch norms become ours
+model = bn_ext.fuse(model)  # with the ReLU behind it, batch norm is one call
+images, labels = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for _ in range(3):
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    optimizer.step()
+print(*fusions(model), sep="\n")  # what is one call now
+
+torch.save(model.state_dict(), "model.pt")
+loaded = plain_model()  # of torch alone: the names in the file are the same
+loaded.load_state_dict(torch.load("model.pt"))
+folded = bn_ext.fold(model.eval(), images)  # for inference: batch norm goes into the convolution
