@@ -24,8 +24,8 @@ def set_warn_fallback(enabled: bool) -> None:
         enabled: True to warn, False for silence, as at first.
 
     Example:
-        >>> bn_ext.set_warn_fallback(True)
-        >>> y = bn_ext.BatchNorm2d(8)(torch.randn(2, 8, 4, 4), residual=torch.zeros(8, 1, 1))
+        >>> bn_ext.set_warn_fallback(True)  # doctest: +SKIP
+        >>> y = bn_ext.BatchNorm2d(8)(torch.randn(2, 8, 4, 4), residual=torch.zeros(8, 1, 1))  # doctest: +SKIP
         UserWarning: bn_ext: batch norm of torch.float32 (2, 8, 4, 4) on cpu runs on torch's own operators: the residual
         differs from the input in sizes, dtype, device or layout
     """

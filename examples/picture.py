@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from findings import Findings
+from findings import LEARNT, Findings
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -35,8 +35,11 @@ def draw(findings: Findings, path: Path) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy on test digits, %")
-    seeds = f"Lines: mean of {findings.seeds} seeds; bands: from the lowest to the highest."
-    figure.supxlabel(seeds, x=0.99, ha="right", fontsize="small", color="#555555")
+    caption = (
+        f"Lines: mean of {findings.seeds} seeds; bands: from the lowest to the highest. "
+        f"A learning rate works if it leads to {LEARNT:.0f} % and more."
+    )
+    figure.supxlabel(caption, x=0.99, ha="right", fontsize="small", color="#555555")
     figure.savefig(path, format="png", dpi=130)
 
 

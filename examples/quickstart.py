@@ -11,7 +11,7 @@ def plain_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
 
 
-model = bn_ext.convert(plain_model())  # torch's batch norms become ours
+model = bn_ext.convert(plain_model())  # torch's batch norms become ours; fuse would do it too
 model = bn_ext.fuse(model)  # with the ReLU behind it, batch norm is one call
 images, labels = torch.randn(16, 3, 8, 8), torch.randint(10, (16,))
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

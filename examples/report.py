@@ -74,7 +74,7 @@ def agreement_line(findings: Findings, difference: float) -> str:
     noise = "within noise" if abs(mean) <= half else "beyond what noise gives in 19 of 20 runs"
     return (
         f"bn_ext beside torch: losses in float64 differ by at most {difference:.0e} of their value; "
-        f"accuracies by {mean:+.2f} ± {half:.2f} points (95 % of {pairs} pairs), {noise}"
+        f"accuracies by {mean:+.2f} ± {half:.2f} points (95 % interval of {pairs} pairs), {noise}"
     )
 
 
