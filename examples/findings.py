@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -15,11 +17,11 @@ SMOOTHED = 3  # evaluations of which a mean is taken, as one wanders
 
 class Spread(NamedTuple):
     mean: float
-    deviation: float  # 0 for a single value
+    deviation: float  # nan for a single value
 
 
 def spread(values: Sequence[float]) -> Spread:
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else math.nan)
 
 
 class Curve(NamedTuple):
@@ -63,7 +65,13 @@ class Findings:
         self.runs = list(runs)
         self.depths = sorted({run.depth for run in self.runs})
         self.rates = sorted({run.rate for run in self.runs})
-        self.seeds = len({run.seed for run in self.runs})
+
+    @property
+    def seeds(self) -> str:
+        """Their number, which differs where the runs are not complete."""
+        counts = Counter((run.depth, run.norm, run.rate) for run in self.runs).values()
+        low, high = min(counts), max(counts)
+        return f"{low}" if low == high else f"{low} to {high}"
 
     def curve(self, depth: int, norm: str, rate: float) -> Curve | None:
         """None where there is no such run."""

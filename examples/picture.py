@@ -36,7 +36,7 @@ def draw(findings: Findings, path: Path) -> None:
     for axes in panels[:, 0]:
         axes.set_ylabel("accuracy on test digits, %")
     caption = (
-        f"Lines: mean of {findings.seeds} seeds; bands: from the lowest to the highest. "
+        f"Lines: mean of the seeds ({findings.seeds}); bands: from the lowest to the highest. "
         f"A learning rate works if it leads to {LEARNT:.0f} % and more."
     )
     figure.supxlabel(caption, x=0.99, ha="right", fontsize="small", color="#555555")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import networks
@@ -23,17 +24,17 @@ def table(findings: Findings) -> str:
         [f"{text:{'<' if index < 2 else '>'}{max(map(len, column))}}" for text in column]
         for index, column in enumerate(zip(*rows))
     ]
-    seeds = f"Accuracy on test digits in percent: mean ± standard deviation of {findings.seeds} seeds"
+    seeds = f"Accuracy on test digits in percent: mean ± standard deviation; seeds: {findings.seeds}"
     return "\n".join([seeds, *("  ".join(row) for row in zip(*columns))])
 
 
 def cell(final: Spread) -> str:
-    return f"{final.mean:.1f} ± {final.deviation:.1f}"
+    return f"{final.mean:.1f}" if math.isnan(final.deviation) else f"{final.mean:.1f} ± {final.deviation:.1f}"
 
 
 def steps(race: Race | None, norm: str) -> str:
     if race is None:
-        return "plain learns nothing"
+        return f"plain below {LEARNT:.0f} %"
     return arrival(race.arrivals[norm]) if norm in race.arrivals else "not reached"
 
 

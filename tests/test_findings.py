@@ -78,11 +78,12 @@ def test_rates_are_counted() -> None:
 
 def test_table_has_mean_deviation_and_holes() -> None:
     findings = Findings([*runs(SLOW, FAST, seed=0), *runs(CHANCE, FAST, seed=1), *runs(CHANCE, FAST, rate=3, depth=6)])
-    _, head, *rows = report.table(findings).splitlines()
+    seeds, head, *rows = report.table(findings).splitlines()
+    assert seeds.endswith("seeds: 1 to 2")
     assert " ".join(head.split()).startswith("layers batch norm rate 1 rate 3 best")
     assert rows[0].split()[:5] == ["3", "none", "45.0", "±", "49.5"]  # of 80 and 10
     assert rows[2].split()[-1] == "0.50" and rows[1].split()[-1] == "1.00"
-    assert rows[3].split()[:6] == ["6", "none", "10.0", "±", "0.0", "10.0"]  # nothing for rate 1
+    assert rows[3].split()[:5] == ["6", "none", "10.0", "10.0", "plain"]  # nothing for rate 1
 
 
 @pytest.mark.parametrize(
