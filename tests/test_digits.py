@@ -165,6 +165,17 @@ def test_training_is_alike_and_learns() -> None:
     assert runs["bn_ext"].accuracy[-1] > 75 > runs["none"].accuracy[-1] + 10
 
 
+def test_evaluation_changes_nothing() -> None:
+    model = networks.sigmoids(2, "bn_ext", seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images, labels = torch.ones(4, 28, 28), torch.tensor([1, 1, 1, 2])
+    with torch.no_grad():
+        model[-1].bias[1] = 1e3
+        before["7.bias"][1] = 1e3
+    assert training.percent_right(model, images, labels) == 75 and model.training
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
 def script(*lines: str) -> list[str]:
     """Python that runs the lines, then digits.py."""
     path = str(ROOT / "examples" / "digits.py")
