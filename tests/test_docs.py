@@ -42,7 +42,8 @@ def test_examples_in_docstrings(name: str) -> None:
 def test_sections_of_docstrings(name: str) -> None:
     function = CALLED[name]
     sections = re.findall(r"^ *(\w+):$", function.__doc__, re.MULTILINE)
-    assert {"Example", "Raises"} <= set(sections)
+    assert "Example" in sections
+    assert "Raises" in sections or function is bn_ext.set_warn_fallback  # takes anything
     if inspect.signature(function).parameters:
         assert "Args" in sections
     if isinstance(function, type):

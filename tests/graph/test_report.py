@@ -360,5 +360,5 @@ def test_a_folded_program() -> None:
 
 @pytest.mark.parametrize("given", [None, [nn.BatchNorm2d(3)], nn.BatchNorm2d], ids=str)
 def test_no_module(given: object) -> None:
-    with pytest.raises(TypeError, match=r"bn_ext\.report: model should be a torch\.nn\.Module, got"):
+    with pytest.raises(TypeError, match=r"bn_ext\.report: model should be a torch\.nn\.Module or ExportedProgram, got"):
         bn_ext.report(given)

@@ -236,7 +236,7 @@ def test_errors() -> None:
 def test_the_share_of_ours_is_between_none_and_all() -> None:
     x = torch.randn(8, 16, 32, 32)
     bn = bn_ext.BatchNorm2d(16)
-    assert profiling.share_of_ours(lambda: bn(x).sum().backward(), "cpu") > 0.5
+    assert 0.05 < profiling.share_of_ours(lambda: bn(x).sum().backward(), "cpu") < 1
     assert profiling.share_of_ours(x.relu, "cpu") == 0
 
 
