@@ -36,7 +36,7 @@ def output(*command: str) -> str:
 
 def versions() -> dict[str, str]:
     """What was measured with what; a commit with uncommitted changes to the code is marked as dirty."""
-    sources = ("bn_ext", "csrc", "setup.py", "bench", ":!bench/results")
+    sources = ("bn_ext", "csrc", "setup.py", "bench", ":!bench/results", ":!bench/RESULTS.md")
     dirty = "-dirty" if output("git", "status", "--porcelain", "--", *sources) else ""
     commit = output("git", "rev-parse", "--short", "HEAD")
     return {
