@@ -80,7 +80,7 @@ def medians(processes: Sequence[Results]) -> Results:
     return Results({"machine": first.machine, "versions": first.versions, "rows": rows})
 
 
-def table(users: Results, kept: Results) -> str:
+def table(users: Results, kept: Results, processes: int) -> str:
     """Forward and backward of blocks, whole training steps of networks."""
     with_kept = {line.name: line for line in expected(kept)}
     body = []
@@ -93,11 +93,11 @@ def table(users: Results, kept: Results) -> str:
 {markdown(head, body)}
 
 Forward and backward of a layer, over the shapes of ResNet-50 (mean and range), and whole training steps: times as fast
-as {BASELINE}, {DTYPE}, {THREADS} threads. *As users run* is with malloc's default settings (medians of {users.processes} processes), *heap kept* with
-`MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_={64 << 30}`, on both sides. *At most* is what a batch norm without any
-cost would give. *Memory* is in percent of torch's, between forward and backward and at the peak of a step.
-{machine["cpu"]}, {machine["cores"]} cores, {machine["isa"]}; torch {versions["torch"]}, bn_ext {versions["bn_ext"]};
-{versions["date"]}.
+as {BASELINE}, {DTYPE}, {THREADS} threads. *As users run* is with malloc's default settings, medians of {processes}
+processes; *heap kept* with `MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_={64 << 30}`, one process. *At most* is what a
+batch norm without any cost would give. *Memory* is in percent of torch's, between forward and backward and at the peak
+of a step. {machine["cpu"]}, {machine["cores"]} cores, {machine["isa"]}; torch {versions["torch"]}, bn_ext
+{versions["bn_ext"]}; {versions["date"]}.
 """
 
 
@@ -142,7 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     processes = sorted(AS_USERS_RUN.parent.glob(AS_USERS_RUN.name.replace("1", "*")))
     parser.add_argument(
-        "--users", type=Path, nargs="+", default=processes, help="what processes of python -m bench --heap default wrote"
+        "--users",
+        type=Path,
+        nargs="+",
+        default=processes,
+        help="what processes of python -m bench --heap default wrote",
     )
     parser.add_argument("--kept", type=Path, default=RECORD, help="what python -m bench wrote")
     parser.add_argument("--picture", type=Path, default=PICTURE)
@@ -150,11 +154,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     users = medians([Results(json.loads(path.read_text())) for path in options.users])
     kept = Results(json.loads(options.kept.read_text()))
+    text = table(users, kept, len(options.users))
     picture(users, kept, options.picture)
     if options.page:
-        put_into(options.page, table(users, kept), MARKS)
+        put_into(options.page, text, MARKS)
     else:
-        print(table(users, kept))
+        print(text)
     return 0
 
 

@@ -19,7 +19,7 @@ from bn_ext.graph.arguments import check_model
 from bn_ext.graph.conversion.classes import is_batch_norm, is_ours
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.fusion.fuse import fuse
-from bn_ext.graph.fusion.installed import fusions
+from bn_ext.graph.report import report
 from bn_ext.tools.comparison import COMPILED, COMPILED_OURS, CONVERTED, FUSED, TORCH, Comparison, Row
 from bn_ext.tools.machine import Others, described, name_of, where
 from bn_ext.tools.timing import interleave, percentiles, ratios, sampler
@@ -183,8 +183,8 @@ def _remark(name: str, model: nn.Module) -> str:
         norms = [module for module in model.modules() if is_batch_norm(module)]
         return f"{sum(map(is_ours, norms))} of {len(norms)} batch norms converted"
     if name == FUSED:
-        found = {fusion.batch_norm: fusion.fused for fusion in fusions(model)}
-        return f"{sum(map(bool, found.values()))} of {len(found)} batch norms fused with what follows"
+        rows = report(model).rows
+        return f"{sum(bool(row.fused) for row in rows)} of {len(rows)} batch norms fused with what follows"
     return ""
 
 

@@ -46,9 +46,10 @@ def share_of_ours(step: Callable[[], object], device: str) -> float:
     events = profiled.events() or []
     ours = [event for event in events if _is_ours(event) and not _is_ours(event.cpu_parent)]
     if on_gpu:  # where the backward runs in a thread of its own
-        return sum(e.device_time_total for e in ours) / sum(e.self_device_time_total for e in events)
-    steps = (event.cpu_time_total for event in events if event.name == "step")
-    return sum(e.cpu_time_total for e in ours) / sum(steps)
+        taken, total = sum(e.device_time_total for e in ours), sum(e.self_device_time_total for e in events)
+    else:
+        taken, total = sum(e.cpu_time_total for e in ours), sum(e.cpu_time_total for e in events if e.name == "step")
+    return taken / total if total else 0.0  # a GPU may keep its times to itself
 
 
 def _is_ours(event: Any) -> bool:
