@@ -19,7 +19,7 @@ from bench.peers import OTHERS
 from bench.problems import BLOCKS, LAYOUTS, PASSES, RESNET, SHAPES, Problem, layouts
 
 RECORD = record.RESULTS / "cpu.json"
-AS_USERS_RUN = record.RESULTS / "cpu-default-heap-1.json"  # page faults vary: there is a file for each of some processes
+AS_USERS_RUN = record.RESULTS / "cpu-default-heap-1.json"  # of the first process; page faults vary from one to the next
 
 GRID: dict[str, Any] = {
     "sections": record.SECTIONS,

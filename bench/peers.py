@@ -167,6 +167,7 @@ def set_inductor(cached: bool, backward_repeats: bool, workers: int = 1) -> None
 
     torch._dynamo.reset()
     settings = (
+        (torch._dynamo.config, "recompile_limit", 64),  # the blocks of several networks are of one class
         (torch._inductor.config, "compile_threads", workers),
         (torch._inductor.config, "fx_graph_cache", cached),
         (torch._functorch.config, "enable_autograd_cache", cached),

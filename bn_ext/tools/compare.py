@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
@@ -81,7 +81,7 @@ def compare(
     tensors = [t for t in (*model.parameters(), *tree_leaves((args, kwargs))) if isinstance(t, Tensor)]
     device = tensors[0].device if tensors else torch.device("cpu")
     call = Call(args, kwargs, loss or mean_square, autocast, device)
-    with seeded(device), _Progress() as progress:
+    with seeded(device), _compiler() if compile else nullcontext(), _Progress() as progress:
         return _Comparing(model, call, progress).run(compile, seconds)
 
 
@@ -119,8 +119,7 @@ class _Comparing:
         row = Row(name)
         try:
             trial = Trial(prepare(copy.deepcopy(self.model)), self.call)
-            with _drawing_as_eager() if name in (COMPILED, COMPILED_OURS) else nullcontext():
-                row.error, row.failure = self.judge(trial)
+            row.error, row.failure = self.judge(trial)
             row.remark = _remark(name, trial.model)
             row.kept, row.peak = trial.memory()
         except Exception as failure:
@@ -150,11 +149,14 @@ class _Comparing:
         return max(1.0, *bounds) if bounds else None
 
 
-def _drawing_as_eager() -> AbstractContextManager[None]:
-    """What is compiled meanwhile draws the random numbers that it would draw uncompiled."""
-    from torch._inductor import config
+@contextmanager
+def _compiler() -> Iterator[None]:
+    """What is compiled meanwhile draws the random numbers that it would draw uncompiled, and several copies may be."""
+    from torch._dynamo import config as dynamo
+    from torch._inductor import config as inductor
 
-    return config.patch(fallback_random=True)
+    with inductor.patch(fallback_random=True), dynamo.patch(recompile_limit=64):
+        yield
 
 
 def _converted(model: nn.Module) -> nn.Module:
