@@ -121,7 +121,58 @@ def test_a_wrong_quotation_is_found(message: str, is_there: bool) -> None:
     assert (not unfound(message, literals())) == is_there
 
 
-def test_links_between_documents() -> None:
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
-        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
-            assert (page.parent / link).exists(), f"{page.name}: {link}"
+# ------------------------------------------------------------------------------------------ links
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")]
+TOPICS = [ROOT / f"docs/{name}.md" for name in ("architecture", "numerics", "glossary")]
+GUIDES = [*TOPICS, *ROOT.glob("docs/howto/*.md"), ROOT / "tests/simt/README.md"]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that a heading of a page has: its words in lower case, joined by hyphens."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    broken = []
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            broken.append(link)
+    return broken
+
+
+def unknown_places(text: str) -> list[str]:
+    """The files of the repository, and the tests in them, that a text names in backticks and that are not there."""
+    folders = "bench|bn_ext|csrc|docs|examples|tests"
+    named = re.findall(rf"`((?:{folders})/[\w./]*)(?:::(\w+))?`", text)
+    return [
+        f"{path}::{test}" if test else path
+        for path, test in named
+        if not (ROOT / path).exists() or (test and f"def {test}(" not in (ROOT / path).read_text())
+    ]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_between_documents(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_guides_name_files_that_are_there(page: Path) -> None:
+    assert unknown_places(page.read_text()) == []
+
+
+def test_a_broken_link_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# A Page\n[1](page.md) [2](#a-page) [3](page.md#a-page) [4](none.md) [5](#none) [6](page.md#none)")
+    assert broken_links(page) == ["none.md", "#none", "page.md#none"]
+
+
+def test_a_file_that_is_not_there_is_found() -> None:
+    here = "`tests/test_docs.py` `tests/test_docs.py::test_links_between_documents` `csrc/core` `other/file.h`"
+    assert unknown_places(here) == []
+    gone = "`csrc/core/none.h` `tests/test_docs.py::test_none`"
+    assert unknown_places(gone) == ["csrc/core/none.h", "tests/test_docs.py::test_none"]
