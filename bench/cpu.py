@@ -19,7 +19,7 @@ from bench.peers import OTHERS
 from bench.problems import BLOCKS, LAYOUTS, PASSES, RESNET, SHAPES, Problem, layouts
 
 RECORD = record.RESULTS / "cpu.json"
-AS_USERS_RUN = record.RESULTS / "cpu-default-heap-1.json"  # of the first process; page faults vary from one to the next
+AS_USERS_RUN = record.RESULTS / "cpu-default-heap-1.json"  # page faults vary: each of several processes writes a file
 
 GRID: dict[str, Any] = {
     "sections": record.SECTIONS,
@@ -31,9 +31,9 @@ GRID: dict[str, Any] = {
     "passes": PASSES,
     "peers": OTHERS["cpu"],
 }
-# Of a block with more in it than batch norm, unless chosen: with the whole grid of each this would take an hour.
+# The default cases of blocks with more in them than batch norm. The whole grid of each would take an hour.
 LONGER: dict[str, Any] = {"shapes": RESNET, "threads": (2,), "passes": ("both", "inference")}
-# What is measured as users run: enough to say what they may expect.
+# The cases that are measured as users run: enough to say what users may expect.
 USERS: dict[str, Any] = {
     "sections": ("blocks", "training"),
     "blocks": BLOCKS,
@@ -58,7 +58,7 @@ BUSY = 0.5  # load a core above which figures are not worth keeping
 
 
 def machine() -> dict[str, Any]:
-    """The processor, in what matters for speed and names nobody."""
+    """The processor: what matters for speed, without names of machine or user."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -97,7 +97,7 @@ def run_blocks(options: argparse.Namespace) -> Iterator[list[Row]]:
 
 
 def run_memory(options: argparse.Namespace) -> Iterator[list[Row]]:
-    """Of one shape: in tensors of its size all are alike."""
+    """The memory for one shape. In units of the input's size it is the same for all shapes."""
     shape = options.shapes[0]
     for block, layout, dtype in product(options.blocks, options.layouts, options.dtypes):
         case = {"block": block, "shape": shape, "layout": layout, "dtype": dtype}

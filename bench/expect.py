@@ -48,11 +48,11 @@ class Expected:
         return f"{self.middle:.2f}×" + (f" ({low:.2f} to {high:.2f})" if len(self.rows) > 1 else "")
 
     def bound(self) -> str:
-        """The most that is possible, of a network."""
+        """The largest speed-up that is possible, of a network."""
         return f"{self.rows[0]['bound']:.2f}×" if "bound" in self.rows[0] else ""
 
     def memory(self) -> str:
-        """Kept between forward and backward, and the peak of a step, of what torch needs."""
+        """The memory kept between forward and backward, and the peak of a step, as parts of torch's."""
         row = self.rows[0]
         return f"{row['kept_over']:.0%}, {row['peak_over']:.0%}" if "kept_over" in row else ""
 
@@ -102,7 +102,7 @@ of a step. {machine["cpu"]}, {machine["cores"]} cores, {machine["isa"]}; torch {
 
 
 def picture(users: Results, kept: Results, path: Path) -> None:
-    """A dot a line, with its range; as users run in our color, with the heap kept in grey."""
+    """A dot with its range for each line: in our color as users run, in grey with the heap kept."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 

@@ -36,7 +36,7 @@ from bench.problems import BLOCKS, DTYPES, LAYOUTS, LEAST_MOVES, PASSES, Problem
 DEVICE = "cuda"
 FOLDER = record.ROOT / "build" / "gpu"
 
-# By what ResNet-50 spends on them: their size times how often they are normalized.
+# In the order of their cost in ResNet-50: size times number of batch norms.
 BY_VALUE = ("256x56x56", "512x28x28", "1024x14x14", "64x56x56", "2048x7x7")
 BATCHES = (256, 32)
 
@@ -111,7 +111,7 @@ def _compiled(case: Case) -> None:
 
 
 def compile_ahead(cases: Sequence[Case], workers: int, seconds: float) -> None:
-    """Fills Inductor's cache by several processes: one after the other would take longer than all the rest."""
+    """Fills Inductor's cache by several processes: one process would take longer than all the rest."""
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         try:
             pool.map_async(_compiled, cases, chunksize=1).get(seconds)
@@ -128,7 +128,7 @@ class PersistentError(Exception):
 
 @contextmanager
 def watched(seconds: float) -> Iterator[None]:
-    """Has SIGALRM end the process after so long: no other thread and no handler in Python may run while it hangs."""
+    """Lets SIGALRM end the process after ``seconds``: while it hangs, no other thread and no Python handler may run."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
@@ -161,7 +161,7 @@ def planned(case: Case, name: str, here: dict[str, Any]) -> Row:
 
 
 def noted(rows: list[Row], case: Case, here: dict[str, Any]) -> list[Row]:
-    """The rows of a pass with the case before and the rates behind."""
+    """The rows of a pass, with the case and the rates added."""
     shape, layout, dtype, block = case
     tensor = math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize
     for row in rows:
@@ -189,7 +189,7 @@ def key_of(row: Row) -> tuple[str, ...]:
 
 
 def attempted(task: Task) -> list[Row]:
-    """The rows of the task; where it fails, one that says why; none where it needs more memory than there is."""
+    """The rows of the task; if it fails, a row that says why; if it needs more memory than there is, none."""
     known, rows = task
     try:
         return rows()
@@ -244,7 +244,7 @@ def run_kernelbench(options: argparse.Namespace, here: dict[str, Any]) -> Iterat
 
 
 def run_memory(options: argparse.Namespace) -> Iterator[Task]:
-    """Of the first shape: in tensors of its size all are alike."""
+    """The memory for the first shape. In units of the input's size it is the same for all shapes."""
 
     def rows(case: Case, known: Row) -> list[Row]:
         return [known | row for row in memory.measure(Problem(*case, DEVICE))]
@@ -256,7 +256,7 @@ def run_memory(options: argparse.Namespace) -> Iterator[Task]:
 
 
 def run_training(options: argparse.Namespace) -> Iterator[Task]:
-    """ResNet-50, by the clock on the wall: the host's work belongs to a step. Compiled last, which takes longest."""
+    """ResNet-50, by wall-clock time, because a step includes the host's work. Compiled last, which takes longest."""
     known = {"block": "ResNet-50", **TRAINED, "pass": training.PASS}
     limits = {"seconds": TRAINING, "rounds": options.rounds, "device": DEVICE}
 

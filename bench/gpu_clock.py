@@ -16,7 +16,7 @@ COPIED = 1 << 30  # bytes, past every cache
 
 
 class GpuClock:
-    """Takes samples of GPU time. The GPU sleeps until all calls of a sample are queued: it never waits for the host."""
+    """Takes samples of GPU time. The GPU sleeps until a sample's calls are queued: it never waits for the host."""
 
     CYCLES = 2e9  # a second, of the fastest GPU
     FIRST = 2e-3  # seconds that calls not known yet are given
@@ -25,7 +25,7 @@ class GpuClock:
 
     def __init__(self) -> None:
         self._queueing: dict[int, float] = {}
-        self.late: Counter[int] = Counter()  # by the call: samples in which the GPU waited for the host all the same
+        self.late: Counter[int] = Counter()  # by call: the samples in which the GPU waited for the host nevertheless
 
     def sample(self, call: Callable[[], object], times: int) -> float:
         """Seconds per call over ``times`` calls."""
@@ -50,7 +50,7 @@ class GpuClock:
 def timed(
     calls: dict[str, Callable[[], object]], seconds: float, rounds: int, late: Counter[str]
 ) -> tuple[dict[str, list[float]], int]:
-    """A turn over the sets is long enough for a sample. Counts the samples of each call that are ``late``."""
+    """Samples of calls, each a turn over the sets, by GPU time. Counts the ``late`` samples of each call."""
     clock = GpuClock()
     samples = interleave(calls, seconds, rounds, clock.sample, shortest=0)
     late.update({name: clock.late[id(call)] for name, call in calls.items()})
@@ -58,7 +58,7 @@ def timed(
 
 
 def sets_past(cache: int, tensor: int) -> int:
-    """How many tensors of so many bytes are together twice as large as the cache; no less than two take turns."""
+    """The number of tensors of this size that are together twice as large as the cache, at least two."""
     return max(2, math.ceil(2 * cache / tensor))
 
 

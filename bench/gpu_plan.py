@@ -9,7 +9,7 @@ from bn_ext._C import LaunchPlan, launch_plan
 
 Case = tuple[str, str, str, str]  # shape, layout, dtype, block
 
-# Words of a GPU's name, and the limits that they stand for.
+# Words in a GPU's name, and the named limits for it.
 LIMITS = {
     "h100": "h100",
     "h200": "h100",
@@ -60,5 +60,5 @@ def on_chip(plans: list[LaunchPlan]) -> bool:
 
 
 def in_words(plan: LaunchPlan) -> str:
-    """How the launch is laid out, as short as a table needs it: blocks are counted by team."""
+    """The layout of a launch in a few words, for a table. Blocks are counted by team."""
     return f"{plan.strategy}, {plan.team}, {plan.teams} x {plan.team_blocks} blocks, slabs: {plan.slabs}"

@@ -61,7 +61,7 @@ def _heads(results: Results) -> dict[str, str]:
 
 
 def _cell(results: Results, name: str, where: dict[str, Any]) -> str:
-    """The figures of all dtypes; one of a problem that does not fit on chip stands in brackets."""
+    """The figures of all dtypes, in brackets for a problem that does not fit on chip."""
     field, written = FIGURES[name]
     cells = []
     for dtype in results.values("dtype"):
@@ -198,7 +198,7 @@ def picture(results: Results, path: Path) -> None:
 
 
 def merged(files: Iterable[Path]) -> dict[str, Any]:
-    """The data of all files; of a case that several have, that with the most peers."""
+    """The data of all files. Of a case that is in several, the data with the most peers."""
     data: dict[str, Any] = {}
     cases: dict[tuple[str, ...], list[Row]] = {}
     for file in files:

@@ -1,4 +1,4 @@
-"""What becomes of memory that is freed. malloc reads it from the environment, and only when a process starts.
+"""What malloc does with freed memory. It reads its settings from the environment, when a process starts.
 
 By default large tensors go back to the system, and fresh ones come as pages that fault one by one: that is how users
 run. With the heap kept, the kernels are compared and not the page faults.
@@ -30,7 +30,7 @@ def chosen(arguments: Sequence[str]) -> str:
 
 
 def restart(heap: str) -> None:
-    """Starts this process over with the variables of ``heap``, and no others of malloc's, unless it was started so."""
+    """Restarts this process with the variables of ``heap`` and no others of malloc's, unless it was started so."""
     if os.environ.get(GUARD) != heap:
         others = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**others, **VARIABLES[heap], GUARD: heap})

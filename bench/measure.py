@@ -44,12 +44,12 @@ def refusal(error: Exception) -> Row:
 
 
 def build(problem: Problem, names: Iterable[str]) -> dict[str, Peer | Row]:
-    """The peers by name, or why they are not there. The baseline comes first: its errors judge the others'."""
+    """The peers by name, or why they are missing. The baseline comes first: its errors are the others' bound."""
     built: dict[str, Peer | Row] = {}
     for name in dict.fromkeys((BASELINE, OURS, *names)):
         try:
             built[name] = PEERS[name](problem)
-        except Exception as error:  # what a peer cannot do is a result too
+        except Exception as error:  # a peer that cannot run is a result too
             built[name] = refusal(error)
     return built
 
@@ -58,7 +58,7 @@ Timed = Callable[[dict[str, Callable[[], object]], float, int], tuple[dict[str, 
 
 
 def _one_by_one(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """All of them as one call, which keeps every result until the last is there: none takes the place of another."""
+    """One call that makes all calls and keeps their results to the end, so that no result reuses another's memory."""
     return calls[0] if len(calls) == 1 else lambda: [call() for call in calls]
 
 

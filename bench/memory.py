@@ -1,4 +1,4 @@
-"""What a training step of a block takes of memory, in tensors of the size of its input."""
+"""The memory that a training step of a block takes, in units of its input's size."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS = {
 
 
 class _Consumer(torch.autograd.Function):
-    """What comes after the block: keeps nothing of its output and gives it the gradient dy."""
+    """The layer after the block. It keeps nothing of the block's output and gives it the gradient dy."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, dy: Tensor) -> Tensor:

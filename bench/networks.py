@@ -20,7 +20,7 @@ def _normalized(inside: int, outside: int, kernel: int, stride: int) -> list[nn.
 
 
 class Residual(nn.Module):
-    """Convolutions of ``kernels`` between so many ``channels``, and what goes around them."""
+    """Convolutions of ``kernels`` between these ``channels``, and the branch around them."""
 
     def __init__(self, channels: Sequence[int], kernels: Sequence[int], stride: int) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Residual(nn.Module):
             layers += _normalized(*ends, kernel, stride if number == kernels.index(3) else 1)
             layers.append(nn.ReLU(inplace=True))
         self.layers = nn.Sequential(*layers[:-1])
-        # As good as absent at first, as is usual; else rounding to bfloat16 alone would turn the gradients around.
+        # Nearly zero at first, as is usual. Otherwise rounding to bfloat16 alone could reverse gradients.
         nn.init.constant_(layers[-2].weight, 0.1)  # type: ignore[arg-type]
         around = stride == 1 and channels[0] == channels[-1]
         self.shortcut = nn.Sequential(*([] if around else _normalized(channels[0], channels[-1], 1, stride)))

@@ -1,4 +1,4 @@
-"""Who is measured: bn_ext, and what torch itself can run in its place."""
+"""The implementations that are measured: bn_ext, and those of torch."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def ours(problem: Problem) -> Peer:
 
 
 def torchs(problem: Problem) -> Peer:
-    """torch's module, and a call for each thing that follows it."""
+    """torch's module, and one call each for the addition and the activation after it."""
     peer = modules(torch.nn, problem)
     if problem.block == "bn":
         return peer
@@ -179,7 +179,7 @@ def set_inductor(cached: bool, backward_repeats: bool, workers: int = 1) -> None
 
 def inductor(problem: Problem) -> Peer:
     """``torch.compile`` of the function alone, for this shape and, on the CPU, this number of threads."""
-    # On the CPU the code depends on the number of threads; workers would stay beside the measurement.
+    # On the CPU the code depends on the number of threads. Compile workers would go on beside the measurement.
     set_inductor(cached=problem.input.is_cuda, backward_repeats=True)
     train, evaluate = (
         torch.compile(_function(problem, training), fullgraph=True, dynamic=False) for training in (True, False)

@@ -15,8 +15,8 @@ SHAPES = RESNET + SMALL
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The least a pass must move, in reads and writes of the whole tensor, a bit an element aside that says where ReLU let
-# through a sum. A copy moves two.
+# The least a pass must move, in reads and writes of the whole tensor; the mask of a ReLU after an addition, one bit per
+# element, is not counted. A copy moves two.
 _ONE_INPUT = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
 LEAST_MOVES = {
     "bn": _ONE_INPUT,
@@ -75,7 +75,7 @@ class Problem:
         self.running_mean, self.running_var = normal(), uniform()
         self.others = [(inputs(), tensor()) for _ in range(sets - 1)]
         if self.relu:
-            # Whether ReLU lets through what is next to zero is a matter of rounding: no gradient shall depend on it.
+            # Next to zero, rounding decides on the branch of ReLU: no gradient shall depend on it.
             before = self._before_relu(*reference.statistics(self.input))
             self.dy[before.abs() < 4 * torch.finfo(self.dy.dtype).eps * before.abs().max()] = 0
 

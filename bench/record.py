@@ -1,4 +1,4 @@
-"""What every measurement shares: its choices on the command line, what was measured with what, the data file."""
+"""What all measurements share: options of the command line, versions, the data file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PARTIAL = ROOT / "build" / "bench.json"  # part of a grid does not replace the r
 
 
 def output(*command: str) -> str:
-    """What the command prints; nothing where it fails."""
+    """The output of a command; empty if it fails."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -35,7 +35,7 @@ def output(*command: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What was measured with what; a commit with uncommitted changes to the code is marked as dirty."""
+    """The versions of the software. A commit with uncommitted changes to the code is marked as dirty."""
     sources = ("bn_ext", "csrc", "setup.py", "bench", ":!bench/results", ":!bench/RESULTS.md")
     dirty = "-dirty" if output("git", "status", "--porcelain", "--", *sources) else ""
     commit = output("git", "rev-parse", "--short", "HEAD")
@@ -54,7 +54,7 @@ WHOLE_GRID = "the record in bench/results if this is the whole grid"
 def parser(
     prog: str, doc: str | None, grid: dict[str, Any], rounds: int, out: str = WHOLE_GRID
 ) -> argparse.ArgumentParser:
-    """The choices that there are for every device, of which none is made yet; ``out`` says where the data go."""
+    """The options for every device, without defaults; ``out`` is the data file."""
     made = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--sections", nargs="+", choices=grid["sections"], help="default: all")
     made.add_argument("--blocks", nargs="+", choices=BLOCKS)
@@ -72,7 +72,7 @@ def parser(
 def settle(
     options: argparse.Namespace, grid: dict[str, Any], defaults: dict[str, Any], record: Path
 ) -> argparse.Namespace:
-    """Fills in what was not chosen, and where the data go."""
+    """Fills in defaults, and the data file."""
     options.chosen = {name for name in grid if getattr(options, name) is not None}
     for name, value in defaults.items():
         if getattr(options, name) is None:
@@ -84,7 +84,7 @@ def settle(
 
 
 def line(rows: list[Row]) -> str:
-    """One case for whoever watches."""
+    """A line about one case, to be printed as it is measured."""
     case = " ".join(str(value) for _, value in takewhile(lambda field: field[0] != "peer", rows[0].items()))
     return f"{case}: {', '.join(map(_figure, rows))}"
 
@@ -112,7 +112,7 @@ def collect(sections: Iterable[Iterable[list[Row]]], data: dict[str, Any], path:
 
 
 def write(path: Path, data: dict[str, Any]) -> None:
-    """JSON with one row a line, four digits a figure. Whoever is ended meanwhile leaves the file as it was."""
+    """Writes JSON: one row per line, four digits per figure. If the process is ended meanwhile, the file stays."""
 
     def short(value: Any) -> Any:
         return float(f"{value:.4g}") if isinstance(value, float) else value

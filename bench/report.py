@@ -1,4 +1,4 @@
-"""The recorded measurement as a table, as a picture, and against what was to be reached.
+"""The recorded measurement as a table, as a picture, and beside its targets.
 
 python -m bench.report                           prints the table, draws bench/results/cpu.png
 python -m bench.report --page bench/RESULTS.md   puts the table between the two bench marks of that file
@@ -55,7 +55,7 @@ class Results:
 
 
 def place(row: Row) -> str:
-    """Shape and layout as the reader calls them."""
+    """Shape and layout, in the words of readers."""
     return f"{row['shape'].replace('x', '×')} {LAYOUT_NAMES[row['layout']] if row['shape'].count('x') == 3 else 'NC'}"
 
 
@@ -84,7 +84,7 @@ def _heads(passes: Iterable[str]) -> list[str]:
 
 
 def _best_other(results: Results, **case: Any) -> str:
-    """Who else is fastest on forward and backward together."""
+    """The fastest of the other peers on forward and backward together."""
     rows = [r for r in results.select(**case, **{"pass": "both"}) if r["peer"] not in (OURS, BASELINE, COPY)]
     best = max((r for r in rows if "speedup" in r), key=lambda r: r["speedup"], default=None)
     return f"{best['peer']} {best['speedup']:.2f}×" if best else "–"
@@ -168,7 +168,7 @@ def training_table(results: Results) -> str:
 
 
 def memory_and_training(results: Results) -> str:
-    """What was measured of the two."""
+    """The lines about memory and training, if they were measured."""
     parts = []
     if results.select(**{"pass": memory.PASS}):
         parts.append(memory_line(results))
@@ -192,7 +192,7 @@ def headline(results: Results) -> dict[str, Any]:
 
 
 def table(results: Results) -> str:
-    """What bench/RESULTS.md says."""
+    """The text of bench/RESULTS.md."""
     machine, versions = results.machine, results.versions
     shown = headline(results)
     return f"""\

@@ -1,9 +1,9 @@
-"""Bytes that went to and from a GPU's memory, beside those that the plans count.
+"""Bytes that kernels moved to and from a GPU's memory, beside the bytes that the plans count.
 
     python -m bench.traffic ncu.csv   has ncu measure a forward and a backward of every case; prints the table
     python -m bench.traffic           runs what ncu measures
 
-What the cache holds of an output when its kernel ends is not counted by ncu: up to its size a kernel may move less.
+ncu does not count what is still in the cache when a kernel ends: a kernel may move less by up to the cache's size.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class WrongResultError(Exception):
 
 
 def of_input_form(key: str) -> bool:
-    """Whether a result is like the input, and not like a parameter."""
+    """Whether a result has the form of the input, not of a parameter."""
     return key in ("output", "dx", "dresidual")
 
 
@@ -50,7 +50,7 @@ def errors(results: dict[str, Tensor], problem: Problem, name: str) -> dict[str,
 
 
 def _largest_error(got: Tensor, expected: Tensor) -> float:
-    """In slices: whole tensors in float64 would take far more memory than what is measured."""
+    """Works in slices: whole tensors in float64 would take far more memory than the measurement."""
     slices = list(zip(got.split(1), expected.split(1), strict=True)) if got.dim() > 1 else [(got, expected)]
     largest = max(float(e.abs().max()) for _, e in slices)
     worst = torch.stack([(g.double() - e).abs().max() for g, e in slices]).max()  # NaN stays NaN

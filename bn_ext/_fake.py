@@ -23,7 +23,7 @@ def _check_input(input: Tensor, activation: str | None, activation_param: float 
 
 
 def _check_values(input: Tensor, name: str, t: Tensor | None, count: int, *dtypes: torch.dtype) -> None:
-    """That ``t``, if there is one, holds ``count`` values of one of these types on the input's device."""
+    """Checks that ``t``, if there is one, holds ``count`` values of one of these types on the input's device."""
     if t is not None:
         _check(t.device == input.device, f"{name} is on {t.device} but input is on {input.device}")
         _check(t.numel() == count, f"{name} should contain {count} elements not {t.numel()}")
@@ -49,7 +49,7 @@ def _mask_bytes(input: Tensor) -> int:
 
 
 def _empty_like(input: Tensor) -> Tensor:
-    """An output for ``input``: channels last if they are and the rest is dense, else in the format torch picks."""
+    """An output for ``input``: channels last if the input is that and dense, else in the format torch picks."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if input.is_cuda:
         formats[3] = torch.preserve_format

@@ -14,7 +14,7 @@ _REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _compiled_elsewhere() -> Path | None:
-    """Another bn_ext on the path that is compiled, hidden by this one."""
+    """A compiled bn_ext elsewhere on the path, which this one hides."""
     folders = [Path(entry, "bn_ext").resolve() for entry in sys.path]
     return next((f for f in folders if f != _HERE.resolve() and (f / "_build_info.py").exists()), None)
 

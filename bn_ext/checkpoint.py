@@ -15,7 +15,7 @@ _ARGUMENTS = {a.name: a.alias_info is not None and a.alias_info.is_write for a i
 
 
 class _OnCopies(TorchFunctionMode):
-    """What the operator would write to, the running statistics and the counter, it gets as copies."""
+    """Calls the operator with copies of the tensors that it would write to: running statistics and counter."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (operator, operator.default):

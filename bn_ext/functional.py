@@ -26,18 +26,18 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def exporting() -> bool:
-    """Whether a graph is being made for others to run: it should hold standard operators."""
+    """Whether a graph is being exported: it should hold standard operators, because others run it."""
     return is_exporting() or (is_tracing() and torch.onnx.is_in_onnx_export())
 
 
 def as_tensor(residual: Any, input: Tensor) -> Any:
-    """A number to be added, as a tensor: the operator takes no other."""
+    """The residual, as a tensor if it is a number: the operator takes tensors only."""
     is_number = isinstance(residual, (int, float, SymInt, SymFloat))
     return input.new_full((), residual) if is_number else residual  # type: ignore[arg-type]
 
 
 def check(input: Any, activation: str | None, activation_param: float | None) -> None:
-    """Raises the errors that the dispatcher would give other words: it prints the values of what is no tensor."""
+    """Raises errors before the dispatcher does, which prints the values of an argument that is no tensor."""
     if not hasattr(input, "__torch_function__"):
         raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
     if activation is not None or activation_param is not None:
@@ -47,7 +47,7 @@ def check(input: Any, activation: str | None, activation_param: float | None) ->
 def finished(
     output: Tensor, residual: Tensor | None, activation: activations.Name | None, activation_param: float | None
 ) -> Tensor:
-    """What follows the normalization, in standard operators."""
+    """Adds the residual and applies the activation, by standard operators."""
     return activations.apply(output if residual is None else output + residual, activation, activation_param)
 
 

@@ -26,7 +26,7 @@ class _FusedForward(Ours, _NormBase):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
     def _traced(self, input: Any, **options: Any) -> Any:
-        """A call of this module in a graph of torch.fx, which makes leaves of torch.nn's modules only."""
+        """Records a call of this module in a torch.fx graph. torch.fx by itself does so for torch.nn's modules only."""
         given = {name: value for name, value in options.items() if value is not None}
         return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)
 
@@ -166,7 +166,7 @@ class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
 
 
 class BatchNormAct(_FusedForward):
-    """What the three classes of batch norm with an activation have in common."""
+    """The base of the three classes of batch norm with an activation."""
 
     __constants__ = [*_NormBase.__constants__, "activation", "activation_param"]  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""The problems that stand for all plans do stand for all plans."""
+"""WAYS covers every strategy and team, with one channel and with several per thread."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Problems for every way that a plan has on an H100, as small as they can be: strategy, team, lanes, several slabs."""
+"""Problems that together have every strategy and team of a plan for an H100, each as small as it can be."""
 
 from __future__ import annotations
 

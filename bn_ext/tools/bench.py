@@ -52,7 +52,7 @@ class Block(NamedTuple):
         return batch_norm(x, *norm, training, MOMENTUM, EPS, residual, self.activation)
 
     def torchs(self, x: Tensor, residual: Tensor | None, norm: Norm, training: bool) -> Tensor:
-        """As it is usually written for speed: in place where nothing is lost by it."""
+        """The block as it is usually written for speed: in place where that loses nothing."""
         y = F.batch_norm(x, *norm, training, MOMENTUM, EPS)
         if residual is not None:
             y += residual
@@ -175,7 +175,7 @@ class Problem:
         return found
 
     def _errors(self, way: Way) -> dict[str, float]:
-        """The largest error of each result, over the largest value expected; 0 for what is not there."""
+        """The largest error of each result, relative to the largest value expected; 0 for a missing result."""
         norm = (self.mean.clone(), self.var.clone(), self.weight, self.bias)
         y = way(self.x, self.residual, norm, True)
         found = dict(zip(self.leaves, torch.autograd.grad(y, list(self.leaves.values()), self.dy)))

@@ -151,7 +151,7 @@ class _Comparing:
 
 @contextmanager
 def _compiler() -> Iterator[None]:
-    """What is compiled meanwhile draws the random numbers that it would draw uncompiled, and several copies may be."""
+    """Makes compiled code draw the random numbers that eager code draws, and keeps the code of every copy."""
     from torch._dynamo import config as dynamo
     from torch._inductor import config as inductor
 

@@ -49,7 +49,7 @@ def busy(cores: set[int]) -> float | None:
 
 
 class Others:
-    """How busy other processes keep this one's cores, from the making of an object on."""
+    """How busy other processes keep this one's cores, since the object was made."""
 
     def __init__(self) -> None:
         self.cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set()

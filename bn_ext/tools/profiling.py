@@ -58,7 +58,7 @@ def _is_ours(event: Any) -> bool:
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    """Without the lines in which the profiler says on standard error, at any log level, that it starts and stops."""
+    """Suppresses the lines, on standard error at any log level, in which the profiler says that it starts and stops."""
     sys.stderr.flush()
     before = os.dup(2)
     with tempfile.TemporaryFile() as written:

@@ -75,13 +75,13 @@ def interleave(
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:
-    """The 20th, the 50th and the 80th."""
+    """The 20th, 50th and 80th percentile."""
     fifths = quantiles(values, n=5, method="inclusive")
     return fifths[0], median(values), fifths[-1]
 
 
 def ratios(samples: dict[str, list[float]], numerator: str, denominator: str) -> list[float]:
-    """Round by round."""
+    """The ratio of two calls in each round."""
     return [a / b for a, b in zip(samples[numerator], samples[denominator], strict=True)]
 
 

@@ -80,7 +80,7 @@ class Trial:
         return outputs
 
     def results(self) -> dict[str, Tensor]:
-        """Outputs, gradients and statistics of a step, each all in one, with the random numbers of any other trial."""
+        """Outputs, gradients and statistics of a step, each as one tensor. Every trial has the same random numbers."""
         with seeded(self.call.device):
             outputs = [leaf for leaf in tree_leaves(self.step()) if isinstance(leaf, Tensor)]
         parameters = [p for _, p in sorted(self.model.named_parameters())]
@@ -91,7 +91,7 @@ class Trial:
         }
 
     def memory(self) -> tuple[int | None, int]:
-        """Bytes that the forward keeps for the backward, if there is one, and the most that the step has at a time."""
+        """Bytes that the forward keeps for the backward, if there is one, and the peak of the step."""
         device = str(self.call.device)
         self.forget_gradients()  # else they would be freed meanwhile
         kept = allocated(self.loss, device)[0] if self.training else None
@@ -110,7 +110,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """The same random numbers each time, without consequences for others."""
+    """Runs a block with the same random numbers each time, and restores the random state after it."""
     state = random.getstate()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ class Judge:
             self.expected = Trial(copy.deepcopy(plain), call).results()
 
     def __call__(self, trial: Trial) -> tuple[float, str]:
-        """Of torch's trial first. The error, and what is wrong, if anything is."""
+        """The error of a trial, and what is wrong with it, or an empty string. Torch's trial has to come first."""
         found = error(trial.results(), self.expected)
         if self.torchs is None:
             self.torchs = found

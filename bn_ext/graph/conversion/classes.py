@@ -26,7 +26,7 @@ class LazyBatchNorm3d(modules.Ours, nn.LazyBatchNorm3d):
     cls_to_become = modules.BatchNorm3d  # type: ignore[assignment]
 
 
-# To these :func:`counterpart` adds.
+# :func:`counterpart` adds to these.
 _OURS: dict[type, type] = {
     nn.BatchNorm1d: modules.BatchNorm1d,
     nn.BatchNorm2d: modules.BatchNorm2d,
@@ -62,7 +62,7 @@ def _blank(original: type) -> nn.Module:
     return cls.__new__(cls)
 
 
-# By patterns of full names, so that nothing is imported: the class of ours whose forward goes before theirs.
+# The class of ours whose forward replaces theirs, by patterns of full names, so that no package is imported.
 _RECOGNIZED: dict[str, type[nn.Module]] = {
     "torch.nn.modules.batchnorm.BatchNorm1d": modules.BatchNorm1d,
     "torch.nn.modules.batchnorm.BatchNorm2d": modules.BatchNorm2d,
@@ -75,12 +75,12 @@ _RECOGNIZED: dict[str, type[nn.Module]] = {
 
 
 class _Plain:
-    """Has what every class has."""
+    """A class with the attributes that every class has."""
 
     attribute: int
 
 
-# Names that a subclass may define without computing anything else than its base.
+# Names that a subclass may define and still compute what its base computes.
 _HARMLESS = {
     *vars(_Plain),
     "__constants__",
@@ -147,7 +147,7 @@ def _recognized(cls: type) -> type[nn.Module] | None:
 
 
 def become(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Makes ``module`` one of ``cls``, parametrized as it is."""
+    """Changes the class of ``module`` to ``cls`` and keeps its parametrizations."""
     parametrized = type(module)
     if type_before_parametrizations(module) is not parametrized:
         # Parametrizing made a class for this module, but copies of the module may share it.

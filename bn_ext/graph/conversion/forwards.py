@@ -1,4 +1,4 @@
-"""The forwards that the batch norms of other libraries get, by one call of the operator each."""
+"""Forwards for the batch norms of other libraries. Each calls the operator once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bn_ext.functional import EXPORTED, exporting, finished, operator
 from bn_ext.graph.folding.layers import altered
 from bn_ext.modules import _FusedForward
 
-# By full names, so that nothing is imported: the activations that the operator has.
+# The operator's activations by the full names of modules, so that no package is imported.
 _ACTIVATIONS: dict[str, activations.Name] = {
     "torch.nn.modules.linear.Identity": "identity",
     "torch.nn.modules.activation.ReLU": "relu",
@@ -68,7 +68,7 @@ class BatchNormAct2d(WithActivation, _FusedForward):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Torchvision's: all of it buffers, normalized by the running statistics in training too."""
+    """Torchvision's batch norm of buffers only, which normalizes by the running statistics in training too."""
 
     eps: float
     weight: Tensor
@@ -106,7 +106,7 @@ class FrozenBatchNorm2d(nn.Module):
         return output
 
     def _fits(self, x: Tensor) -> bool:
-        """Whether the operator takes it: the originals' arithmetic broadcasts, promotes, is traced and exported."""
+        """Whether the operator takes ``x``. The original also broadcasts, promotes, and is traced and exported."""
         if not is_scripting():
             if isinstance(x, Proxy) or exporting():
                 return False

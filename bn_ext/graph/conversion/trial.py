@@ -1,4 +1,4 @@
-"""Whether a module computes the same once its class is another: tried on a random input."""
+"""Tries on a random input whether a module computes the same when its class is another."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bn_ext.graph.conversion.classes import Counterpart, UnlikeError, become
 
 
 class Trials:
-    """One for each class and configuration of the modules that are checked."""
+    """The trials so far: one for each class and configuration of modules."""
 
     def __init__(self) -> None:
         self.differences: dict[Hashable, str] = {}
@@ -95,7 +95,7 @@ def _random(name: str, like: Tensor) -> Tensor:
 
 
 def _outcome(module: nn.Module, training: bool, input: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Output and buffers after a call, which draws the random numbers that any other call would."""
+    """Output and buffers after a call. Every call draws the same random numbers."""
     module.train(training)
     with torch.random.fork_rng([input.device] if input.is_cuda else []):
         return module(input), list(module.buffers())

@@ -136,7 +136,7 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
 
 
 def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
-    """Folds in ``folded`` what was seen in a copy of it."""
+    """Folds in ``folded`` a pair that was seen in a copy of it."""
     path, into = watch.paths[pair.batch_norm], watch.paths[pair.owner]
     layer, norm = folded.get_submodule(into), folded.get_submodule(path)
     parameters = absorbed(pair.layer, pair.affine)
@@ -167,7 +167,7 @@ def _fold_program(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
 
 
 def _twin(model: nn.Module, own: bool = False) -> nn.Module:
-    """A copy of all modules that shares their tensors or, to be called, has its own."""
+    """A copy of all modules. It shares their tensors, or has copies of its own so that it can be called."""
     memo: dict[int, Any] = {}
     for module in model.modules():
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
@@ -180,7 +180,7 @@ def _twin(model: nn.Module, own: bool = False) -> nn.Module:
 
 
 def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
-    """The attribute for which a model cannot be copied."""
+    """The attribute that keeps a model from being copied."""
     memo |= {id(module): module for module in model.modules()}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
@@ -193,7 +193,7 @@ def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
 
 @contextmanager
 def _evaluation() -> Iterator[None]:
-    """Without gradients, compiled code or consequences for random numbers, which are the same each time."""
+    """Runs a block without gradients and compiled code, and restores the state of random numbers after it."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     pythons, numpys = random.getstate(), sys.modules.get("numpy")
     state = None if numpys is None else numpys.random.get_state()
@@ -218,7 +218,7 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], wh
 
 
 def _check(outputs: Any, expected: Any) -> None:
-    """Holds floating-point outputs to half the digits of their type, beside the largest; of others only the kind."""
+    """Compares outputs: kinds; floating-point values to half the digits of their type, relative to the largest."""
     (actual, form), (wanted, wanted_form) = (pytree.tree_flatten(each) for each in (outputs, expected))
     if form != wanted_form:
         raise AssertionError(f"fold: the folded model returns {form}, the model {wanted_form}")

@@ -1,4 +1,4 @@
-"""What fold knows: the functions of layers, the batch norms, and what a layer that takes one in computes with."""
+"""What fold knows: functions of layers, batch norms, and the parameters of a layer into which one is folded."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def batch_norm_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
 
 
 def drops_nothing(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a call is of a dropout whose output is its input, given as its first argument."""
+    """Whether a call is a dropout that returns its input, the first argument."""
     if getattr(function, "overloadpacket", function) not in _DROPOUTS or not args:
         return False
     given = {"p": 0.5, "training": True, **dict(zip(("", "p", "training"), args)), **kwargs}
@@ -136,7 +136,7 @@ def affine(module: Any) -> Affine:
 
 
 def ranks(module: nn.Module) -> tuple[int, ...]:
-    """Those of the inputs that a batch norm may take."""
+    """The ranks of the inputs that a batch norm takes."""
     if _of_others(module, _FROZEN) or _of_others(module, _WITH_ACTIVATION):
         return (4,)
     return _RANKS.get(getattr(type(module), "_check_input_dim", module), _ANY_RANK)

@@ -18,7 +18,7 @@ class _ObstacleError(Exception):
 
 
 class Nodes:
-    """The graph of a program, to be changed. The program stays as it is."""
+    """A copy of the graph of a program, in which batch norms are folded."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.original = program
@@ -121,7 +121,7 @@ class Nodes:
         layer.args = (*layer.args[:2], node, *layer.args[3:])
 
     def _take_out(self, norm: fx.Node, input: fx.Node, settings: list[Any]) -> None:
-        """A batch norm, and the tensors that nothing reads then."""
+        """Removes a batch norm, and the tensors that nothing else reads."""
         counter = str(self._name(settings[0])).removesuffix("running_mean") + "num_batches_tracked"
         unused = [*settings, *(node for node in self.graph.nodes if self._name(node) == counter)]
         self.signature.replace_all_uses(norm.name, input.name)

@@ -1,4 +1,4 @@
-"""The pairs of a layer and a batch norm that one layer can be made of."""
+"""The pairs of a layer and a batch norm that can become one layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
 
 class Judgement:
-    """Of what was seen of a model."""
+    """Decides what is folded, by what was seen of a model."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch
@@ -47,7 +47,7 @@ class Judgement:
         return pairs, reasons
 
     def _obstacles(self, module: Any, calls: list[NormCall]) -> Iterator[str]:
-        """What is against folding. Each assumes that nothing before it is."""
+        """The reasons against folding. Each assumes that those before it do not hold."""
         if module in self.watch.altered:
             yield f"this {type(module).__name__} has hooks or a forward of its own"
         if module._buffers["running_mean"] is None or module._buffers["running_var"] is None:
@@ -69,7 +69,7 @@ class Judgement:
         yield from self._obstacles_before(module, layers[0])
 
     def _obstacles_before(self, module: Any, layer: LayerCall) -> Iterator[str]:
-        """What there is about the layer that all calls of a batch norm follow."""
+        """The reasons that lie in the layer before all calls of a batch norm."""
         owner = self.places.get(id(layer.weight), (None,))[0]
         if owner is None:
             yield f"it follows {layer.name}, whose weight is computed"

@@ -1,4 +1,4 @@
-"""Traces a model by torch.fx to see which layers and batch norms it calls; of what cannot be traced, the parts."""
+"""Traces a model by torch.fx to see which layers and batch norms it calls; or its parts, if it cannot be traced."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def trace(watch: Watch) -> None:
 
 
 class _Value(Proxy):
-    """Does not pass for something else than the tensor that it may stand for."""
+    """A traced value. It stands for a tensor, and ends the trace of code that asks for its type or value."""
 
     tracer: _Tracer
 

@@ -37,7 +37,7 @@ _NOT_THE_MODELS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[
 
 @dataclass(eq=False)
 class Output:
-    """Of a call of a layer's function."""
+    """The output of a call of a layer's function."""
 
     call: LayerCall
     readers: list[Any] = field(default_factory=list)  # batch norms as modules, others by name
@@ -113,7 +113,7 @@ class Watch:
             yield
 
     def attempt(self, module: nn.Module, traced: Callable[[], Any]) -> tuple[Any] | None:
-        """What a trace of ``module`` gives. If it fails, nothing of it was seen."""
+        """The result of a trace of ``module``. A trace that fails leaves nothing behind in what was seen."""
         outputs, calls, asked = len(self.outputs), len(self.calls), self.asked
         self.asked = None
         try:
@@ -298,7 +298,7 @@ def _tell(module: nn.Module, ask: Callable[[nn.Module, str], None]) -> None:
 
 
 def _give_bias(module: nn.Module) -> None:
-    """Of zeros, if ``module`` is a layer without one, so that calls show whether they pass it on."""
+    """Gives a layer without a bias one of zeros, so that its calls show whether they pass it on."""
     if not isinstance(module, (_ConvNd, nn.Linear)) or module.bias is not None:
         return
     weight = module._parameters.get("weight")
@@ -330,7 +330,7 @@ def _place(error: BaseException) -> str:
 
 
 def _key(value: Any) -> Any:
-    """What values have in common that share memory."""
+    """A key that is the same for values that share memory."""
     if isinstance(value, Proxy):
         return value.node
     if isinstance(value, Tensor):

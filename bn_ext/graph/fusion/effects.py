@@ -1,4 +1,4 @@
-"""What the nodes of a graph that Dynamo captured touch: their memory, what they write to, what else they change."""
+"""The effects of nodes in a graph that Dynamo captured: their memory, what they write to, what else they change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def tensors(nodes: Iterable[Node]) -> list[Tensor]:
 
 
 def memory(nodes: Iterable[Node]) -> set[int]:
-    """Which memory the results of ``nodes`` lie in: a view lies in that of its base."""
+    """The memory that holds the results of ``nodes``. A view is in the memory of its base."""
     return {_storage(tensor) for tensor in tensors(nodes)}
 
 

@@ -88,7 +88,7 @@ class _Captures:
 
 
 class Fused(installed.Own):
-    """The call of one model, where torch.nn.Module.compile puts a compiled one."""
+    """The fused call of one model. It is where torch.nn.Module.compile puts a compiled call."""
 
     def __init__(self, model: nn.Module, only: str | None = None) -> None:
         super().__init__(model, "_call_impl")
@@ -154,7 +154,7 @@ class _Compile(installed.Own):
 
 
 def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | None) -> Callable[..., Any]:
-    """A backend, which Dynamo keeps forever, and which therefore does not keep the model."""
+    """A backend. Dynamo keeps it forever, so it has no reference to the model."""
 
     def fuse(module: GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
         captures.graphs += 1

@@ -1,4 +1,4 @@
-"""What fuse puts on a model: to look at and to take away, without loading the compiler."""
+"""The attributes that fuse puts on a model, to be read and removed without loading the compiler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PLACES = ("_compiled_call_impl", "__call__", "compile")
 
 
 class Own:
-    """Stands on one model in the place of a method; a copy of the model gets the method."""
+    """Replaces a method on one model. A copy of the model gets the method."""
 
     def __init__(self, model: nn.Module, method: str) -> None:
         self.model = model

@@ -94,7 +94,7 @@ class _Rewriting:
             if (same := passes_through(node) or self.plus_zero(node)) is not None:
                 self.replace(node, same)
         norms = [node for node in self.graph.nodes if _is_batch_norm(node)]
-        # The last first: of two batch norms that are added, it is the one that finds the other's output there.
+        # Last to first: if the outputs of two batch norms are added, the later one takes the other as its residual.
         fusions = [self.fuse(node) for node in reversed(norms)][::-1]
         self.graph.lint()
         self.module.recompile()
@@ -105,7 +105,7 @@ class _Rewriting:
             self.views.setdefault(place, []).append(node)
 
     def computes(self, norm: Node, last: Node) -> None:
-        """Lets ``norm`` compute what ``last`` does."""
+        """Makes ``norm`` compute the result of ``last``."""
         norm.meta["example_value"] = value(last)
         self.note(norm)
         self.replace(last, norm)
@@ -115,7 +115,7 @@ class _Rewriting:
         self.graph.erase_node(node)
 
     def plus_zero(self, node: Node) -> Node | None:
-        """The batch norm, or addition, if ``node`` adds zero to it, as sum() does, and nobody else reads it."""
+        """The batch norm or addition to which ``node`` adds zero, as sum() does, if nothing else reads it."""
         call = call_of(node)
         if call is None or call.name != "add" or len(node.all_input_nodes) != 1:
             return None
@@ -172,7 +172,7 @@ class _Rewriting:
                 raise _ObstacleError("torch lays its output out in another way")
 
     def counter(self, norm: Node, given: Mapping[str, Any]) -> Node | None:
-        """The counter of batches, for the operator to count, in the place of the call before in which torch's does."""
+        """The counter of batches. The operator increments it, and torch's call that does so before is removed."""
         mean = given.get("running_mean")
         if given["training"] is not True or not isinstance(mean, Node):
             return None
@@ -188,7 +188,7 @@ class _Rewriting:
         return None
 
     def addition(self, norm: Node) -> list[str]:
-        """Lets ``norm`` do the addition of its output, if that is what follows."""
+        """Makes ``norm`` add the residual, if an addition follows."""
         addition = reader(norm)
         call = None if addition is None else call_of(addition)
         if addition is None or call is None or call.name != "add":
@@ -210,7 +210,7 @@ class _Rewriting:
         return ["add"]
 
     def activation(self, norm: Node) -> list[str]:
-        """Lets ``norm`` do the activation that follows."""
+        """Makes ``norm`` apply the activation that follows."""
         activation = activation_of(norm)
         if activation is None:
             raise _ObstacleError(self.what_follows(norm))
@@ -240,7 +240,7 @@ class _Rewriting:
     # ------------------------------------------------------------------------------------------ what is in between
 
     def join(self, norm: Node, addition: Node, residual: Node) -> None:
-        """Leaves ``norm`` where it is, if what is added is there and stays as it is; or moves it to the addition."""
+        """Leaves ``norm`` where it is if the residual is there and does not change; else moves it to the addition."""
         passed = list(between(norm, addition))
         if not all(map(only_computes, passed)):
             raise _ObstacleError("gradient mode, autocast or a nested graph is between it and the addition")

@@ -102,7 +102,7 @@ def passes_through(node: Node) -> Node | None:
 
 
 def reader(node: Node) -> Node | None:
-    """The node that reads a result, if there is one; or that overwrites it before the others read it."""
+    """The only node that reads a result, or the first one if it overwrites the result before the others read it."""
     first = min(node.users, default=None)
     if first is None or len(node.users) == 1:
         return first
