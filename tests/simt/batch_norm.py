@@ -121,7 +121,7 @@ def empty_mask(x: Tensor) -> Tensor:
 
 
 def problem_of(x: Tensor) -> Problem:
-    """That of a tensor that is dense in one of the two layouts."""
+    """The problem of a tensor that is dense in one of the two layouts."""
     n, c, s = x.size(0), x.size(1), x[0, 0].numel()
     assert x.is_contiguous() or x.movedim(1, -1).is_contiguous()
     return Problem(not x.is_contiguous(), DTYPES.index(x.dtype), n, c, s)
@@ -136,12 +136,12 @@ def address(t: Tensor | None) -> int | None:
 
 
 def like(t: Tensor) -> Tensor:
-    """Laid out as ``t`` and full of NaN, so that what is not written shows."""
+    """A tensor laid out as ``t`` and full of NaN, so that an element that is not written shows."""
     return torch.empty_like(t).fill_(torch.nan)
 
 
 class Kernels:
-    """The backend as it is compiled for the model; files found under ``include`` take the place of its own."""
+    """The backend, compiled for the model. Files under ``include`` replace files of ``csrc``."""
 
     def __init__(self, name: str = "batch_norm", *, sanitize: bool = False, include: Sequence[Path] = ()) -> None:
         folders = [*include, ROOT / "csrc"]
@@ -158,7 +158,7 @@ class Kernels:
         self.library.configure(seed, preempt=preempt, resident_blocks=1 << 20)
 
     def launches(self) -> int:
-        """Since ``configure``."""
+        """The number of launches since ``configure``."""
         return len(self.library.launches())
 
     def plan(self, problem: Problem, work: Work, device: Device) -> str:
@@ -202,7 +202,7 @@ class Kernels:
         wanted: Sequence[bool] = (True, True, True, False),
         tail: Tail = NOTHING,
     ) -> tuple[Tensor | None, ...]:
-        """The gradients wanted, in the order of autograd: of input, weight, bias and residual."""
+        """The wanted gradients, in the order of autograd: of input, weight, bias and residual."""
         of_parameter = x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
         parameter = of_parameter if weight is None else weight
         gradients = [like(t) if w else None for t, w in zip((x, parameter, parameter, x), wanted, strict=True)]

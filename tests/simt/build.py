@@ -23,7 +23,7 @@ TORCH = Path(importlib.util.find_spec("torch").origin).parent
 MODEL = [HERE / f"{name}.cpp" for name in ("c_api", "fiber", "sanitizers", "scheduler", "shared_memory", "text")]
 FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 FLAGS += [f"-I{folder}" for folder in (HERE, ROOT / "csrc", TORCH / "include")]
-CHECKS = ["-fsanitize=alignment,null"]  # of kernels; the model stands in for the runtime library
+CHECKS = ["-fsanitize=alignment,null"]  # of kernels; sanitizers.cpp replaces the runtime library
 ADDRESSES = ["-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"]
 JOBS = 2
 
@@ -36,8 +36,8 @@ def library(
     defines: Iterable[str] = (),
     include: Iterable[Path] = (),
 ) -> Path:
-    """The shared object of ``sources`` and the model, compiled where what it is made of is newer. Headers in folders to
-    ``include`` come before those of csrc."""
+    """The shared object of ``sources`` and the model, compiled if a source or a header is newer. Headers in the folders
+    ``include`` come before the headers of csrc."""
     folders = list(include)
     flags = [*FLAGS, *(f"-D{define}" for define in defines), *(["-DBN_SIMT_SANITIZE"] if sanitize else [])]
     of_kernels = [*(f"-I{folder}" for folder in folders), *flags, *CHECKS, *(ADDRESSES if sanitize else [])]
@@ -61,7 +61,7 @@ def library(
 
 
 def folder_of(flags: list[str]) -> Path:
-    """For what is compiled with these."""
+    """The folder for objects that are compiled with these flags."""
     folder = BUILD / sha256(" ".join(flags).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -86,7 +86,7 @@ class Launch(NamedTuple):
 
 
 class Library(ctypes.CDLL):
-    """Of its functions each returns null, or an error's text, which is raised."""
+    """A library whose functions return null, or the text of an error, which is raised."""
 
     def __getattr__(self, name: str) -> Any:
         function = super().__getattr__(name)
@@ -117,8 +117,8 @@ def raise_error(result: bytes | None, *_: object) -> None:
 
 @functools.cache
 def sanitized() -> ProcessPoolExecutor:
-    """A process with AddressSanitizer, to which functions of modules are submitted. What it finds while a kernel runs
-    is that kernel's error; anywhere else it ends the process."""
+    """A process with AddressSanitizer, which runs the functions of modules that are submitted to it. An error that it
+    finds while a kernel runs is an error of that kernel; any other ends the process."""
     files = [
         subprocess.check_output(["g++", f"-print-file-name={name}"], text=True).strip()
         for name in ("libasan.so", "libstdc++.so")

@@ -1,4 +1,4 @@
-// The model's settings and its record, for ctypes.
+// The model's settings and its record of launches, for ctypes.
 
 #include "model.h"
 

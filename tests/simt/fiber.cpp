@@ -17,7 +17,7 @@
 namespace bn::simt {
 namespace {
 
-constexpr size_t kStack = 128 << 10;  // only what is touched takes memory
+constexpr size_t kStack = 128 << 10;  // only pages that are touched take memory
 constexpr size_t kGuard = 4 << 10;    // below it, so that an overflow faults
 
 Fiber* entered;
@@ -26,7 +26,7 @@ Fiber* entered;
 
 #ifdef BN_SIMT_X86_64
 
-// Saves what a called function must preserve, and goes on where the other stack did this.
+// Saves the registers that a called function must preserve, and goes on where the other stack called this.
 extern "C" void bn_simt_switch(void** from, void* to);
 asm(R"(
   .type bn_simt_switch, @function
@@ -62,7 +62,7 @@ static void prepare(Context& context, char* stack, size_t bytes, void (*function
 
 #else
 
-// setcontext() asks the kernel for the signal mask; only the first switch to a stack needs it.
+// setcontext() makes a system call for the signal mask. Only the first switch to a stack needs it.
 static void switch_context(Context& from, Context& to) {
   from.started = true;
   if (_setjmp(from.next) != 0) {

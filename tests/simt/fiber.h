@@ -10,7 +10,7 @@
 
 namespace bn::simt {
 
-// Where a stack goes on when it is switched to.
+// Where a stack that is not running goes on.
 struct Context {
 #ifdef BN_SIMT_X86_64
   void* top = nullptr;
@@ -29,7 +29,8 @@ class Fiber {
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
 
-  // The next resume() calls `function`; one that it returns in is the last. What ran before is forgotten.
+  // Makes the next resume() call `function`. The resume() in which it returns is the last. A function that is still
+  // running is dropped.
   void start(void (*function)());
   void resume();
   void suspend();
@@ -42,7 +43,7 @@ class Fiber {
   bool returned_ = true;
   Context here_;
   Context resumer_;
-  // AddressSanitizer's, of both sides.
+  // AddressSanitizer's records of both stacks.
   void* here_frames_ = nullptr;
   void* resumer_frames_ = nullptr;
   const void* resumer_stack_ = nullptr;

@@ -1,8 +1,8 @@
 #pragma once
 
-// A GPU's execution model on the CPU. Every thread of a grid is a fiber; at barriers, exchanges and atomics another one
-// goes on, in an order that a seed decides. What a GPU leaves undefined, or would wait for forever, ends the launch
-// with a std::runtime_error that names kernel, block and thread.
+// A GPU's execution model on the CPU. Every thread of a grid is a fiber. At barriers, exchanges and atomics another
+// thread goes on; a seed decides the order. Undefined behavior and endless waits end the launch with a
+// std::runtime_error that names kernel, block and thread. README.md says what is modeled and what is not.
 
 #include <cstdint>
 #include <functional>
@@ -14,10 +14,10 @@
 namespace bn::simt {
 
 struct Settings {
-  uint64_t seed = 0;                 // of the order of blocks and threads, one block lagging behind; 0: by index
-  int preempt = 0;                   // another thread goes on before one in so many accesses to shared memory; 0: none
-  int64_t resident_blocks = 132;     // that a cooperative launch may have
-  int64_t shared_bytes = 227 << 10;  // that a block may have
+  uint64_t seed = 0;                 // of the random order of threads, in which one block lags behind; 0: by index
+  int preempt = 0;                   // another thread goes on before one in `preempt` shared accesses; 0: before none
+  int64_t resident_blocks = 132;     // the most blocks of a cooperative launch
+  int64_t shared_bytes = 227 << 10;  // the most shared memory of a block
 };
 
 struct LaunchShape {
@@ -34,9 +34,9 @@ struct Launch {
 };
 
 void configure(const Settings& settings);
-const std::vector<Launch>& launches();  // since configure(), those that failed included
+const std::vector<Launch>& launches();  // since configure(), failed launches included
 
-// For C interfaces: runs `f` and returns null, or what it threw.
+// For C interfaces: runs `f` and returns null, or the message of what `f` threw.
 template <class F>
 const char* error_of(const F& f) {
   static std::string message;
@@ -51,6 +51,6 @@ const char* error_of(const F& f) {
 
 void launch(const char* kernel, const LaunchShape& shape, const std::function<void()>& thread);
 
-using Site = std::source_location;  // of a call in a kernel's source
+using Site = std::source_location;  // where a call is in a kernel's source
 
 }  // namespace bn::simt

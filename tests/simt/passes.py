@@ -1,4 +1,4 @@
-"""A forward and a backward by the kernels on the model of a GPU, and what they give; for every way through them."""
+"""A forward and a backward by the kernels on the model of a GPU, their results, and every way through the kernels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 KIB = 1024
 
-# GPUs of two multiprocessors or so, with hardly more shared memory than sums need: small tensors have to be shared.
+# Small GPUs with hardly more shared memory than sums need, so that blocks have to share small tensors.
 ROOMY = Device(8, 48 * KIB, 100 * KIB, 16)
 CLUSTERS = Device(2, 36 * KIB, 74 * KIB, 16)
 NO_CLUSTERS = Device(2, 40 * KIB, 82 * KIB, 1)
@@ -38,7 +38,7 @@ def limits_of(device: Device) -> tuple[int, ...]:
 
 
 class Pass(NamedTuple):
-    """What one forward and one backward give."""
+    """The results of one forward and one backward."""
 
     y: Tensor
     mean: Tensor
@@ -68,7 +68,7 @@ def assert_same_bits(one: Pass | Result, other: Pass | Result) -> None:
         assert a is None or torch.equal(a, b), part
 
 
-# The activations with a bit for each element that says all of z that a gradient needs.
+# The activations with two slopes, each with the branch of z: one bit per element, all that the gradient needs of z.
 BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": lambda z: z <= 0,
     "relu6": lambda z: (z <= 0) | (z >= 6),
@@ -80,7 +80,8 @@ BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
 def together(
     kernels: Kernels, device: Device, a: Arguments, mask: Tensor | None = None, wanted: Sequence[bool] | None = None
 ) -> Result:
-    """By the kernels: a forward fills the mask, if there is one, and its backward takes that for the residual."""
+    """A forward and a backward by the kernels. If there is a mask, the forward fills it, and the backward reads it in
+    place of the residual."""
     tail = Tail(a.activation or "identity", a.param, a.residual, mask)
     running = a.running_mean.clone(), a.running_var.clone()
     y, *statistics = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, tail=tail)
@@ -105,7 +106,7 @@ class Masked(NamedTuple):
 
 
 def masked(kernels: Kernels, device: Device, problem: Problem, seed: int = 0, name: str = "relu") -> Masked:
-    """With a residual and an activation."""
+    """The results with a residual and an activation."""
     kernels.configure(seed, preempt=seed % 3 * 20)
     torch.manual_seed(0)
     a = replace(problem, residual=True, activation=name).arguments("cpu")

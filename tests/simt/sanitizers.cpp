@@ -1,4 +1,4 @@
-// What the compiler's checks find in a kernel ends the launch like any other error; elsewhere, the process.
+// Errors that the compiler's checks find: in a kernel they end the launch like any other error, elsewhere the process.
 
 #include "scheduler.h"
 
@@ -13,7 +13,7 @@
 namespace bn::simt {
 namespace {
 
-// Of -fsanitize=alignment,null, whose runtime this stands in for.
+// What -fsanitize=alignment,null passes to its handler. The handler below replaces the compiler's runtime library.
 struct TypeMismatch {
   const char* file;
   uint32_t line;
@@ -36,7 +36,7 @@ extern "C" void __ubsan_handle_type_mismatch_v1(const TypeMismatch* at, uintptr_
 }
 
 #ifdef BN_SIMT_SANITIZE
-// In the middle of an access, which then goes on; so does the kernel until its next barrier.
+// Called in the middle of an access. The access goes on, and so does the kernel until its next barrier.
 void on_report(const char* report) {
   if (residents == nullptr) {
     std::abort();
@@ -52,7 +52,7 @@ void on_report(const char* report) {
       break;
     }
   }
-  std::fprintf(stderr, "%s\n", residents->where().c_str());  // for errors that nothing survives
+  std::fprintf(stderr, "%s\n", residents->where().c_str());  // in case the error ends the process
   residents->report(essence);
 }
 #endif

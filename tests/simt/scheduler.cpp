@@ -21,7 +21,7 @@ constexpr int64_t kPatience = 1 << 24;  // about a second
 Settings settings;
 std::vector<Launch> launched;
 std::mt19937_64 random_bits;
-std::vector<std::unique_ptr<Fiber>> fibers;  // of all launches: their stacks are warm
+std::vector<std::unique_ptr<Fiber>> fibers;  // kept for all launches, so that their stacks are in memory
 
 int64_t random_below(int64_t n) {
   return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(n));

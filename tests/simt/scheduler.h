@@ -12,11 +12,11 @@ constexpr int kWarp = 32;
 
 enum class Scope { Block, Cluster, Grid };
 
-using Values = const void* const*;  // of a warp
+using Values = const void* const*;  // one per lane of a warp
 
 struct Thread;
 
-// Threads that one barrier holds.
+// The threads that one barrier waits for.
 struct Group {
   std::span<Thread> threads;
   size_t arrived = 0;
@@ -42,7 +42,7 @@ struct Thread {
   Fiber* fiber;
   bool returned = false;
 
-  // What it waits at.
+  // What the thread waits for.
   const char* call = nullptr;
   Site site;
   unsigned lanes = 0;  // of an exchange
@@ -52,16 +52,16 @@ struct Thread {
   unsigned arrivals = 0;
 };
 
-// The blocks that are there at the same time, and whose turn it is.
+// The blocks that exist at the same time, and the order in which their threads run.
 class Residents {
  public:
   Residents(const Launch& launch, int64_t first_block, int64_t count, const std::function<void()>& body);
   void run();
 
-  // The rest is called by the running thread, on its own stack.
+  // The running thread calls the functions below, on its own stack.
   Thread& running() const { return *running_; }
   uint32_t time() const { return time_; }
-  bool is_ordered(const Trace& earlier) const;  // before what the thread does now
+  bool is_ordered(const Trace& earlier) const;  // whether a barrier is between it and now
   std::string name(const Trace& trace) const;
 
   void yield();
@@ -92,13 +92,13 @@ class Residents {
   std::vector<Group> groups_;
   std::vector<Thread> threads_;
   std::deque<Thread*> ready_;
-  std::deque<Thread*> late_;  // ready too, but of the block that lags behind: they go on when nobody else can
+  std::deque<Thread*> late_;  // ready threads of the block that lags behind: they go on when no other can
   const Block* lagging_ = nullptr;
-  std::vector<Thread*> counting_;  // wait for a counter
+  std::vector<Thread*> counting_;  // threads that wait for a counter
   Thread* running_ = nullptr;
   size_t returned_ = 0;
   uint32_t time_ = 0;  // barriers passed
-  int64_t patience_;   // switches left in which something else has to happen
+  int64_t patience_;   // switches left before a launch without progress is ended
   std::string error_;
 };
 

@@ -5,7 +5,7 @@
 namespace bn::simt {
 namespace {
 
-// Notes an access to a byte, and says what is wrong with it, if anything.
+// Records an access to a byte. Returns what is wrong with it, or an empty string.
 std::string note(SharedMemory::Traces& traces, const Trace& now, Access kind) {
   const auto unordered = [](const Trace& trace) { return trace && !residents->is_ordered(trace); };
   const auto race = [](const Trace& trace, const char* verb) {

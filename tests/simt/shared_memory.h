@@ -4,7 +4,7 @@
 
 namespace bn::simt {
 
-// An access by the thread of this index among the residents, when this many barriers had been passed.
+// An access: the number of the thread among the residents, and the number of barriers passed by then.
 struct Trace {
   int thread = -1;
   uint32_t time = 0;
@@ -13,11 +13,11 @@ struct Trace {
   explicit operator bool() const { return thread >= 0; }
 };
 
-// A block's shared memory and who was last at each byte.
+// A block's shared memory, and the last accesses to each byte.
 struct SharedMemory {
   explicit SharedMemory(int64_t size) : bytes(static_cast<size_t>(size)), traces(static_cast<size_t>(size)) {}
 
-  // Of readers two suffice: whoever writes is not both.
+  // Two readers are enough: a thread that writes is at most one of them.
   struct Traces {
     Trace write;
     Trace reads[2];
@@ -25,14 +25,15 @@ struct SharedMemory {
 
   std::vector<unsigned char> bytes;
   std::vector<Traces> traces;
-  Trace last_by_peer;  // a thread of another block of the cluster
+  Trace last_by_peer;  // by a thread of another block of the cluster
 };
 
 enum class Access { Read, Write };
 
 struct Block;
 
-// Of the shared memory of a block: element `index`, of `size` bytes, of the array that begins at `offset`.
+// The address, in a block's shared memory, of element `index`, of `size` bytes, of the array that begins at `offset`.
+// Fails if the access is wrong.
 void* access(Block* block, int64_t offset, int64_t index, int64_t size, Access kind, Site site);
 Block* own_block(int64_t offset, Site site);
 Block* block_of_cluster(int rank, Site site);

@@ -51,7 +51,7 @@ std::string text_of(const Thread& thread) {
   return text + text_of(thread.site);
 }
 
-// Threads by what they do, blocks by what their threads do.
+// Groups threads by what they do, and blocks by what their threads do.
 std::string text_of(const std::vector<Block>& all) {
   std::map<std::string, std::vector<int64_t>> blocks;
   for (const Block& block : all) {

@@ -2,7 +2,7 @@
 
 #include "model.h"
 
-// What errors say.
+// The words of errors.
 namespace bn::simt {
 
 struct Block;

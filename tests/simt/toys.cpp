@@ -15,7 +15,7 @@ struct Args {
   unsigned long long* sum;
 };
 
-// Of a block's threads, by exchanges and one array of shared memory.
+// The sum over a block's threads, by exchanges and one array in shared memory.
 BN_DEVICE int block_sum(int value) {
   const auto partial = shared_array<int>(0);
   for (int distance = kWarp / 2; distance > 0; distance /= 2) {
@@ -210,7 +210,8 @@ lane_not_named(Args a) {
   a.out[thread()] = a.in[threads() - 1 - thread()];
 }
 
-// Each of two blocks takes one value from the other's shared memory: with more, some always come too late.
+// Each of two blocks takes one value from the other's shared memory. If every thread took one, some would come too late
+// in any order.
 BN_DEVICE void take_from_peer(const Args& a, const Shared<int>& s) {
   const int i = block() * threads() + thread();
   a.out[i] = thread() == 0 ? s.of_block(1 - block()).read(threads() - 1) : a.in[a.n - 1 - i];
@@ -282,7 +283,7 @@ grid_barrier(Args a) {
   a.out[i] = other;
 }
 
-// The first block with the last, and so on.
+// Pairs the first block with the last one, and so on.
 template <bool kWrong>
 BN_KERNEL(1024)
 barrier_of_pairs(Args a) {

@@ -1,6 +1,6 @@
 #pragma once
 
-// csrc/cuda/gpu.h once more, for kernels that run on the CPU.
+// The functions of csrc/cuda/gpu.h, for kernels that run on the CPU.
 
 #include "../scheduler.h"
 
