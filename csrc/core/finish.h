@@ -4,11 +4,11 @@
 #include "core/normalize.h"
 #include "core/statistics.h"
 
-// What is done once for each channel, between its sums and its elements. Several may ask for the coefficients of a
-// channel; one of them `writes` what the caller gets of it.
+// The work that is done once per channel, between the reduction and the elements. Several blocks may compute the
+// coefficients of one channel; only the block with `writes` stores results for the caller.
 namespace bn {
 
-// `momentum` and `batch`, the moments of all values of the channel, are of use in training only.
+// `batch` has the moments of all values of the channel. `batch` and `momentum` are used in training only.
 template <class A>
 BN_HD Forward<A> finish_forward(
     const ForwardArgs& args, int64_t c, const Moments& batch, double momentum, bool writes) {
@@ -26,13 +26,14 @@ BN_HD Forward<A> finish_forward(
   return forward_coefficients<A>(mean, invstd, args.weight.get(c, 1), args.bias.get(c, 0));
 }
 
-// Those of the forward that a backward belongs to.
+// Recomputes the forward's coefficients of channel c for the backward.
 template <class A>
 BN_HD Forward<A> repeat_forward(const BackwardArgs& args, int64_t c) {
   return forward_coefficients<A>(args.mean[c], args.invstd[c], args.weight.get(c, 1), args.bias.get(c, 0));
 }
 
-// Of the gradient dz of what was normalized; `sum_dz_shifted` is the sum of dz * (x - shift), with the forward's shift.
+// dz is the gradient of the activation's input. `sum_dz_shifted` is the sum of dz * (x - shift), with the shift of the
+// forward.
 template <class A>
 BN_HD Backward<A> finish_backward(
     const BackwardArgs& args, int64_t c, double sum_dz, double sum_dz_shifted, bool writes) {

@@ -4,13 +4,13 @@
 
 #include <cmath>
 
-// What activations are made of, for scalars; a backend that has vectors adds a specialization for them.
+// The functions that activations are made of, for scalars. A backend with vectors adds a specialization.
 namespace bn {
 
 template <class V>
 struct Math {
   using Scalar = V;
-  using Mask = bool;  // what a comparison gives; masks combine with | and &
+  using Mask = bool;  // the result of a comparison; masks combine with | and &
 
   BN_HD static V select(bool where, V a, V b) { return where ? a : b; }
   BN_HD static V exp(V x) { return std::exp(x); }

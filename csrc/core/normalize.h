@@ -5,12 +5,12 @@
 
 #include <cstdint>
 
-// The element-wise half of a batch norm: per-channel coefficients, made in double precision, and the one
-// expression applied to every element, for scalars and for vectors of them.
+// The element-wise half of a batch norm: the coefficients of a channel, computed in double precision, and the
+// expression for each element, for scalars and for vectors.
 namespace bn {
 
-// The mean as a number of type A plus what its rounding left over. Where the scale is not finite all of it is left
-// over, so that (x - shift) * scale + offset has NaN where x * scale + (bias - mean * scale) has it.
+// The mean as the sum of a number of type A, the shift, and a rest. If the scale is not finite, the shift is 0, so that
+// (x - shift) * scale + offset is NaN exactly where x * scale + (bias - mean * scale) is.
 template <class A>
 struct SplitMean {
   A shift;
@@ -21,8 +21,8 @@ struct SplitMean {
         rest(is_finite(scale) ? finite_or_zero(mean - static_cast<double>(shift)) : mean) {}
 };
 
-// Forward: y = (x - shift) * scale + offset. x - shift is exact near the mean, so a mean far larger than
-// the deviation costs no digits.
+// Forward: y = (x - shift) * scale + offset. x - shift is exact for x near the mean, so a mean far larger than the
+// deviation costs no digits.
 template <class A>
 struct Forward {
   A shift;
@@ -42,28 +42,28 @@ BN_HD V normalize(const V& x, const V& shift, const V& scale, const V& offset) {
   return (x - shift) * scale + offset;
 }
 
-// The two sums that a backward needs of each channel; xmu = x - mean.
+// The two sums over a channel that the backward needs; xmu = x - mean.
 struct GradientSums {
   double dz = 0;
   double dz_xmu = 0;
 };
 
-// From the sum of dz * (x - shift) to that of dz * (x - mean).
+// Turns the sum of dz * (x - shift) into the sum of dz * (x - mean).
 template <class A>
 BN_HD GradientSums centred(double mean, double scale, double sum_dz, double sum_dz_shifted) {
   return {sum_dz, sum_dz_shifted - finite_or_zero(SplitMean<A>(mean, scale).rest * sum_dz)};
 }
 
-// Backward: dx = (dz + ((x - shift) * slope + offset)) * scale, shift and scale being those of the forward. With
-// constant statistics slope and offset are 0.
+// Backward: dx = (dz + ((x - shift) * slope + offset)) * scale, with the forward's shift and scale. For constant
+// statistics slope and offset are 0.
 template <class A>
 struct Backward {
   A slope;
   A offset;
 };
 
-// dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), x_hat = (x - mean) * invstd. In this
-// order, and with nothing subtracted from infinity, NaN and Inf go where torch puts them.
+// dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), x_hat = (x - mean) * invstd. The
+// order of operations, and finite_or_zero, put NaN and Inf where torch puts them.
 template <class A>
 BN_HD Backward<A> backward_coefficients(
     double mean, double invstd, double weight, double count, const GradientSums& sums) {

@@ -20,7 +20,7 @@ BN_HD constexpr int64_t divide_up(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// To the next multiple of b.
+// a, rounded up to a multiple of b.
 BN_HD constexpr int64_t round_up(int64_t a, int64_t b) {
   return divide_up(a, b) * b;
 }

@@ -5,36 +5,37 @@
 
 #include <cmath>
 
-// What a batch norm computes of each channel: moments, merged in double precision.
+// The statistics of a channel, in double precision.
 namespace bn {
 
-// Number, mean and sum of squared deviations from the mean of a set of values.
+// Count, mean and sum of squared deviations from the mean, of a set of values.
 struct Moments {
   double count = 0;
   double mean = 0;
   double m2 = 0;
 };
 
-// Moments from the sums of (x - shift) and (x - shift)^2. With the shift at the mean of as many values
-// as these, or at their own, nothing cancels: the error of m2, relative to the m2 of all of them, stays
-// a few roundings of the sums.
+// Moments from the sums of (x - shift) and (x - shift)^2. If the shift is the mean of these values, or of as many
+// others of the channel, nothing large cancels: the error of m2, relative to the m2 of the channel, is a few roundings
+// of the sums.
 BN_HD Moments shifted_moments(double count, double shift, double sum, double sum_sq) {
   const double offset = sum / count;
   const double m2 = sum_sq - sum * offset;
   return {count, shift + offset, m2 < 0 ? 0 : m2};
 }
 
-// Sums of (x - shift) and (x - shift)^2, in double precision, about another shift that is less by `delta`.
+// Sums of (x - shift) and (x - shift)^2.
 struct ShiftedSums {
   double sum;
   double sum_sq;
 };
 
+// The sums for a shift that is smaller by `delta`.
 BN_HD ShiftedSums move_shift(const ShiftedSums& s, double count, double delta) {
   return {s.sum + count * delta, s.sum_sq + delta * (2 * s.sum + count * delta)};
 }
 
-// Moments of two disjoint sets together (Chan, Golub & LeVeque 1979). An infinite mean stays infinite.
+// Moments of the union of two disjoint sets (Chan, Golub & LeVeque 1979). An infinite mean stays infinite.
 BN_HD Moments merge(const Moments& a, const Moments& b) {
   const double count = a.count + b.count;
   const double part = b.count / count;

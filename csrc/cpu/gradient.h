@@ -16,7 +16,7 @@ Functor functor_of(const Activation& activation) {
   }
 }
 
-// dz, the gradient behind the activation.
+// Computes dz, the gradient of the activation's input z.
 template <class T, class Functor>
 struct Gradient {
   static constexpr bool kActivated = !std::is_same_v<Functor, activation::Identity>;
@@ -34,11 +34,11 @@ struct Gradient {
         mask(epilogue.mask),
         functor(functor_of<Functor>(epilogue.activation)) {}
 
-  // Whether z is needed, and so x.
+  // Whether dz depends on z, and so on x.
   bool repeats_forward() const { return kActivated && mask == nullptr; }
 
-  // At a place where x has been read. An activation takes of the forward shift and scale, with which k begins, and the
-  // offset, with which it ends.
+  // dz at a place, of which x has been read. k = {shift, scale, ..., offset}: an activation needs k[0], k[1] and
+  // k[K - 1].
   template <class Place, class V, int K>
   BN_INLINE V behind(const Place& at, const V& x, const V (&k)[K]) const {
     const V g = at.read(dy);

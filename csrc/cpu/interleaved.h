@@ -4,7 +4,7 @@
 #include "cpu/lanes.h"
 
 // (n, c): the values of a position lie in a row along c, so that vectors run across channels. Rows of few
-// channels are folded: `copies` of them make one wide row whose lanes repeat the channels.
+// channels are folded: `copies` rows make one wide row, whose lanes repeat the channels.
 namespace bn::cpu {
 namespace {
 
@@ -14,10 +14,10 @@ struct Interleaved {
   static constexpr int64_t kMaxLanes = std::max(kMaxChannels, kFoldBelow* kWidth<T>) + kWidth<T>;
 
   const Tile& tile;
-  // The fewest rows that fill whole vectors: a power of two no larger than a vector.
+  // The fewest rows that fill whole vectors: a power of two, no larger than the number of lanes.
   const int64_t copies = fold(tile);
 
-  // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
+  // The sums of u and of u * w over a block, for each channel of the tile. Coefficients are per channel of the tile.
   template <class Term, int N>
   BN_NOINLINE void sums(const Extent& e,
                         const Term& term,
@@ -47,8 +47,8 @@ struct Interleaved {
     repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
   }
 
-  // f(spot, k) for every element of the tile, k being its channel's values of the first K coefficients. A copy of f, so
-  // that what it holds stays in registers: every store could change another's.
+  // Calls f(spot, k) for every element of the tile; k has the first K coefficients of the element's channel. f is
+  // passed by value, so that its captures stay in registers: a store might change captures behind a reference.
   template <int K, int N, class F>
   BN_NOINLINE void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
     static_assert(K <= N);
@@ -81,7 +81,7 @@ struct Interleaved {
     }
   }
 
-  // Visits a block's folded rows, then those left over.
+  // Visits the folded rows of a block, then the rows that are left over.
   template <class Visit>
   void for_each_part(const Extent& e, const Visit& visit) const {
     const int64_t wide = (e.n1 - e.n0) / copies;

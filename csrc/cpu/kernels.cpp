@@ -14,8 +14,8 @@
 namespace bn::cpu {
 namespace {
 
-// An array with a value for each channel of a tile. One of few is on the stack, where the compiler knows that no store
-// but its own changes it; one of many is in the scratch.
+// An array with a value for each channel of a tile. A small array is on the stack, where the compiler knows that no
+// other store changes it. A large array is in the scratch. The limit was not measured.
 template <class A, int64_t kMaxChannels>
 class ChannelArray {
  public:
@@ -31,8 +31,8 @@ class ChannelArray {
   std::conditional_t<kOnStack, A[kMaxChannels], A*> values_;
 };
 
-// Of double arrays, moments has four per channel, gradient_sums two and input_gradient none; with each, sums or map has
-// coefficients and two sums per lane.
+// The doubles that a kernel takes of the scratch. Per channel: four in moments, two in gradient_sums, none in
+// input_gradient. Per lane, in sums or map: a value of each coefficient, and in sums two sums.
 template <class Rows>
 constexpr bool kFitsScratch = [] {
   const auto bytes = [](int64_t per_channel, int64_t per_lane) {
@@ -42,11 +42,11 @@ constexpr bool kFitsScratch = [] {
 }();
 static_assert(kFitsScratch<Interleaved<double>> && kFitsScratch<Planar<double>>);
 
-// Each block is summed around the mean of the values before it, which nothing in the block can be far from
-// unless the variance is as large; the first block around the mean of its first quarter, found in a pass of its own,
-// whose squared distance from the block's mean is at most three times the block's variance. A mean within the
-// deviation from zero is no better than zero, from which distances are exact. Means are kept as distances from the
-// channel's first value: where that is like the others, no digit is lost to their common offset, and the mean of equal
+// The shift of a block is the mean of the blocks before it: if the block is far from that mean, the variance is as
+// large. The shift of the first block is the mean of its first quarter, which takes a pass of its own: the squared
+// distance of that mean from the block's mean is at most three times the block's variance. If the mean is within one
+// deviation of zero, the shift is zero, because differences from zero are exact. Means are kept as distances from the
+// channel's first value: if that value is like the others, their common offset costs no digits, and the mean of equal
 // values is exactly that value.
 template <template <class> class Rows, class T>
 void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
@@ -96,7 +96,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   }
 }
 
-// Those of a tile's first channel, and on.
+// Points to the coefficient of the tile's first channel.
 template <class T>
 const Acc<T>* of_tile(const Tile& tile, const void* coefficients) {
   return static_cast<const Acc<T>*>(coefficients) + tile.c0;

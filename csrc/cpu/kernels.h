@@ -8,20 +8,21 @@
 
 namespace bn::cpu {
 
-// The widest tile a kernel takes, by layout.
+// The most channels of a tile, by layout. Not measured.
 constexpr int64_t kMaxTile[kLayouts] = {64, 2048};
 
-// Values of an image's short planes that are handled together, so that memory is passed over in runs of kilobytes.
+// Values of an image's short planes that are handled together, so that memory is read in runs of kilobytes. Not
+// measured.
 constexpr int64_t kPlanarRun = 2048;
 
-// As many rows of lanes are added up before double precision takes over.
+// Rows of lanes that are added up in the accumulation type before double precision takes over. Not measured.
 constexpr int64_t kRowsAtOnce = 8;
 
-// Interleaved rows with fewer channels than this are read several at a time, so that vectors stay full.
+// Interleaved rows with fewer channels than this are folded, so that vectors stay full. Not measured.
 constexpr int64_t kFoldBelow = 64;
 
-// Memory for the arrays of a kernel, which a thread's stack may be too small for. It is passed by value: what a
-// function takes is free again when the function returns.
+// Memory for the arrays of a kernel, for which a thread's stack may be too small. It is passed by value, so that the
+// arrays of a function are free again when the function returns.
 class Scratch {
  public:
   static constexpr int64_t kBytes = 128 << 10;  // kernels.cpp asserts that it is enough
@@ -40,8 +41,8 @@ class Scratch {
   std::byte* next_;
 };
 
-// The channels [c0, c1) of the blocks [b0, b1). While a tile is written, memory has time to read: what lies
-// `ahead` elements further on, and comes next, is fetched meanwhile.
+// The channels [c0, c1) of the blocks [b0, b1). While a tile is written, the input `ahead` elements further on, which
+// is needed next, is prefetched.
 struct Tile {
   const Blocks& blocks;
   int64_t c0, c1;
@@ -53,15 +54,15 @@ struct Tile {
 };
 
 // The serial kernels of one instruction set for one layout, dtype and activation. Tensors are whole, contiguous in
-// their layout and of the problem's dtype; everything per channel starts at channel 0. Coefficients, an array of each,
-// are of the accumulation type: float, or double for float64.
+// their layout and of the problem's dtype. Arrays per channel start at channel 0. Coefficients are arrays of the
+// accumulation type: float, or double for float64.
 struct Kernels {
   int64_t lanes;  // of a vector
-  // mean is the distance from the channel's first value, or, where that is not finite, from 0.
+  // mean is a distance from the channel's first value, or from 0 if that value is not finite.
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
   void (*normalize)(
       const Tile&, const void* x, const Epilogue&, const Forward<const void*>&, void* y, bool bypass_cache);
-  // Of dz and dz * (x - shift). Without x, which takes no activation, only the first of the two sums.
+  // The sums of dz and of dz * (x - shift). Without an activation x may be null: only the first sum is computed then.
   void (*gradient_sums)(const Tile&,
                         const void* dy,
                         const void* x,
@@ -69,7 +70,7 @@ struct Kernels {
                         const Forward<const void*>&,
                         double* sum_dz,
                         double* sum_dz_shifted);
-  // dx and dresidual, or either. Without a slope, which constant statistics have not, dx = dz * scale.
+  // dx and dresidual, or one of them. If the slope is null, for constant statistics, dx = dz * scale.
   void (*input_gradient)(const Tile&,
                          const void* dy,
                          const void* x,

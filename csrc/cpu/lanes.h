@@ -3,12 +3,13 @@
 #include "cpu/kernels.h"
 #include "cpu/terms.h"
 
-// Rows of lanes: what interleaved channels and short planes have in common. Each row holds the same channels at the
-// same lanes, so that vectors run along rows, whatever channels they meet, and sums and coefficients stand per lane.
+// Rows of lanes: the loops for interleaved channels and for joined planes. Every row holds the same channels at the
+// same lanes. Vectors run along rows, across channels. Sums and coefficients are per lane.
 namespace bn::cpu {
 namespace {
 
-// Few enough that the first cache holds them and the hardware still sees rows in order.
+// Values that add_rows takes: few enough that the first-level cache holds them and that the hardware's prefetcher sees
+// rows in order. Not measured.
 constexpr int64_t kValuesAtOnce = 4096;
 
 struct LaneRows {
@@ -18,8 +19,8 @@ struct LaneRows {
   int64_t lanes;
 };
 
-// sum[l] += u and sum_product[l] += u * w over `rows`, vector by vector, so that sums stay in registers; the rows
-// behind them are fetched meanwhile.
+// Adds u to sum[l] and u * w to sum_product[l], over `rows`. It takes one column of vectors after the other, so that
+// sums stay in registers, and prefetches the rows that follow.
 template <class T, class Term, int K, int64_t kMaxLanes>
 void add_rows(const Term& term,
               const LaneRows& rows,
@@ -56,13 +57,13 @@ void add_rows(const Term& term,
   for (; i + kWidth<T> <= rows.lanes; i += kWidth<T>) {
     add_column(i, [ahead](int64_t at) { return WholeAndAhead<T>{at, ahead}; });
   }
-  if (const int64_t left = rows.lanes - i; left > 0) {  // the lanes behind the last are nobody's, or others'
+  if (const int64_t left = rows.lanes - i; left > 0) {  // lanes past the end may belong to other channels
     const Vec<T> mask = lane_mask<T>(left);
     add_column(i, [&](int64_t at) { return Part<T>{at, left, mask}; });
   }
 }
 
-// The same over any number of rows, some kilobytes at a time.
+// add_rows over any number of rows, some kilobytes at a time.
 template <class T, class Term, int K, int64_t kMaxLanes>
 void sum_lanes(const Term& term,
                const LaneRows& rows,
@@ -76,14 +77,14 @@ void sum_lanes(const Term& term,
   }
 }
 
-// How a map writes, beside writing as vectors come.
+// How a map writes.
 struct Writes {
-  bool aligned;   // whole vectors, at multiples of their width
-  bool streamed;  // past the cache, where whole vectors are; asks for `aligned` and tensors that are
+  bool aligned;   // whole vectors begin at multiples of their width
+  bool streamed;  // whole vectors bypass the cache; requires `aligned`, and aligned tensors
   int64_t ahead;  // Tile::ahead
 };
 
-// A vector of elements that is written at a time; what is read for it is fetched `ahead`.
+// The elements that one store of a vector writes. Reading prefetches the elements `ahead`.
 template <class T>
 struct Spot {
   int64_t i;
@@ -100,7 +101,7 @@ struct Spot {
   BN_INLINE void write(uint8_t* mask, const Vec<T>& lanes) const { write_bits(mask, i, count, bits_of<T>(lanes)); }
 };
 
-// f(spot, k) for all elements of all rows, k being the values of K coefficients, given per lane.
+// Calls f(spot, k) for all elements of all rows; k has K coefficients, which are given per lane.
 template <class T, int K, int64_t kMaxLanes, class F>
 BN_INLINE inline void map_lanes(F f, LaneRows rows, const Acc<T> (&coefficients)[K][kMaxLanes], Writes writes) {
   for (int64_t r = 0; r < rows.count; ++r) {

@@ -2,11 +2,12 @@
 
 #include "cpu/vec.h"
 
-// A mask of one bit an element, in the order of memory, and the masks of vectors.
+// Two kinds of mask, and their conversion: one bit per element, in the order of memory; a vector, all ones in a lane or
+// zero.
 namespace bn::cpu {
 namespace {
 
-// Of the lanes that are all ones.
+// Bit i is 1 if lane i is all ones.
 template <class T>
 inline uint32_t bits_of(const Vec<T>& lanes) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -32,6 +33,7 @@ inline uint32_t bits_of(const Vec<T>& lanes) {
 #endif
 }
 
+// Lane i is all ones if bit i is 1.
 template <class T>
 inline Vec<T> lanes_of(uint32_t bits) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -61,7 +63,7 @@ inline Vec<T> lanes_of(uint32_t bits) {
 
 constexpr int64_t kPair = 16;  // bits of two bytes
 
-// Those of the elements [i, i + count).
+// The bits of the elements [i, i + count).
 inline uint32_t read_bits(const uint8_t* mask, int64_t i, int64_t count) {
   if (count == kPair && i % 8 == 0) {
     uint16_t bits;
@@ -75,7 +77,8 @@ inline uint32_t read_bits(const uint8_t* mask, int64_t i, int64_t count) {
   return bits >> i % 8;
 }
 
-// To a mask that was zero. Bytes that are not wholly of these elements may be another thread's too.
+// Writes the bits of the elements [i, i + count). A byte that these elements do not fill has to be zero before; another
+// thread may set bits of it at the same time.
 inline void write_bits(uint8_t* mask, int64_t i, int64_t count, uint32_t bits) {
   if (count == kPair && i % 8 == 0) {
     const auto pair = static_cast<uint16_t>(bits);

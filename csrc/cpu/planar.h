@@ -3,8 +3,8 @@
 #include "cpu/kernels.h"
 #include "cpu/lanes.h"
 
-// (n, c, s): a channel's values lie in rows along s. Vectors run along a row, or, where rows are short, along all
-// those of an image's tile, which follow each other: each value of them is a lane then.
+// (n, c, s): the values of a channel lie in rows along s. Vectors run along a row. Short rows are joined: the rows of
+// an image's tile follow each other in memory, vectors run along all of them, and each of their values is a lane.
 namespace bn::cpu {
 namespace {
 
@@ -16,7 +16,7 @@ struct Planar {
   const Tile& tile;
   const bool joined = tile.blocks.joined;
 
-  // Per channel of the tile, the sums over a block of u and of u * w, and so its coefficients.
+  // The sums of u and of u * w over a block, for each channel of the tile. Coefficients are per channel of the tile.
   template <class Term, int N>
   void sums(const Extent& e,
             const Term& term,
@@ -30,8 +30,8 @@ struct Planar {
     repair_sums<T>(tile, e, term, coefficients, sum, sum_product);
   }
 
-  // f(spot, k) for every element of the tile, k being its channel's values of the first K coefficients. A copy of f, so
-  // that what it holds stays in registers: every store could change another's.
+  // Calls f(spot, k) for every element of the tile; k has the first K coefficients of the element's channel. f is
+  // passed by value, so that its captures stay in registers: a store might change captures behind a reference.
   template <int K, int N, class F>
   void map(const Acc<T>* const (&coefficients)[N], F f, Writes writes) const {
     static_assert(K <= N);
@@ -137,7 +137,8 @@ struct Planar {
     }
   }
 
-  // Chains of at most four additions, four of them side by side to hide their latency, end in double lanes.
+  // Chains of at most four additions end in double lanes. Four chains go side by side, to hide the latency of an
+  // addition. Neither number was measured.
   template <int K, class Term>
   static void add_row(Term term,
                       int64_t start,

@@ -4,12 +4,12 @@
 #include "cpu/gradient.h"
 #include "cpu/plan.h"
 
-// Every reduction here is a sum of u and a sum of u * w over a channel; a term says what u and w are, by K coefficients
-// of the channel: `add` for a vector of elements, `exact` for one element in double precision.
+// Every reduction adds up u and u * w over a channel. A term computes u and w with K coefficients of the channel: `add`
+// for a vector of elements, `exact` for one element in double precision.
 namespace bn::cpu {
 namespace {
 
-// Where a term reads: a whole vector at element i ...
+// A place is where a term reads. Here: a whole vector at element i.
 template <class T>
 struct Whole {
   int64_t i;
@@ -19,7 +19,7 @@ struct Whole {
   Vec<T> keep(const Vec<T>& u) const { return u; }
 };
 
-// ... that, while the line `ahead` of it is fetched ...
+// A whole vector at element i. The line `ahead` elements further on is prefetched.
 template <class T>
 struct WholeAndAhead {
   int64_t i;
@@ -33,7 +33,7 @@ struct WholeAndAhead {
   Vec<T> keep(const Vec<T>& u) const { return u; }
 };
 
-// ... or the first `count` lanes of one, of which those in the mask count.
+// The first `count` lanes of a vector at element i. `keep` clears the lanes that are not in the mask.
 template <class T>
 struct Part {
   int64_t i;
@@ -77,7 +77,7 @@ struct MomentTerm {
   }
 };
 
-// u = dz, w = x - shift; the coefficients are the forward's, of which an activation takes all.
+// u = dz, w = x - shift. The coefficients are the forward's: the shift, and with an activation scale and offset too.
 template <class T, class Functor>
 struct GradientTerm {
   static constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 1;
@@ -97,7 +97,7 @@ struct GradientTerm {
   }
 };
 
-// u = value, and no w.
+// u = value; there is no w.
 template <class T>
 struct SumTerm {
   static constexpr int kCoefficients = 1;
@@ -124,7 +124,7 @@ Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& te
   return total;
 }
 
-// Replaces the sums that overflowed a float or met NaN or Inf.
+// Replaces sums that are not finite, because a float overflowed or a value is NaN or Inf, by sums in double precision.
 template <class T, class Term>
 void repair_sums(const Tile& tile,
                  const Extent& e,

@@ -15,12 +15,12 @@
 #include <immintrin.h>
 #endif
 
-// For functions and lambdas between an innermost loop and a vector that it writes: only inlined they know whether the
-// vector is whole and where it goes, and GCC leaves off inlining what is used often.
+// For functions and lambdas between an innermost loop and the vector that it writes. Only if they are inlined does the
+// compiler know whether the vector is whole and where it is stored, and GCC stops inlining a function with many calls.
 #define BN_INLINE __attribute__((always_inline))
 
-// For the loops over rows: inlined into their callers, GCC gives them fewer registers (measured, contiguous bfloat16:
-// forward and inference 1.05 times faster apart).
+// For the loops over rows. If they are inlined into their callers, GCC gives them fewer registers (measured, contiguous
+// bfloat16: forward and inference 1.05 times faster if they are not).
 #define BN_NOINLINE __attribute__((noinline))
 
 namespace bn {
@@ -52,7 +52,7 @@ constexpr int64_t kWidth = Vec<T>::size();
 template <class T>
 constexpr bool kReduced = !std::is_same_v<T, Acc<T>>;
 
-// `count` values at p; the lanes behind them are zero.
+// Loads `count` values at p. The other lanes are zero.
 template <class T>
 inline Vec<T> load_vec(const T* p, int64_t count = kWidth<T>) {
   if constexpr (!kReduced<T>) {
@@ -96,14 +96,14 @@ inline auto narrow(const Vec<T>& v) {
 }
 #endif
 
-// Brings the line of p, which may lie outside of any tensor, into the second-level cache. As a function of its own it
-// would do nothing that GCC can see, and be left out.
+// Fetches the line of p, which may lie outside of any tensor, into the second-level cache; other levels were not
+// measured. It is inlined, because GCC drops calls of a function that has no effect it can see.
 template <class T>
 BN_INLINE inline void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
 }
 
-// The first `count` lanes to p.
+// Stores the first `count` lanes at p.
 template <class T>
 inline void store_vec(T* p, const Vec<T>& v, int64_t count = kWidth<T>) {
   if constexpr (!kReduced<T>) {
@@ -128,8 +128,8 @@ inline void store_vec(T* p, const Vec<T>& v, int64_t count = kWidth<T>) {
   }
 }
 
-// All lanes to p, past the cache: memory is written without being read first. p has to be aligned to the
-// bytes of its kWidth elements.
+// Stores all lanes at p, past the cache: memory is written without being read first. p has to be aligned to the
+// size of kWidth elements.
 template <class T>
 inline void stream_vec(T* p, const Vec<T>& v) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -160,10 +160,10 @@ inline void fence() {
 #endif
 }
 
-// write(i, count, streamed) over [0, length) in whole vectors, `start` being the index of the first. If `aligned`, they
-// begin at multiples of their width, in the tensor: at those a tensor can be streamed to and a mask has whole bytes.
-// What is left at an end is written with a whole vector too, over values that have been written already: stores in part
-// are slow (measured, 2048 x 49 float on Zen 4: 1.9 against 1.7 ms).
+// Calls write(i, count, streamed) over [0, length) for whole vectors; `start` is the index of element 0 in the tensor.
+// With `aligned`, vectors begin at multiples of their width in the tensor, so that they can be streamed, and fill whole
+// bytes of a mask. The rest at either end is written with a whole vector too, over values that are written already,
+// because partial stores are slow (measured, 2048 x 49 float on Zen 4: 1.9 against 1.7 ms).
 template <class T, class Write>
 BN_INLINE inline void write_row(int64_t start, int64_t length, bool aligned, bool streamed, const Write& write) {
   if (length < kWidth<T>) {
@@ -182,7 +182,7 @@ BN_INLINE inline void write_row(int64_t start, int64_t length, bool aligned, boo
   }
 }
 
-// All-ones in the first `count` lanes: `v & mask` drops what a short row's tail lanes hold.
+// All ones in the first `count` lanes: `v & mask` clears the lanes past the end of a row.
 template <class T>
 inline Vec<T> lane_mask(int64_t count) {
   alignas(64) Acc<T> lanes[kWidth<T>];
@@ -191,7 +191,7 @@ inline Vec<T> lane_mask(int64_t count) {
   return Vec<T>::loadu(lanes);
 }
 
-// In four chains, to hide the latency of an addition.
+// The sum, in four chains that hide the latency of an addition. The number of chains was not measured.
 inline double sum_of(const double* values, int64_t count) {
   double sums[4] = {};
   int64_t i = 0;
@@ -206,7 +206,7 @@ inline double sum_of(const double* values, int64_t count) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// A sum in double precision for every lane of a vector: where short chains of additions in the accumulation type end.
+// A sum in double precision for each lane of a vector. It adds up the results of short chains in the accumulation type.
 template <class T>
 class DoubleLanes {
  public:

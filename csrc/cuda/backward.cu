@@ -8,8 +8,8 @@
 namespace bn::cuda {
 namespace {
 
-// dz, the gradient of what was normalized, takes the place of dy as soon as it is read: summed as it is, held and
-// applied in the type of the tensors, in which the gradient of a residual is written.
+// dz, the gradient of the activation's input, replaces dy as soon as dy is read. dz is summed before it is rounded. It
+// is held and applied in the type of the tensors, in which the gradient of a residual is written.
 template <class T_, class Functor>
 class BackwardPass {
  public:
@@ -23,9 +23,10 @@ class BackwardPass {
   static constexpr const char* kName = "batch_norm_backward";
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;
   static constexpr bool kRounds = kIsAny<Functor> && !std::is_same_v<T, A>;
-  static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read where any activation is known
+  static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read by Any alone
   static constexpr bool kRefersToChannels = true;
   static constexpr int kHeld = 2;
+  // Not measured.
   static constexpr int kSumBatch = batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
   static constexpr int kApplyBatch = kSumBatch;
 
@@ -44,7 +45,7 @@ class BackwardPass {
 
   BN_DEVICE Reference reference(int64_t c) const { return repeat_forward<A>(args_, c); }
 
-  // Lanes that are not there have dz = 0.
+  // In lanes without an element dz is 0.
   template <class Batch, class CoefficientsOf>
   BN_DEVICE void prepare(Batch& batch, int u, int lanes, const CoefficientsOf& of_lane) const {
     if constexpr (!kPlain) {

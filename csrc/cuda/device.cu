@@ -16,8 +16,8 @@ int attribute(cudaDeviceAttr which, int device) {
   return value;
 }
 
-// The largest cluster of blocks with all the shared memory there is: a part of a GPU may lack room for 16, and code
-// for an older architecture, translated by the driver, knows no clusters.
+// The largest cluster of blocks that have all the shared memory there is. Some GPUs have no room for clusters of 16.
+// Code for an older architecture, which the driver translates, has no clusters.
 int max_cluster(const Limits& limits) {
   cudaFuncAttributes code;
   gpu::check(cudaFuncGetAttributes(&code, largest_block), "limits");
@@ -40,7 +40,7 @@ int max_cluster(const Limits& limits) {
     if (cudaOccupancyMaxActiveClusters(&clusters, largest_block, &config) == cudaSuccess && clusters > 0) {
       return static_cast<int>(size);
     }
-    static_cast<void>(cudaGetLastError());  // the answer was no
+    static_cast<void>(cudaGetLastError());  // clears the error: there is no such cluster
   }
   return 1;
 }

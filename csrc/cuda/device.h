@@ -4,7 +4,7 @@
 
 namespace bn::cuda {
 
-// Those of the GPU that is current, asked for once.
+// The limits of the current GPU, asked for once.
 const Limits& current_limits();
 
 }  // namespace bn::cuda

@@ -6,7 +6,7 @@
 
 namespace bn::cuda {
 
-// Division of 0 <= n < 2^31 by a divisor known beforehand: a multiplication and a shift.
+// Divides 0 <= n < 2^31 by a divisor that is known in advance, with a multiplication and a shift.
 class Divider {
  public:
   explicit Divider(uint32_t divisor) {
@@ -14,7 +14,8 @@ class Divider {
       ++shift_;
     }
     shift_ += 31;
-    // Rounded up by less than 2^(shift - 31) / divisor, which n < 2^31 cannot make whole.
+    // Rounding up adds less than 1 to the factor, and so less than n / 2^shift < 1 / divisor to the quotient: too
+    // little to reach the next whole number.
     factor_ = ((uint64_t{1} << shift_) + divisor - 1) / divisor;
   }
 

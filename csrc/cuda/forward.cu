@@ -14,10 +14,11 @@ class ForwardPass {
   using Reference = A;
   using Coefficients = Forward<A>;
   static constexpr const char* kName = "batch_norm_forward";
-  static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and no residual
+  static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and there is no residual
   static constexpr int kTensors = kPlain ? 1 : 2;
   static constexpr int kHeld = 1;
   static constexpr bool kRefersToChannels = false;
+  // Not measured.
   static constexpr int kSumBatch = sizeof(T) == 2 ? 4 : 8;
   static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
 
@@ -32,7 +33,7 @@ class ForwardPass {
   BN_DEVICE const uint8_t* applied_mask(bool) const { return nullptr; }
   BN_DEVICE bool writes() const { return true; }
 
-  // Counts the batch, once, and finds the momentum for the blocks that will write running statistics.
+  // Counts the batch once, and sets the momentum in the blocks that will write running statistics.
   BN_DEVICE void begin(const TeamSums& team) {
     momentum_ = args_.momentum;
     if (!args_.training || args_.num_batches_tracked == nullptr) {
@@ -45,7 +46,8 @@ class ForwardPass {
     }
   }
 
-  // Distances from one of the lane's own values lose no digits; of three, so that a single outlier is not it.
+  // One of the lane's own values, so that differences from it lose no digits. It is the middle one of three values, so
+  // that it is no single outlier.
   template <class Batch>
   BN_DEVICE A reference(const Batch& batch, const int (&lanes)[kSumBatch], int l) const {
     const A x = batch.tensor[0][0].get(l);
@@ -65,7 +67,7 @@ class ForwardPass {
     return there ? Factors<B>{d, d} : Factors<B>{0, 0};
   }
 
-  // From sums about the lane's reference to sums about the channel's origin.
+  // Turns sums about the lane's reference into sums about the channel's origin.
   BN_DEVICE void settle(double& sum, double& sum_sq, double count, A reference, int64_t c) const {
     const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(c));
     sum = moved.sum;
@@ -106,14 +108,14 @@ class ForwardPass {
  private:
   BN_DEVICE const T* x() const { return static_cast<const T*>(args_.x); }
 
-  // The channel's first value: in double precision its distance from the mean cancels nothing that would be felt.
+  // The channel's first value. Its distance from the mean costs no digits that matter in double precision.
   BN_DEVICE double origin(int64_t c) const {
     return finite_or_zero(static_cast<double>(static_cast<A>(x()[c * args_.problem.s])));
   }
 
-  // All that lead a team read the counter before one adds to it: each of them notes that it did in the upper bits,
-  // and the last one counts. There is room for 2^24 teams and 2^40 batches. Returns the number of batches, this one
-  // included.
+  // Returns the number of batches, this one included. The leaders of all teams have to read the counter before one of
+  // them increments it: each leader adds 1 to the upper 24 bits as it reads, and the last leader writes the new count.
+  // There is room for 2^24 teams and 2^40 batches.
   BN_DEVICE int64_t count_batch(int64_t leaders) const {
     constexpr int kCountBits = 40;
     auto* const counter = reinterpret_cast<unsigned long long*>(args_.num_batches_tracked);

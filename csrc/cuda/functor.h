@@ -9,13 +9,13 @@ namespace bn::cuda {
 template <class Functor>
 constexpr bool kIsAny = std::is_same_v<Functor, activation::Any>;
 
-// Packs that a thread applies a functor to at a time: few where each of them takes the code of all activations.
+// Packs that a thread applies a functor to at a time: one with Any, whose code holds all activations. Not measured.
 template <class Functor>
 constexpr int batch_of(int packs) {
   return kIsAny<Functor> ? 1 : packs;
 }
 
-// Calls f with the functor itself: of any, found out once for all that f does.
+// Calls f with the functor of the activation. Any is resolved once for all that f does.
 template <class Functor, class F>
 BN_HD void with_known(const Functor& functor, const F& f) {
   if constexpr (kIsAny<Functor>) {

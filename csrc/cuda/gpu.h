@@ -1,7 +1,7 @@
 #pragma once
 
-// The execution model: all that kernels and launch code know of a GPU. This is CUDA's implementation; the tests
-// put another header of this name before it on the include path, which runs a grid on the CPU (tests/simt).
+// The execution model: all that kernels and launch code know of a GPU. This is CUDA's implementation. The tests
+// replace it by tests/simt/cuda/gpu.h, which runs a grid on the CPU.
 
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
@@ -15,7 +15,7 @@
 
 namespace bn::gpu {
 
-// Where a thread is, in a grid and a block of one dimension each.
+// The indices of a thread. Grids and blocks have one dimension.
 BN_DEVICE int thread() {
   return static_cast<int>(threadIdx.x);
 }
@@ -26,8 +26,8 @@ BN_DEVICE int block() {
   return static_cast<int>(blockIdx.x);
 }
 
-// Barriers, which order every access before them to shared and global memory with every one behind, for all
-// threads of a block, of a cluster of blocks, of a cooperative grid.
+// Barriers for all threads of a block, of a cluster of blocks, of a cooperative grid. A barrier orders all accesses to
+// shared and global memory before it with all accesses after it.
 BN_DEVICE void sync_block() {
   __syncthreads();
 }
@@ -36,15 +36,15 @@ BN_DEVICE void sync_cluster() {
   __cluster_barrier_arrive();
   __cluster_barrier_wait();
 #else
-  __trap();  // no plan has clusters there
+  __trap();  // no plan has clusters on these GPUs
 #endif
 }
 BN_DEVICE void sync_grid() {
   cooperative_groups::this_grid().sync();
 }
 
-// A barrier among the blocks of a cooperative grid that share `counter`: the last of `arrivals`, counted from when it
-// was zero, lets all of them go on.
+// A barrier for the blocks of a cooperative grid that share `counter`. All of them go on when the counter, which began
+// at zero, reaches `arrivals`.
 BN_DEVICE void sync_blocks(unsigned* counter, unsigned arrivals) {
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -57,7 +57,7 @@ BN_DEVICE void sync_blocks(unsigned* counter, unsigned arrivals) {
   __syncthreads();
 }
 
-// What another block of this grid wrote before a barrier: not from this multiprocessor's cache.
+// Loads what another block of this grid wrote before a barrier. The cache of this multiprocessor may be out of date.
 template <class T>
 BN_DEVICE T load_written(const T* p) {
   return __ldcg(p);
@@ -71,7 +71,7 @@ BN_DEVICE void atomic_or(unsigned* p, unsigned bits) {
   atomicOr(p, bits);
 }
 
-// Between the threads of a warp that are named in `lanes`; all of them take part.
+// Exchanges between the threads of a warp. `lanes` names the threads that take part; all of them have to.
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 
@@ -103,7 +103,7 @@ class Shared {
   T* data_;
 };
 
-// That of this block which begins `offset` bytes into its shared memory, a multiple of 16.
+// The array of this block that begins at byte `offset`, a multiple of 16, of its shared memory.
 template <class T>
 BN_DEVICE Shared<T> shared_array(int64_t offset) {
   extern __shared__ __align__(16) unsigned char memory[];
@@ -117,12 +117,12 @@ struct LaunchShape {
   int threads;
   int64_t shared_bytes;
   int cluster;       // blocks of a cluster, or 1
-  bool cooperative;  // all blocks are there at the same time
+  bool cooperative;  // all blocks run at the same time
 };
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
-    static_cast<void>(cudaGetLastError());  // reported here, and not once more by whoever asks next
+    static_cast<void>(cudaGetLastError());  // clears it: the next call that asks shall not report it again
     throw std::runtime_error(std::string("bn_ext: ") + what + ": " + cudaGetErrorString(error));
   }
 }
@@ -131,7 +131,7 @@ inline void set_to_zero(void* memory, int64_t bytes, Stream stream) {
   check(cudaMemsetAsync(memory, 0, static_cast<size_t>(bytes), stream), "cudaMemsetAsync");
 }
 
-// Kernels may have all the shared memory there is: the same for every launch, whichever thread of the host it is from.
+// Allows a kernel all the shared memory there is. Every launch sets the same, so threads of the host cannot conflict.
 inline void allow_all_shared_memory(const void* kernel, const char* name) {
   int device = 0;
   int bytes = 0;
@@ -142,11 +142,11 @@ inline void allow_all_shared_memory(const void* kernel, const char* name) {
         name);
 }
 
-// kernel<<<...>>>(args).
+// Launches kernel(args).
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, const Args& args) {
-  constexpr int64_t kUnasked = 48 << 10;  // more shared memory than this has to be asked for
-  constexpr int kPortableCluster = 8;     // so has a larger cluster
+  constexpr int64_t kUnasked = 48 << 10;  // more shared memory needs a permission
+  constexpr int kPortableCluster = 8;     // a larger cluster needs a permission
   const auto* const symbol = reinterpret_cast<const void*>(kernel);
   if (shape.shared_bytes > kUnasked) {
     allow_all_shared_memory(symbol, name);

@@ -7,33 +7,34 @@
 #include "cuda/slab.h"
 #include "cuda/team_sums.h"
 
-// The one kernel: of each slab, read tensors and add up every channel, finish the channels, write what one expression
-// makes of every element. What stays on chip meanwhile is the plan's choice; what is added and written, the pass's:
+// The one kernel. For each slab it reads tensors and adds up every channel, finishes the channels, and computes and
+// writes every element. The plan decides what stays on chip in between. The pass decides what is added and written; it
+// has these members:
 //
-//   T, A                    of the elements, of their sums
-//   Reference               a lane's, that the factors of its elements refer to
-//   Coefficients            a channel's, that its elements are written with
-//   kTensors, kHeld         tensors that it can read; how many of the first can be held
-//   kSumBatch, kApplyBatch  packs of each that a thread reads at a time, to sum and to apply
-//   summed(j)               the j-th tensor where it is read to be summed, else null
-//   applied(j, held)        the same to be applied, of packs that are held or not
-//   summed_mask(), applied_mask(held)
+//   T, A                    the type of the elements, the type of their sums
+//   Reference               one per lane: what the factors of its elements refer to
+//   Coefficients            one per channel: what its elements are computed with
+//   kTensors, kHeld         the number of tensors that it can read; the first kHeld of them can be held
+//   kSumBatch, kApplyBatch  packs of each tensor that a thread reads at a time, to sum and to apply
+//   summed(j)               tensor j if it is read to be summed, else null
+//   applied(j, held)        tensor j if it is read to compute outputs, for packs that are held or not, else null
+//   summed_mask(), applied_mask(held)   the mask, if it is read, else null
 //   writes()                whether there are outputs
-//   begin(sums)             what has to be known before a block's first slab
-//   kRefersToChannels       whether reference(c) is of channel c, or reference(batch, lanes, l) of the first batch
-//   prepare(...)            makes of a pack that was read what is held
-//   factors<B>(...)         u and w of an element, in the type B
-//   settle(...)             turns the sums of a lane into those that all lanes of the channel can add up
-//   finish(c, sums, k)      the coefficients of channel c, k in its slab
-//   write(...)              the outputs' packs
+//   begin(sums)             is called before a block's first slab
+//   kRefersToChannels       true: reference(c), by channel c; false: reference(batch, lanes, l), by the first batch
+//   prepare(...)            replaces a pack that was read by the pack that is held
+//   factors<B>(...)         u and w of an element, in type B
+//   settle(...)             turns the sums of a lane into sums that all lanes of the channel can add up
+//   finish(c, sums, k)      the coefficients of channel c, which is number k of its slab
+//   write(...)              stores a pack of each output
 namespace bn::cuda {
 
-// What a thread reads at a time; zeros where there is no tensor or no mask.
+// The packs that a thread reads at a time. A tensor or mask that is not read gives zeros.
 template <class T, int kTensors, int kPacks>
 struct Batch {
   Pack<T> tensor[kTensors][kPacks];
   uint32_t bits[kPacks];
-  Acc<T> exact[kPacks][Pack<T>::kLanes];  // what was made of the first tensor, before it was rounded
+  Acc<T> exact[kPacks][Pack<T>::kLanes];  // prepare's result for the first tensor, before it is rounded
 };
 
 template <class Pass>
@@ -80,7 +81,7 @@ class Block {
   template <int kPacks>
   using BatchOf = Batch<T, Pass::kTensors, kPacks>;
 
-  // Of a lane of this thread's packs, which is always the same: in the slab, and of all.
+  // The channel of lane l, which is the same in all packs of this thread: its number in the slab, and in the problem.
   BN_DEVICE int lane_in_slab(const OwnSlab& slab, int l) const { return kSummed == 1 ? 0 : slab.channel(l); }
   BN_DEVICE int64_t channel_of_lane(const OwnSlab& slab, int l) const {
     return slab.first_channel() + lane_in_slab(slab, l);
@@ -101,8 +102,8 @@ class Block {
     sums_.add_up(sums);
   }
 
-  // Of all packs of this thread, in batches that are summed in the type B; some of them stay on chip. With the first
-  // batch of type A come the references.
+  // Sums all packs of this thread, in batches that are added up in type B, and writes those that are held to the tile.
+  // The first batch in type A also gives the references.
   template <class B, int kAtOnce>
   BN_DEVICE LaneSums<kSummed> sum_packs(const OwnSlab& slab, Reference (&reference)[kSummed]) const {
     constexpr bool kRefers = std::is_same_v<A, B>;
@@ -144,7 +145,7 @@ class Block {
     return sums;
   }
 
-  // References to channels are found by one thread for all, while the first batch is on its way.
+  // A reference to a channel is computed by one thread for the block, while the first batch is being loaded.
   template <int kAtOnce>
   BN_DEVICE void refer(const OwnSlab& slab,
                        const BatchOf<kAtOnce>& batch,
@@ -173,7 +174,7 @@ class Block {
     gpu::sync_block();
   }
 
-  // Backwards, from what the cache saw last to what the tile holds.
+  // Goes backwards: the last packs are still in the cache, the first ones are in the tile.
   BN_DEVICE void apply(const OwnSlab& slab) const {
     constexpr int kAtOnce = Pass::kApplyBatch;
     static_assert(Pass::kSumBatch % kAtOnce == 0, "what is read of the tile was written");
@@ -207,7 +208,7 @@ class Block {
     }
   }
 
-  // Zeros where there is no tensor.
+  // Zeros if there is no tensor.
   BN_DEVICE Pack<T> load(const T* tensor, const Place& place) const {
     return tensor == nullptr ? Pack<T>{} : load_pack(tensor + place.offset, place.lanes, g_.aligned);
   }

@@ -5,14 +5,14 @@
 
 namespace bn::cuda {
 
-// A thread's own part of a sum of u and a sum of u * w, for each lane that it sums apart, or for all of them.
+// One thread's part of the sums of u and of u * w: for each lane, or for all lanes together.
 template <int kSummed>
 struct LaneSums {
   int count = 0;  // values in each
   double sum[kSummed] = {};
   double product[kSummed] = {};
 
-  // Whether all of them are numbers that did not overflow.
+  // Whether all sums are finite.
   BN_DEVICE bool finite() const {
     bool all = true;
 #pragma unroll
@@ -29,8 +29,8 @@ struct Factors {
   A w;
 };
 
-// Adds a batch of packs, some dozens of values, summed in the type A: factors(u, l) are those of the l-th lane of the
-// u-th pack.
+// Adds a batch of packs, some dozens of values, to `total`. Within the batch sums are of type A. factors(u, l) gives
+// the factors of lane l of pack u.
 template <class A, int kBatch, int kLanes, int kSummed, class FactorsOf>
 BN_DEVICE void add_batch(const FactorsOf& factors, LaneSums<kSummed>& total) {
   A sum[kSummed] = {};

@@ -3,7 +3,7 @@
 #include "cuda/gpu.h"
 #include "cuda/slab.h"
 
-// A bit for each element: that of the l-th lane of a pack is its l-th.
+// A mask has one bit per element. Among the bits of a pack, bit l belongs to lane l.
 namespace bn::cuda {
 
 BN_DEVICE uint32_t load_bits(const uint8_t* mask, const Place& place) {
@@ -17,8 +17,8 @@ BN_DEVICE uint32_t load_bits(const uint8_t* mask, const Place& place) {
   return (low | high << 8) >> place.offset % 8;
 }
 
-// A byte of `whole_bytes` is of adjacent threads of a warp, of which all have a pack or none. Else bits are added to
-// zeros.
+// With `whole_bytes`, adjacent threads of a warp give the bits of a byte, and all or none of these threads have a pack.
+// Otherwise the mask was set to zero before, and bits are added to it.
 template <int kLanes>
 BN_DEVICE void store_bits(uint8_t* mask, uint32_t bits, const Place& place, bool whole_bytes) {
   if (place.lanes == 0) {

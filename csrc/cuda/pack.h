@@ -6,8 +6,8 @@
 
 namespace bn::cuda {
 
-// As many elements as one access moves. Those of two bytes lie in pairs in a register, as memory gives them: taken
-// apart on arrival, they would be waited for one access after the other.
+// The elements that one access to memory moves. Elements of two bytes stay in pairs, as memory delivers them: to take
+// them apart when they are loaded, a thread would wait for each load before the next.
 template <class T>
 struct alignas(kPackBytes) Pack {
   static constexpr int kLanes = kPackBytes / sizeof(T);
@@ -36,8 +36,8 @@ struct alignas(kPackBytes) Pack {
   }
 };
 
-// The first `lanes` elements at p, and 0 behind them. Where packs are not aligned it takes an access an element, which
-// the cache of the multiprocessor joins.
+// Loads the first `lanes` elements at p; the others are 0. If packs are not aligned, each element is an access, and the
+// cache of the multiprocessor combines them.
 template <class T>
 BN_DEVICE Pack<T> load_pack(const T* p, int lanes, bool aligned) {
   if (aligned && lanes == Pack<T>::kLanes) {

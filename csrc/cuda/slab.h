@@ -20,7 +20,7 @@ inline bool packs_align(const Problem& problem, const LaunchPlan& plan, std::ini
   return aligned;
 }
 
-// Where a pack lies in the tensors, and how many elements it has.
+// The position of a pack in the tensors, and its number of elements.
 struct Place {
   int64_t offset;
   int lanes;
@@ -38,15 +38,15 @@ struct Geometry {
   int channels;
   int width;
   int active;
-  int rows_at_once;  // that the active threads reach, where each stays in its column
+  int rows_at_once;  // rows that the active threads cover, if each stays in its column
   int held;
   int tensors_held;
   int team_blocks;
   Team team;
   bool aligned;
-  bool whole_bytes;  // of a mask: no byte is of packs that do not follow each other
+  bool whole_bytes;  // no row and no block's share ends within a byte of the mask
   Divider by_width;
-  Divider by_s;  // of positions in rows of several channels
+  Divider by_s;  // divides positions in rows of several channels
 
   Geometry(const Problem& problem, const LaunchPlan& plan, bool aligned)
       : c(problem.c),
@@ -70,7 +70,7 @@ struct Geometry {
         by_s(plan.per_lane() ? static_cast<uint32_t>(problem.s) : 1) {}
 };
 
-// The part of a slab that is one thread's; with `kColumn`, all of it in one column of packs.
+// One thread's part of a slab. With `kColumn` all of its packs are in one column.
 template <class T, bool kColumn>
 class Slab {
  public:
@@ -88,7 +88,7 @@ class Slab {
     start_ = row * g.row_stride + first_channel_ * g.s;
     first_ = static_cast<int>(begin - row * g.width) + t;
     if constexpr (kColumn) {
-      first_ = g.by_width.quotient(t);  // a row, as those of a column's packs follow each other
+      first_ = g.by_width.quotient(t);  // the row of the first pack
       column_ = t - first_ * g.width;
     }
   }
@@ -97,7 +97,7 @@ class Slab {
   BN_DEVICE int channels() const { return channels_; }
   BN_DEVICE int packs() const { return packs_; }
 
-  // Of the thread's i-th pack; beyond its last one there are no elements.
+  // The place of the thread's i-th pack. Beyond the last pack, a place without elements.
   BN_DEVICE Place place(int i) const {
     int row;
     int column;
@@ -115,7 +115,7 @@ class Slab {
     return {start_ + row * g_.row_stride + position, lanes};
   }
 
-  // Within the slab, of a lane of a thread that stays in its column.
+  // The number in the slab of the channel of lane l, for a thread that stays in its column.
   BN_DEVICE int channel(int l) const {
     const int channel = g_.by_s.quotient(kLanes * column_ + l);
     return channel < channels_ ? channel : channels_ - 1;

@@ -5,11 +5,11 @@
 #include "cuda/plan.h"
 #include "cuda/slab.h"
 
-// The two sums of each channel of a slab: over the lanes and threads of a block, then over the blocks of a team. All in
-// double precision and in an order that the plan alone decides.
+// Adds up the two sums of each channel of a slab: over the lanes and threads of a block, then over the blocks of a
+// team. All is in double precision, in an order that the plan alone decides.
 namespace bn::cuda {
 
-// write(k, sum over i < entries of read(k, i)) for k < channels: some adjacent lanes of a warp for each channel.
+// Calls write(k, sum over i < entries of read(k, i)) for each k < channels. Adjacent lanes of a warp share a channel.
 template <class Read, class Write>
 BN_DEVICE void sum_entries(int channels, int entries, const Read& read, const Write& write) {
   int lanes = gpu::kWarp;
@@ -32,12 +32,12 @@ BN_DEVICE void sum_entries(int channels, int entries, const Read& read, const Wr
   }
 }
 
-// The blocks that share the channels of a slab, as one of them sees it.
+// The team of blocks that share a slab, as one of its blocks sees it.
 class TeamSums {
  public:
   struct Workspace {
-    unsigned* arrivals;  // for each team
-    double* totals;      // for each team, twice, for each block and channel: two; meetings take the halves by turns
+    unsigned* arrivals;  // one per team
+    double* totals;      // [team][half][block][channel][2]; successive meetings alternate between the halves
   };
 
   BN_DEVICE TeamSums(const Geometry& g, const SharedLayout& at, const Workspace& workspace)
@@ -50,7 +50,7 @@ class TeamSums {
         arrivals_(workspace.arrivals + team_),
         exchanged_(workspace.totals + team_ * exchange_size()) {
     if (g_.team == Team::Grid && leads() && gpu::thread() == 0) {
-      *arrivals_ = 0;  // seen by the others behind the first meeting, which is the whole grid's
+      *arrivals_ = 0;  // the first meeting, of the whole grid, makes it visible to all
     }
   }
 
@@ -59,7 +59,7 @@ class TeamSums {
   BN_DEVICE int64_t team() const { return team_; }
   BN_DEVICE int64_t teams() const { return g_.teams; }
 
-  // A value that one thread finds, for all of the block.
+  // The result of find(), which one thread calls, for all threads of the block.
   template <class Find>
   BN_DEVICE double broadcast(const Find& find) const {
     if (gpu::thread() == 0) {
@@ -71,7 +71,7 @@ class TeamSums {
     return value;
   }
 
-  // The sums over all of the slab's values are then in shared memory.
+  // Leaves the sums over all values of the slab in shared memory.
   template <int kLanes>
   BN_DEVICE void add_up(const LaneSums<kLanes>& mine) {
     const bool alone = g_.team == Team::Block;
@@ -87,7 +87,7 @@ class TeamSums {
   BN_DEVICE double sum(int k) const { return sums_.read(2 * k); }
   BN_DEVICE double product(int k) const { return sums_.read(2 * k + 1); }
 
-  // No block may end while another one still reads its memory.
+  // No block may end while another block still reads its shared memory.
   BN_DEVICE void part() const {
     if (g_.team == Team::Cluster) {
       gpu::sync_cluster();
@@ -95,7 +95,7 @@ class TeamSums {
   }
 
  private:
-  // Channels that the last slab lacks get sums too, of no meaning.
+  // The last slab may have fewer channels. The sums of the missing ones are meaningless, and nothing reads them.
   template <int kLanes>
   BN_DEVICE void add_up_block(const double (&mine)[kLanes], int which, const gpu::Shared<double>& out) const {
 #pragma unroll
@@ -121,7 +121,7 @@ class TeamSums {
   BN_DEVICE void exchange(const gpu::Shared<double>& own) {
     const int sums = 2 * g_.channels;
     const auto write = [&](int k, double sum) { sums_.write(k, sum); };
-    if (g_.team == Team::Cluster) {  // meets once: a cluster has one slab
+    if (g_.team == Team::Cluster) {  // one meeting: a cluster has one slab
       gpu::sync_cluster();
       sum_entries(sums, g_.team_blocks, [&](int k, int i) { return own.of_block(i).read(k); }, write);
     } else {
