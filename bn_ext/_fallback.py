@@ -35,11 +35,11 @@ def set_warn_fallback(enabled: bool) -> None:
 
 
 def fell_back(input: Any, reason: str) -> None:
-    """Warns, if asked to. The operators call it too, for calls that C++ answers."""
+    """Warns, if warnings are enabled. The operators in C++ call it too."""
     if not _warns or torch.compiler.is_dynamo_compiling():  # a warning would break the graph
         return
     frame, level = sys._getframe(), 1
-    internal = ("bn_ext", "torch", "")  # what torch generates has no name
+    internal = ("bn_ext", "torch", "")  # code that torch generates has no name
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in internal:
         frame, level = frame.f_back, level + 1
     what = f"batch norm of {input.dtype} {tuple(input.shape)} on {input.device}"

@@ -25,7 +25,7 @@ EPS, MOMENTUM = 1e-5, 0.1
 ROUNDS = 7  # at the least
 _TIMES, _UNITS = 4, 4  # errors of torch that are allowed, and roundings besides
 TORCH, OURS, COPY = "torch", "bn_ext", "copy"
-# Those whose gradient torch can take from their result: it runs them in place with nothing kept twice.
+# Activations whose gradient torch computes from their result: in place, they keep nothing twice.
 _IN_PLACE = ("relu", "relu6", "leaky_relu", "elu")
 
 

@@ -48,7 +48,7 @@ class Counterpart(modules.Ours):
     _original: ClassVar[type[nn.Module]] = nn.Module
 
     def __repr__(self) -> str:
-        text = super().__repr__()  # some have one of their own, which does not ask for extra_repr
+        text = super().__repr__()  # some classes have a repr of their own, without extra_repr
         return text if "bn_ext" in text or not text.endswith(")") else f"{text[:-1]}, bn_ext)"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -148,7 +148,7 @@ def _fold_pair(folded: nn.Module, watch: Watch, pair: Pair) -> Fold:
             return Fold(path, "", f"the model writes to the tensors of {into} or {path}")
     layer._parameters.update(zip(pair.names, parameters, strict=True))
     remains = rest(norm, pair.layer, pair.plain, f"{into} holds {path}, folded").eval()
-    # The same object: whatever refers to it does so still.
+    # The object stays the same, so that references to it stay valid.
     norm.__class__ = type(remains)
     vars(norm).clear()
     vars(norm).update(vars(remains))

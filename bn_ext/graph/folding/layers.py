@@ -18,8 +18,8 @@ from bn_ext import activation as activations
 from bn_ext import modules
 from bn_ext.functional import finished, operator
 
-# The rank of a layer's output if its dimension 1, which a batch norm normalizes, is the one that the weight makes: a
-# linear layer takes any rank, a convolution a single example too.
+# The rank of a layer's output in which dimension 1, which a batch norm normalizes, holds the layer's channels. A linear
+# layer takes inputs of any rank, a convolution a single example too.
 _OUTPUT_RANKS = {"linear": 2, **{f"{kind}{d}d": d + 2 for kind in ("conv", "conv_transpose") for d in (1, 2, 3)}}
 _LAYERS = {getattr(place, name): name for name in _OUTPUT_RANKS for place in (F, torch.ops.aten)}
 _LAYER_ARGUMENTS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
@@ -34,7 +34,7 @@ _BATCH_NORMS = {
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout, torch.ops.aten.dropout)
 _OPTIONAL = {"weight": None, "bias": None, "training": False, "eps": 1e-5}
 
-# The ranks that batch norms take, by their check.
+# The ranks that batch norms take, by the method that checks them.
 _RANKS: dict[Any, tuple[int, ...]] = {
     nn.BatchNorm1d._check_input_dim: (2, 3),
     nn.BatchNorm2d._check_input_dim: (4,),
@@ -43,8 +43,8 @@ _RANKS: dict[Any, tuple[int, ...]] = {
 _ANY_RANK = (2, 3, 4, 5)
 _TORCHS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 _OURS = (modules.BatchNorm2d.forward, modules.BatchNormAct.forward)
-# Forwards of other packages, by the full name of the class that has them: a batch norm without statistics of its own
-# batch, and one with modules ``drop`` and ``act`` behind it.
+# Forwards of other packages, by the full name of their class: a batch norm that never uses statistics of the batch, and
+# one that is followed by the modules ``drop`` and ``act``.
 _FROZEN = re.compile(r"(torchvision\.ops|detectron2\.layers|transformers\.models|bn_ext\.graph)\..*FrozenBatchNorm2d")
 _WITH_ACTIVATION = re.compile(
     r"(timm\.layers\.norm_act|bn_ext\.graph\.[\w.]+)\._?(BatchNormAct2d|SyncBatchNormAct|FrozenBatchNormAct2d)"

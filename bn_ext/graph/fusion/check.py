@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bn_ext.graph.fusion.fused import install
 from bn_ext.graph.fusion.installed import fusions, installed
 
-# What rounding explains: so many units of the largest output, or so many times the change that comes of rounding the
-# inputs and the outputs of batch norms once more.
+# Rounding explains a difference of _UNITS units of the largest output, or of _TIMES times the change that comes from
+# rounding the inputs and the outputs of batch norms once more.
 _UNITS, _TIMES = 16, 32
 
 
@@ -165,7 +165,8 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         if on_gpus:
             torch.cuda.set_rng_state_all(on_gpus)
 
-    # In the end a backward to come finds in tensors what its forward left there: they have their versions of before.
+    # At the end tensors hold their values of before. They keep their versions too, so that a backward of an earlier
+    # forward accepts them.
     versioned = tuple(tensor for tensor in tensors if not tensor.is_inference())
     with torch.autograd._unsafe_preserve_version_counter(versioned):
         try:

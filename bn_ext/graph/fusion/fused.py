@@ -29,9 +29,9 @@ from bn_ext.graph.fusion.rewrite import Fusion, rewrite
 
 _SETTINGS = {
     "recompile_limit": 1 << 30,  # each instance of a class is captured
-    "accumulated_recompile_limit": 1 << 30,  # the same, where others captured many
-    "specialize_float": True,  # the numbers that activations take are known
-    "optimize_ddp": False,  # a graph is not cut where a bucket of gradients is full
+    "accumulated_recompile_limit": 1 << 30,  # the same, after captures of other models
+    "specialize_float": True,  # the parameters of activations are known numbers
+    "optimize_ddp": False,  # no graph is cut at the end of a bucket of gradients
     "suppress_errors": True,  # what cannot be captured runs as it is
     "skip_nnmodule_hook_guards": False,  # hooks may come and go
 }
@@ -42,7 +42,7 @@ _ADVICE = (
 
 
 class _Settings:
-    """Dynamo's settings while fused models run, in any number of threads and one within the other."""
+    """Dynamo's settings while fused models run. Calls may be nested, and in any number of threads."""
 
     def __init__(self) -> None:
         # Each thread has settings of its own in newer versions of torch; in older ones all threads share them.
@@ -67,11 +67,11 @@ class _Settings:
 
 
 _settings = _Settings()
-_MOST_CAPTURES = 64  # calls of a model that capture, after which its Python code is taken to vary without end
+_MOST_CAPTURES = 64  # calls that capture, after which the model's Python code is taken to vary without end
 _NO_MORE = f"the model runs as it is: its Python code varies without end, {_MOST_CAPTURES} calls had to be captured"
 _UNCALLED = "no call of the fused model is captured yet: call the model once"
-# Equal parts behind graph breaks share a graph, in which the first of them is named. Else the model did not call the
-# batch norm, Dynamo could not capture what did, or what did is not called by Python.
+# Why: equal parts after graph breaks share a graph, which names the first part only; or the model did not call the
+# batch norm; or Dynamo could not capture the code that calls it; or that code is not called by Python.
 _UNSEEN = "in no graph of the model, unless an equal part's stands for it"
 _numbers = itertools.count()
 
@@ -163,10 +163,10 @@ def _backend(model: weakref.ref[nn.Module], captures: _Captures, only: str | Non
         names = {} if owner is None else {str(id(part)): path for path, part in owner.named_modules()}
         try:
             found = Counter(rewrite(module, names, only))
-        except Exception as error:  # Dynamo keeps it to itself, and runs what was captured as it is
+        except Exception as error:  # Dynamo suppresses it, and runs the captured code as it is
             captures.error = captures.error or error
             raise
-        captures.fusions.update(found - captures.fusions)  # not what was found when the same was captured before
+        captures.fusions.update(found - captures.fusions)  # without those of earlier captures of the same code
         return run(module, inputs)
 
     fuse.fuses = True  # type: ignore[attr-defined]

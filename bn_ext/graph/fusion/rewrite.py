@@ -77,16 +77,16 @@ class _Rewriting:
         self.graph = module.graph
         self.names = names
         self.only = only
-        self.views: dict[int, list[Node]] = {}  # of each piece of memory, all results that lie in it
+        self.views: dict[int, list[Node]] = {}  # for each piece of memory, all results that lie in it
         for node in self.graph.nodes:
             self.note(node)
-        # Those that a caller may write to after the call.
+        # The inputs that a caller may write to after the call.
         self.inputs = [
             node
             for node in self.graph.find_nodes(op="placeholder")
             if isinstance(given := value(node), torch.Tensor) and not isinstance(given, torch.nn.Parameter)
         ]
-        # Those that may be views of other inputs: all but the buffers of modules, by Dynamo's names.
+        # The inputs that may be views of other inputs: all but buffers of modules, by Dynamo's names.
         self.arguments = [node for node in self.inputs if "_buffers_" not in node.name]
 
     def run(self) -> list[Fusion]:
