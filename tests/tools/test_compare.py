@@ -6,6 +6,7 @@ import copy
 import math
 import subprocess
 import sys
+import time
 import warnings
 
 import pytest
@@ -52,9 +53,22 @@ def test_a_training_step() -> None:
 
 
 def test_inference_keeps_nothing_for_a_backward() -> None:
-    found = compare(network(), X, training=False)
+    model = network()
+    found = compare(model, X, training=False)
+    assert model.training and model[1].training
     assert "inference" in found.title and all(row.kept is None and row.peak > 0 for row in found.rows)
     assert "kept for backward" not in str(found)
+
+
+def test_a_slower_way_is_below_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            time.sleep(0.02)
+            return super().forward(x)
+
+    monkeypatch.setattr(module, "convert", lambda model: Slow(*model))
+    found = compare(nn.Sequential(nn.BatchNorm2d(3)), X)
+    assert found.rows[1].speedup[1] < 0.9 and found.rows[1].seconds > 0.02
 
 
 def test_memory_is_counted() -> None:
