@@ -7,23 +7,28 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
+from bn_ext import activation as activations
+from bn_ext.functional import finished
 from bn_ext.graph.arguments import check_model
 from bn_ext.graph.conversion.classes import is_batch_norm, is_ours
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.graph.report import report
-from bn_ext.tools.comparison import COMPILED, COMPILED_OURS, CONVERTED, FUSED, TORCH, Comparison, Row
+from bn_ext.modules import _FusedForward
+from bn_ext.tools.comparison import COMPILED, COMPILED_OURS, CONVERTED, FUSED, TORCH, WITHOUT, Comparison, Row
+from bn_ext.tools.judge import Judge
 from bn_ext.tools.machine import Others, described, name_of, where
 from bn_ext.tools.timing import interleave, percentiles, ratios, sampler
-from bn_ext.tools.trial import Call, Judge, Loss, Trial, mean_square, seeded
+from bn_ext.tools.trial import Call, Loss, Trial, mean_square, seeded
 
 ROUNDS = 7  # at the least
 
@@ -43,13 +48,13 @@ def compare(
 
     In training a step is forward, loss and backward, without an optimizer; in evaluation it is the forward without
     gradients. Before anything is timed, outputs, gradients and running statistics of one step are compared with the
-    same model's in float64: a way whose error is larger than torch's own explains is reported and not timed. All ways
-    run on copies of ``model`` and on threads, device, dtype and layout as they are. Modules of ours in ``model`` are
-    torch's in the first row, but for :class:`bn_ext.BatchNormAct2d` and its kin, which torch has no class for.
+    same model's in float64, tensor by tensor: a way whose error is larger than torch's own explains is reported and not
+    timed. All ways run on copies of ``model`` and its inputs, and on threads, device, dtype and layout as they are. In
+    the first row modules of ours run on torch's operators.
 
     Args:
         model: any module that can be copied.
-        args, kwargs: its inputs; positional ones and keywords.
+        args, kwargs: its inputs; positional ones and keywords, but for those named below.
         loss: of the outputs, in training; the mean square of every floating-point output unless given.
         training: the mode of all modules, as by ``model.train(training)``; as they are unless given.
         autocast: run under :class:`torch.autocast` with this dtype.
@@ -65,7 +70,7 @@ def compare(
 
     Raises:
         TypeError: ``model`` is no module, or returns no floating-point tensor and there is no ``loss``.
-        ValueError: a module is lazy and not initialized.
+        ValueError: a module is lazy and not initialized, or nothing needs a gradient in training.
         Exception: whatever the plain model raises.
 
     Example:
@@ -78,10 +83,11 @@ def compare(
     model = copy.deepcopy(getattr(model, "_orig_mod", model))  # what torch.compile returns holds the model
     if training is not None:
         model.train(training)
-    tensors = [t for t in (*model.parameters(), *tree_leaves((args, kwargs))) if isinstance(t, Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
-    call = Call(args, kwargs, loss or mean_square, autocast, device)
-    with seeded(device), _compiler() if compile else nullcontext(), _Progress() as progress:
+    call = Call(args, kwargs, loss or mean_square, autocast, torch.device("cpu"))
+    tensors = [*model.parameters(), *call.inputs()]
+    call = call._replace(device=tensors[0].device if tensors else call.device)
+    settings = _compiler() if compile else nullcontext()
+    with torch.inference_mode(False), seeded(call.device), settings, _Progress() as progress:
         return _Comparing(model, call, progress).run(compile, seconds)
 
 
@@ -93,20 +99,22 @@ class _Comparing:
 
     def run(self, compile: bool, seconds: float) -> Comparison:
         self.progress("running the model in float64")
-        self.judge = Judge(revert(copy.deepcopy(self.model)), self.call)
-        ways: dict[str, Callable[[nn.Module], nn.Module]] = {TORCH: revert, CONVERTED: _converted, FUSED: _fused}
+        self.judge = Judge(_by_torch(copy.deepcopy(self.model)), self.call)
+        ways: dict[str, Callable[[nn.Module], nn.Module]] = {TORCH: _by_torch, CONVERTED: _converted, FUSED: _fused}
         if compile:
             ways |= {COMPILED: _compiled, COMPILED_OURS: _compiled_with_ours}
         for name, prepare in ways.items():
             self.progress(f"checking {name}")
             self.comparison.rows.append(self.checked(name, prepare))
+        if any(map(is_batch_norm, self.model.modules())):
+            self.comparison.rows.append(self.without_batch_norm())
         others = Others()
         samples = self.timed(seconds)
         noise = others.notes()
         self.comparison.bound = self.bound(samples)
         notes = self.comparison.notes
         if self.comparison.bound is None:
-            notes.append("It calls no batch norm of ours: there is nothing to gain.")
+            notes.append("No batch norm was found in it: there is nothing to gain.")
         if self.judge.note:
             notes.append(self.judge.note)
         if compile and {COMPILED, COMPILED_OURS} <= samples.keys():
@@ -119,7 +127,8 @@ class _Comparing:
         row = Row(name)
         try:
             trial = Trial(prepare(copy.deepcopy(self.model)), self.call)
-            row.error, row.failure = self.judge(trial)
+            results = trial.results()
+            row.error, row.failure = self.judge.error(results), self.judge.fault(results)
             row.remark = _remark(name, trial.model)
             row.kept, row.peak = trial.memory()
         except Exception as failure:
@@ -129,6 +138,19 @@ class _Comparing:
         if not row.failure:
             self.trials[name] = trial
         return row
+
+    def without_batch_norm(self) -> Row:
+        """What is left of the model's step if its batch norms do nothing. Its results are of no account."""
+        model = _by_torch(copy.deepcopy(self.model))
+        for module in filter(is_batch_norm, model.modules()):
+            module.forward = _first  # type: ignore[method-assign]
+        self.trials[WITHOUT] = Trial(model, self.call)
+        try:
+            self.trials[WITHOUT].step()
+        except Exception as failure:
+            del self.trials[WITHOUT]
+            return Row(WITHOUT, failure=f"does not run: {type(failure).__name__}", counts=False)
+        return Row(WITHOUT, "batch norms give what they get: other results", counts=False)
 
     def timed(self, seconds: float) -> dict[str, list[float]]:
         self.progress(f"timing, {seconds:.0f} s or longer")
@@ -143,10 +165,41 @@ class _Comparing:
         return samples
 
     def bound(self, samples: dict[str, list[float]]) -> float | None:
-        """The speed-up if our operators took no time; None if none is called."""
-        shares = {name: self.trials[name].share_of_ours() for name in (CONVERTED, FUSED) if name in self.trials}
-        bounds = [median(ratios(samples, TORCH, name)) / (1 - share) for name, share in shares.items() if share]
+        """About the speed-up that a batch norm without any cost would give; None if there is no batch norm.
+
+        The largest of three estimates: the step without our operators' share, torch's step less the time of our
+        operators, and the step whose batch norms do nothing.
+        """
+        bounds = [median(ratios(samples, TORCH, WITHOUT))] if WITHOUT in samples else []
+        for name in {CONVERTED, FUSED} & samples.keys():
+            share, speedup = self.trials[name].share_of_ours(), median(ratios(samples, TORCH, name))
+            if share:
+                bounds += [speedup / (1 - share), *[1 / (1 - share / speedup)] * (share < speedup)]
         return max(1.0, *bounds) if bounds else None
+
+
+def _first(input: Any, *_: Any, **__: Any) -> Any:
+    return input
+
+
+def _by_torch(model: nn.Module) -> nn.Module:
+    """With torch's classes, or torch's operators in the calls of ours that torch's classes have no arguments for."""
+    for module in model.modules():
+        if isinstance(module, _FusedForward) and type(module).__module__ == _FusedForward.__module__:
+            module.forward = partial(_separately, module)  # type: ignore[method-assign]
+    return revert(model)
+
+
+def _separately(
+    module: nn.Module,
+    input: Tensor,
+    residual: Tensor | None = None,
+    activation: activations.Name | None = None,
+    activation_param: float | None = None,
+) -> Tensor:
+    activation = getattr(module, "activation", activation)
+    activation_param = getattr(module, "activation_param", activation_param)
+    return finished(_BatchNorm.forward(module, input), residual, activation, activation_param)  # type: ignore[arg-type]
 
 
 @contextmanager
@@ -183,16 +236,17 @@ def _compiled_with_ours(model: nn.Module) -> nn.Module:
 def _remark(name: str, model: nn.Module) -> str:
     if name == CONVERTED:
         norms = [module for module in model.modules() if is_batch_norm(module)]
-        return f"{sum(map(is_ours, norms))} of {len(norms)} batch norms converted"
+        return f"{sum(map(is_ours, norms))} of {len(norms)} batch norms converted" if norms else ""
     if name == FUSED:
-        rows = report(model).rows
-        return f"{sum(bool(row.fused) for row in rows)} of {len(rows)} batch norms fused with what follows"
+        rows = [row for row in report(model).rows if not row.runs_on.startswith("folded")]
+        return (
+            f"{sum(bool(row.fused) for row in rows)} of {len(rows)} batch norms fused with what follows" if rows else ""
+        )
     return ""
 
 
 def _title(model: nn.Module, call: Call) -> str:
-    tensors = [leaf for leaf in tree_leaves((call.args, call.kwargs)) if isinstance(leaf, Tensor)]
-    inputs = ", ".join(map(described, tensors))
+    inputs = ", ".join(map(described, call.inputs()))
     parts = [f"{type(model).__name__} on {inputs}", "training step" if model.training else "inference"]
     if call.autocast is not None:
         parts.append(f"autocast to {name_of(call.autocast)}")

@@ -9,6 +9,7 @@ from bn_ext.tools.timing import duration
 
 TORCH, CONVERTED, FUSED = "torch", "bn_ext.convert", "bn_ext.fuse"
 COMPILED, COMPILED_OURS = "torch.compile", "torch.compile, bn_ext"
+WITHOUT = "no batch norm"
 
 
 @dataclass
@@ -18,6 +19,7 @@ class Row:
     name: str
     remark: str = ""
     failure: str = ""  # why there are no figures
+    counts: bool = True  # whether a failure is one of the comparison
     error: float | None = None
     kept: int | None = None  # in training
     peak: int | None = None
@@ -50,12 +52,12 @@ def _size(count: int | None) -> str:
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
-@dataclass
+@dataclass(repr=False)
 class Comparison:
     """A model run in several ways. Prints as a table, in notebooks too.
 
-    ``bound`` is the speed-up that a batch norm without any cost would give, with the additions and activations that
-    ``fuse`` found behind batch norms; None where it was not found out.
+    ``bound`` is about the speed-up that a batch norm without any cost would give, with the additions and activations
+    that ``fuse`` found behind batch norms; None where no batch norm was found.
     """
 
     title: str
@@ -66,7 +68,7 @@ class Comparison:
     @property
     def failed(self) -> bool:
         """Whether one of the ways gave other results or could not run."""
-        return any(row.failure for row in self.rows)
+        return any(row.failure and row.counts for row in self.rows)
 
     def table(self) -> Table:
         head = ("", "time", "speed-up", "kept for backward", "peak", "error", "")
@@ -80,13 +82,16 @@ class Comparison:
     def __str__(self) -> str:
         return str(self.table())
 
+    __repr__ = __str__
+
     def _repr_html_(self) -> str:
         return self.table()._repr_html_()
 
 
 def _in_words(bound: float) -> str:
     share = 1 - 1 / bound
+    what = "Batch norm, with the additions and activations behind it, takes"
     if share < 0.005:
-        return "Batch norm takes less than 1 % of this model's step: no batch norm can make it faster."
-    what = "Batch norm, with the additions and activations behind it,"
-    return f"{what} takes {100 * share:.0f} % of this model's step: no batch norm can give more than {bound:.2f}x here."
+        return f"{what} less than 1 % of this model's step."
+    most = f"no batch norm can give more than {bound:.2f}x here"
+    return f"{what} about {100 * share:.0f} % of this model's step: {most}."

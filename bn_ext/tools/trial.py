@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-import math
+import dataclasses
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -16,18 +15,27 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from bn_ext.tools.profiling import allocated, share_of_ours
 
-_TIMES = 4  # errors of torch that are allowed
-_UNITS = 16  # roundings that are allowed besides
-
 Loss = Callable[[Any], Tensor]
+
+
+def tensors_in(outputs: Any) -> list[Tensor]:
+    """The tensors in containers, registered pytrees and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(outputs):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf):
+            found += tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+    return found
 
 
 def mean_square(outputs: Any) -> Tensor:
     """The mean of the squares of every floating-point output, added up."""
-    floating = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if not floating:
-        raise TypeError(f"no tensor of a floating type in the {type(outputs).__name__} that it returns: give loss=")
-    return sum((leaf.float().square().mean() for leaf in floating[1:]), floating[0].float().square().mean())
+    means = [tensor.float().square().mean() for tensor in tensors_in(outputs) if tensor.is_floating_point()]
+    if not means:
+        kind = type(outputs).__name__
+        raise TypeError(f"bn_ext.compare: no tensor of a floating type in the {kind} that it returns: give loss=")
+    return sum(means[1:], means[0])
 
 
 class Call(NamedTuple):
@@ -39,21 +47,38 @@ class Call(NamedTuple):
     autocast: torch.dtype | None
     device: torch.device
 
+    def inputs(self) -> list[Tensor]:
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The same with other inputs, which share nothing with these."""
+
+        def changed(tensor: Tensor) -> Tensor:
+            return change(tensor.detach()).clone().requires_grad_(tensor.requires_grad)
+
+        args, kwargs = tree_map_only(Tensor, changed, (tuple(self.args), dict(self.kwargs)))
+        return self._replace(args=args, kwargs=kwargs)
+
     def double(self) -> Call:
         """The same in float64, without autocast."""
-        args, kwargs = tree_map_only(Tensor, _doubled, (tuple(self.args), dict(self.kwargs)))
-        return self._replace(args=args, kwargs=kwargs, autocast=None)
-
-
-def _doubled(tensor: Tensor) -> Tensor:
-    return tensor.detach().double().requires_grad_(tensor.requires_grad) if tensor.is_floating_point() else tensor
+        return self.mapped(lambda t: t.double() if t.is_floating_point() else t)._replace(autocast=None)
 
 
 class Trial:
     """A model with a way to call it. In training mode a step is forward, loss and backward, else it is the forward."""
 
     def __init__(self, model: nn.Module, call: Call) -> None:
-        self.model, self.call, self.training = model, call, model.training
+        self.model, self.training = model, model.training
+        self.given, self.call = call, call.mapped(lambda tensor: tensor)
+        self.versions = [tensor._version for tensor in self.call.inputs()]
+
+    def restore_inputs(self) -> None:
+        """Undoes what the model has written to its inputs."""
+        for i, (given, own) in enumerate(zip(self.given.inputs(), self.call.inputs(), strict=True)):
+            if own._version != self.versions[i]:
+                with torch.no_grad():
+                    own.copy_(given)
+                self.versions[i] = own._version
 
     def forward(self) -> Any:
         call = self.call
@@ -61,38 +86,47 @@ class Trial:
             return self.model(*call.args, **call.kwargs)
 
     def forget_gradients(self) -> None:
-        for tensor in (*self.model.parameters(), *tree_leaves((self.call.args, self.call.kwargs))):
-            if isinstance(tensor, Tensor) and tensor.is_leaf:
-                tensor.grad = None
+        for tensor in (*self.model.parameters(), *self.call.inputs()):
+            tensor.grad = None
 
     def loss(self) -> Tensor:
-        return self.call.loss(self.forward())
+        return self._loss_of(self.forward())
+
+    def _loss_of(self, outputs: Any) -> Tensor:
+        loss = self.call.loss(outputs)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"bn_ext.compare: loss should return a tensor, got an object of {type(loss).__name__}")
+        if not loss.requires_grad:
+            raise ValueError("bn_ext.compare: nothing in the model needs a gradient: compare with training=False")
+        return loss
 
     def step(self) -> Any:
         """The outputs of a step that is done."""
-        if self.training:
+        self.restore_inputs()
+        with torch.set_grad_enabled(self.training):
+            if not self.training:
+                return self.forward()
             self.forget_gradients()
             outputs = self.forward()
-            self.call.loss(outputs).backward()
-        else:
-            with torch.no_grad():
-                outputs = self.forward()
-        return outputs
+            self._loss_of(outputs).backward()
+            return outputs
 
     def results(self) -> dict[str, Tensor]:
-        """Outputs, gradients and statistics of a step, each as one tensor. Every trial has the same random numbers."""
+        """Outputs, gradients and buffers of a step by name. Every trial has the same random numbers."""
         with seeded(self.call.device):
-            outputs = [leaf for leaf in tree_leaves(self.step()) if isinstance(leaf, Tensor)]
-        parameters = [p for _, p in sorted(self.model.named_parameters())]
-        return {
-            "outputs": _flat(outputs),
-            "gradients": _flat([p.grad for p in parameters if p.grad is not None]),
-            "statistics": _flat([buffer for _, buffer in sorted(self.model.named_buffers())]),
-        }
+            outputs = tensors_in(self.step())
+        if not outputs:
+            raise TypeError("bn_ext.compare: there is no tensor in what the model returns")
+        leaves = {**dict(self.model.named_parameters()), **{f"input {i}": t for i, t in enumerate(self.call.inputs())}}
+        found = {f"output {i}": tensor for i, tensor in enumerate(outputs)}
+        found |= {f"gradient of {name}": leaf.grad for name, leaf in sorted(leaves.items()) if leaf.grad is not None}
+        found |= {f"buffer {name}": buffer for name, buffer in sorted(self.model.named_buffers())}
+        return {name: tensor.detach().clone() for name, tensor in found.items()}
 
     def memory(self) -> tuple[int | None, int]:
         """Bytes that the forward keeps for the backward, if there is one, and the peak of the step."""
         device = str(self.call.device)
+        self.restore_inputs()
         self.forget_gradients()  # else they would be freed meanwhile
         kept = allocated(self.loss, device)[0] if self.training else None
         return kept, allocated(self.step, device)[1]
@@ -102,73 +136,19 @@ class Trial:
         return share_of_ours(self.step, str(self.call.device))
 
 
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All floating-point values, in float64 on the CPU."""
-    floating = [t.detach().double().flatten().cpu() for t in tensors if t.is_floating_point()]
-    return torch.cat(floating) if floating else torch.empty(0, dtype=torch.float64)
-
-
 @contextmanager
 def seeded(device: torch.device) -> Iterator[None]:
-    """Runs a block with the same random numbers each time, and restores the random state after it."""
-    state = random.getstate()
+    """Runs a block with the same random numbers each time, and restores the random states after it."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    state = numpy and numpy.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         random.seed(0)
+        if numpy is not None:
+            numpy.random.seed(0)
         try:
             yield
         finally:
-            random.setstate(state)
-
-
-def error(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The norm of the difference over the norm, of outputs, gradients or statistics: the largest."""
-    errors = [0.0]
-    for name, exact in expected.items():
-        if found[name].shape != exact.shape:
-            return float("inf")
-        difference, norm = (found[name] - exact).norm().item(), exact.norm().item()
-        errors.append(difference / norm if norm else difference)
-    return max(errors, key=lambda e: (math.isnan(e), e))
-
-
-class Judge:
-    """Whether a trial gives what the plain model gives, on the scale of the plain model's own error."""
-
-    def __init__(self, plain: nn.Module, call: Call) -> None:
-        self.plain, self.call = plain, call
-        self.note = ""
-        self.torchs: float | None = None
-        try:
-            self.expected = Trial(copy.deepcopy(plain).double(), call.double()).results()
-        except Exception as failure:
-            self.note = f"In float64 the model raises {type(failure).__name__}: errors are differences to torch."
-            self.expected = Trial(copy.deepcopy(plain), call).results()
-
-    def __call__(self, trial: Trial) -> tuple[float, str]:
-        """The error of a trial, and what is wrong with it, or an empty string. Torch's trial has to come first."""
-        found = error(trial.results(), self.expected)
-        if self.torchs is None:
-            self.torchs = found
-        elif not found <= self._allowed(self.torchs):
-            self.torchs = max(self.torchs, self._rounded)
-            if not found <= self._allowed(self.torchs):
-                return (
-                    found,
-                    f"other results: rounding explains errors up to {self._allowed(self.torchs):.1e}",
-                )
-        return found, ""
-
-    @staticmethod
-    def _allowed(error: float) -> float:
-        return _TIMES * error + _UNITS * torch.finfo(torch.float32).eps
-
-    @cached_property
-    def _rounded(self) -> float:
-        """The plain model's error if its inputs and what its batch norms give are rounded once more."""
-        from bn_ext.graph.fusion.check import rounded, rounding  # loads the compiler
-
-        args, kwargs = tree_map_only(Tensor, rounded, (tuple(self.call.args), dict(self.call.kwargs)))
-        model = copy.deepcopy(self.plain)
-        with rounding(model):
-            return error(Trial(model, self.call._replace(args=args, kwargs=kwargs)).results(), self.expected)
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(state)
