@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from bench.problems import sizes_of
-from bn_ext._C import LaunchPlan, launch_plan
+from bn_ext._C import LaunchPlan, Pass, launch_plan
 
 Case = tuple[str, str, str, str]  # shape, layout, dtype, block
 
@@ -36,17 +36,17 @@ def limits_of(gpu: str) -> str | None:
 def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
     shape, layout, dtype, block = case
     n, c, *spatial = sizes_of(shape)
-    return launch_plan(
+    call = Pass(
         n,
         c,
         math.prod(spatial),
-        gpu=limits,
         dtype=dtype,
         layout="planar" if layout == "contiguous" else "interleaved",
         direction=direction,
         activation="relu" if "relu" in block else "identity",
         residual="add" in block,
     )
+    return launch_plan(call, gpu=limits)
 
 
 def plans_of(case: Case, name: str, limits: str) -> list[LaunchPlan]:

@@ -18,6 +18,90 @@ def bypasses_cache(output_bytes: int, last_cache_bytes: int) -> bool:
 def warn_of_fallbacks(enabled: bool) -> None:
     """Whether calls that torch's own operators answer are told to ``bn_ext._fallback.fell_back``."""
 
+class Pass:
+    """What a call does, without its tensors: n images of c channels of s values each (``csrc/core/pass.h``).
+
+    Args:
+        dtype: of the tensor: ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
+        layout: ``"planar"`` (channels second) or ``"interleaved"`` (channels last).
+        direction: ``"forward"`` (training), ``"inference"`` or ``"backward"`` (of training, with every gradient).
+        activation: one of :data:`bn_ext.activation.NAMES`.
+        residual: whether there is one. Training then keeps a mask, if the activation has two branches.
+
+    Raises:
+        ValueError: for a name that is not one of these, or sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        c: int,
+        s: int,
+        *,
+        dtype: str = "float32",
+        layout: str = "planar",
+        direction: str = "forward",
+        activation: str = "identity",
+        residual: bool = False,
+    ) -> None: ...
+    def wanting(self, gradients: set[str], *, training: bool = True) -> Pass:
+        """The backward that writes only these: ``"dx"``, ``"dresidual"``, ``"dweight"``, ``"dbias"``."""
+
+    @property
+    def reduce_reads(self) -> tuple[int, bool]:
+        """The number of tensors that the reduction reads, and whether it reads a mask."""
+
+    @property
+    def apply_reads(self) -> tuple[int, bool]:
+        """The same of the stage that writes the outputs."""
+
+    @property
+    def writes(self) -> tuple[int, bool]:
+        """The number of tensors written, and whether a mask is."""
+
+    @property
+    def holds(self) -> int:
+        """The number of tensors that may stay on chip between the two stages."""
+
+class CpuPlan:
+    """How one pass is cut into work on a CPU; ``csrc/cpu/plan.h`` says what each number means."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def c(self) -> int: ...
+    @property
+    def s(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def segment(self) -> int: ...
+    @property
+    def segments(self) -> int: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def per_chunk(self) -> int: ...
+    @property
+    def chunks(self) -> int: ...
+    @property
+    def joined(self) -> bool: ...
+    @property
+    def tile(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def split(self) -> bool: ...
+    @property
+    def bypass_cache(self) -> bool: ...
+    @property
+    def whole_bytes(self) -> bool: ...
+    @property
+    def ahead(self) -> int: ...
+
+def cpu_plan(call: Pass, *, threads: int, last_cache_bytes: int) -> CpuPlan:
+    """The plan of a call on a CPU. ValueError: a number that is not positive."""
+
 class LaunchPlan:
     """How one pass is laid out on a GPU; ``csrc/cuda/plan.h`` says what each number means."""
 
@@ -25,6 +109,8 @@ class LaunchPlan:
     def strategy(self) -> Literal["elementwise", "small", "resident", "streaming"]: ...
     @property
     def team(self) -> Literal["block", "cluster", "grid"]: ...
+    @property
+    def sums(self) -> bool: ...
     @property
     def channels(self) -> int: ...
     @property
@@ -46,6 +132,8 @@ class LaunchPlan:
     @property
     def held(self) -> int: ...
     @property
+    def tensors_held(self) -> int: ...
+    @property
     def zeroed_mask(self) -> bool: ...
     @property
     def shared_bytes(self) -> int: ...
@@ -56,28 +144,8 @@ class LaunchPlan:
     @property
     def bytes_on_chip(self) -> int: ...
 
-def launch_plan(
-    n: int,
-    c: int,
-    s: int,
-    *,
-    gpu: str = "h100",
-    dtype: str = "float32",
-    layout: str = "planar",
-    direction: str = "forward",
-    activation: str = "identity",
-    residual: bool = False,
-) -> LaunchPlan:
-    """The plan for n images of c channels of s values each.
+def launch_plan(call: Pass, gpu: str = "h100") -> LaunchPlan:
+    """The plan of a call on a GPU, by name: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``, ``"rtx5090"``.
 
-    Args:
-        gpu: the device whose limits hold: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``, ``"rtx5090"``.
-        dtype: of the tensor: ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
-        layout: ``"planar"`` (channels second) or ``"interleaved"`` (channels last).
-        direction: ``"forward"`` (training), ``"inference"`` or ``"backward"``.
-        activation: one of :data:`bn_ext.activation.NAMES`.
-        residual: whether there is one. Training then keeps a mask, if the activation has two branches.
-
-    Raises:
-        ValueError: for a name that is not one of these, or sizes that are not positive.
+    ValueError: another name, or a problem that is beyond all memories.
     """

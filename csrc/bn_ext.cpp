@@ -13,6 +13,7 @@
 
 #include <limits>
 #include <map>
+#include <set>
 
 TORCH_LIBRARY(bn_ext, m) {
   m.set_python_module("bn_ext._fake");
@@ -55,6 +56,7 @@ namespace {
 
 namespace py = pybind11;
 using bn::cuda::LaunchPlan;
+using CpuPlan = bn::cpu::Plan;
 
 template <class T>
 T one_of(const char* what, const std::map<std::string, T>& values, const std::string& name) {
@@ -68,16 +70,16 @@ T one_of(const char* what, const std::map<std::string, T>& values, const std::st
   throw py::value_error(std::string(what) + " should be one of " + names + ", got " + name);
 }
 
-LaunchPlan launch_plan(int64_t n,
+// The pass of a layer: n images of c channels of s values each; a backward wants every gradient.
+bn::Pass pass_of_layer(int64_t n,
                        int64_t c,
                        int64_t s,
-                       const std::string& gpu,
                        const std::string& dtype,
                        const std::string& layout,
                        const std::string& direction,
                        const std::string& activation,
                        bool residual) {
-  using bn::DType, bn::Layout, bn::cuda::Work, bn::cuda::work_of;
+  using bn::DType, bn::Layout, bn::Direction;
   const auto type = one_of<DType>("dtype",
                                   {{"float64", DType::Float64},
                                    {"float32", DType::Float32},
@@ -86,30 +88,18 @@ LaunchPlan launch_plan(int64_t n,
                                   dtype);
   const auto order =
       one_of<Layout>("layout", {{"planar", Layout::Planar}, {"interleaved", Layout::Interleaved}}, layout);
-  std::map<std::string, bn::Activation> activations;
+  std::map<std::string, bn::ActivationKind> activations;
   for (const auto& [name, param] : bn::ops::activations()) {
-    activations[name] = bn::ops::activation_of(name, param);
+    activations[name] = bn::ops::activation_of(name, param).kind;
   }
-  const auto function = one_of("activation", activations, activation);
-  // What is there counts, not where: every tensor is this one.
-  double something = 0;
-  uint8_t bits = 0;
-  const auto if_residual = [&](auto* p) { return residual ? p : nullptr; };
-  const auto epilogue = [&](bool mask) {
-    return bn::Epilogue{function, if_residual(&something), mask ? if_residual(&bits) : nullptr};
-  };
-  const auto forward = [&](bool training) {
-    return work_of(bn::ForwardArgs{.training = training, .epilogue = epilogue(training)});
-  };
-  const bn::BackwardArgs backward{.training = true,
-                                  .epilogue = epilogue(true),
-                                  .dx = &something,
-                                  .dresidual = if_residual(&something),
-                                  .dweight = {&something},
-                                  .dbias = {&something}};
-  const auto work = one_of<Work>(
-      "direction", {{"forward", forward(true)}, {"inference", forward(false)}, {"backward", work_of(backward)}},
-      direction);
+  const auto kind = one_of("activation", activations, activation);
+  const bn::Chain kept = bn::backward_chain(kind, residual);
+  const bn::Wants all{true, residual && !bn::dresidual_is_dy(kind), true, true};
+  auto pass = one_of<bn::Pass>("direction",
+                               {{"forward", {{}, Direction::Forward, true, {}, {kind, residual, kept.mask}}},
+                                {"inference", {{}, Direction::Forward, false, {}, {kind, residual, false}}},
+                                {"backward", {{}, Direction::Backward, true, all, kept}}},
+                               direction);
   if (n < 1 || c < 1 || s < 1) {
     throw py::value_error("n, c and s should be positive");
   }
@@ -117,7 +107,37 @@ LaunchPlan launch_plan(int64_t n,
   if (n > kMostValues / c / s) {
     throw py::value_error("no tensor has as many values as n * c * s");
   }
-  return bn::cuda::plan(bn::problem_of(order, type, n, c, s), work, bn::cuda::named_limits(gpu));
+  pass.problem = bn::problem_of(order, type, n, c, s);
+  return pass;
+}
+
+// A backward that writes these gradients alone.
+bn::Pass wanting(bn::Pass pass, const std::set<std::string>& names, bool training) {
+  if (pass.direction != bn::Direction::Backward) {
+    throw py::value_error("only a backward writes gradients");
+  }
+  pass.wants = {};
+  pass.training = training;
+  for (const std::string& name : names) {
+    *one_of<bool*>("gradient",
+                   {{"dx", &pass.wants.dx},
+                    {"dresidual", &pass.wants.dresidual},
+                    {"dweight", &pass.wants.dweight},
+                    {"dbias", &pass.wants.dbias}},
+                   name) = true;
+  }
+  return pass;
+}
+
+CpuPlan cpu_plan(const bn::Pass& pass, int threads, int64_t last_cache_bytes) {
+  if (threads < 1 || last_cache_bytes < 1) {
+    throw py::value_error("threads and last_cache_bytes should be positive");
+  }
+  return bn::cpu::plan(pass, threads, last_cache_bytes);
+}
+
+LaunchPlan launch_plan(const bn::Pass& pass, const std::string& gpu) {
+  return bn::cuda::plan(pass, bn::cuda::named_limits(gpu));
 }
 
 void warn_of_fallback(const at::Tensor& input, const char* reason) {
@@ -140,9 +160,47 @@ PYBIND11_MODULE(_C, m) {
       "warn_of_fallbacks", [](bool enabled) { bn::ops::fallback_observer = enabled ? warn_of_fallback : nullptr; },
       py::arg("enabled"));
 
+  const auto traffic = [](bn::Traffic (bn::Pass::*of)() const) {
+    return [of](const bn::Pass& p) { return std::pair((p.*of)().tensors, (p.*of)().mask); };
+  };
+  py::class_<bn::Pass>(m, "Pass")
+      .def(py::init(&pass_of_layer), py::arg("n"), py::arg("c"), py::arg("s"), py::kw_only(),
+           py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward",
+           py::arg("activation") = "identity", py::arg("residual") = false)
+      .def("wanting", &wanting, py::arg("gradients"), py::kw_only(), py::arg("training") = true)
+      .def_property_readonly("reduce_reads", traffic(&bn::Pass::reduce_reads))
+      .def_property_readonly("apply_reads", traffic(&bn::Pass::apply_reads))
+      .def_property_readonly("writes", traffic(&bn::Pass::writes))
+      .def_property_readonly("holds", &bn::Pass::holds)
+      .def("__eq__", [](const bn::Pass& a, const bn::Pass& b) { return a == b; });
+
+  const auto of_blocks = [](auto member) { return [member](const CpuPlan& p) { return p.blocks.*member; }; };
+  using bn::cpu::Blocks;
+  py::class_<CpuPlan>(m, "CpuPlan")
+      .def_property_readonly("n", of_blocks(&Blocks::n))
+      .def_property_readonly("c", of_blocks(&Blocks::c))
+      .def_property_readonly("s", of_blocks(&Blocks::s))
+      .def_property_readonly("rows", of_blocks(&Blocks::rows))
+      .def_property_readonly("segment", of_blocks(&Blocks::segment))
+      .def_property_readonly("segments", of_blocks(&Blocks::segments))
+      .def_property_readonly("count", of_blocks(&Blocks::count))
+      .def_property_readonly("per_chunk", of_blocks(&Blocks::per_chunk))
+      .def_property_readonly("chunks", of_blocks(&Blocks::chunks))
+      .def_property_readonly("joined", of_blocks(&Blocks::joined))
+      .def_readonly("tile", &CpuPlan::tile)
+      .def_readonly("threads", &CpuPlan::threads)
+      .def_readonly("split", &CpuPlan::split)
+      .def_readonly("bypass_cache", &CpuPlan::bypass_cache)
+      .def_readonly("whole_bytes", &CpuPlan::whole_bytes)
+      .def_readonly("ahead", &CpuPlan::ahead)
+      .def("__eq__", [](const CpuPlan& a, const CpuPlan& b) { return a == b; })
+      .def("__repr__", [](const CpuPlan& p) { return "CpuPlan(" + to_string(p) + ")"; });
+  m.def("cpu_plan", &cpu_plan, py::arg("call"), py::kw_only(), py::arg("threads"), py::arg("last_cache_bytes"));
+
   py::class_<LaunchPlan>(m, "LaunchPlan")
       .def_property_readonly("strategy", [](const LaunchPlan& p) { return name_of(p.strategy); })
       .def_property_readonly("team", [](const LaunchPlan& p) { return name_of(p.team); })
+      .def_readonly("sums", &LaunchPlan::sums)
       .def_readonly("channels", &LaunchPlan::channels)
       .def_readonly("width", &LaunchPlan::width)
       .def_property_readonly("per_lane", &LaunchPlan::per_lane)
@@ -153,6 +211,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("team_blocks", &LaunchPlan::team_blocks)
       .def_readonly("share", &LaunchPlan::share)
       .def_readonly("held", &LaunchPlan::held)
+      .def_readonly("tensors_held", &LaunchPlan::tensors_held)
       .def_readonly("zeroed_mask", &LaunchPlan::zeroed_mask)
       .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
       .def_readonly("workspace_bytes", &LaunchPlan::workspace_bytes)
@@ -160,7 +219,5 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("bytes_on_chip", &LaunchPlan::bytes_on_chip)
       .def("__eq__", [](const LaunchPlan& a, const LaunchPlan& b) { return a == b; })
       .def("__repr__", [](const LaunchPlan& p) { return "LaunchPlan(" + to_string(p) + ")"; });
-  m.def("launch_plan", &launch_plan, py::arg("n"), py::arg("c"), py::arg("s"), py::kw_only(), py::arg("gpu") = "h100",
-        py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward",
-        py::arg("activation") = "identity", py::arg("residual") = false);
+  m.def("launch_plan", &launch_plan, py::arg("call"), py::arg("gpu") = "h100");
 }

@@ -25,7 +25,8 @@ from problems import (
     run_reference,
     run_torch,
 )
-from simt.batch_norm import Device, Kernels, Work, batch_norm, empty_mask, problem_of
+from simt.batch_norm import Chain, Device, Kernels, Wants, batch_norm, empty_mask, problem_of
+from simt.batch_norm import Pass as Call
 from simt.build import sanitized
 from simt.passes import (
     BRANCHES,
@@ -88,10 +89,11 @@ def test_grid(problem: Problem, device: Device, kernels: Kernels) -> None:
 
 
 def test_every_strategy_is_on_the_grid(kernels: Kernels) -> None:
-    works = [Work(1, (1,), (1,), 1, (1,)), Work(2, (2,), (2,), 2, (1,)), Work(1, (0,), (1,), 1, (1,))]
+    wants = Wants(dx=True, dweight=True, dbias=True)
+    directions = [(0, True, Wants()), (1, True, wants), (0, False, Wants())]  # forward, backward, inference
     inputs = [p.layout(torch.empty(p.shape, dtype=p.types.input)) for p in GRID]
-    cases = itertools.product(map(problem_of, inputs), works, DEVICES.values())
-    assert {kernels.plan(*case) for case in cases} == {
+    calls = [Call(problem_of(x), *direction, Chain()) for x in inputs for direction in directions]
+    assert {kernels.plan(*case) for case in itertools.product(calls, DEVICES.values())} == {
         "elementwise block",
         "small block",
         "resident block",

@@ -6,7 +6,7 @@ import math
 
 from problems import BFLOAT, FLOAT, MODES, Problem, channels_last, contiguous
 
-from bn_ext._C import LaunchPlan, launch_plan
+from bn_ext._C import LaunchPlan, Pass, launch_plan
 
 PLAIN = [
     Problem((5, 3, 35), contiguous, FLOAT),  # a block each
@@ -44,7 +44,7 @@ WAYS = [*PLAIN, *FUSED, *EVALUATED]
 
 def plan_of(problem: Problem, direction: str) -> LaunchPlan:
     images, channels, *spatial = problem.shape
-    return launch_plan(
+    call = Pass(
         images,
         channels,
         math.prod(spatial),
@@ -54,3 +54,4 @@ def plan_of(problem: Problem, direction: str) -> LaunchPlan:
         activation=problem.activation or "identity",
         residual=problem.residual,
     )
+    return launch_plan(call)

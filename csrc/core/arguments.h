@@ -3,6 +3,7 @@
 #include "core/activation.h"
 #include "core/dtype.h"
 #include "core/numbers.h"
+#include "core/pass.h"
 #include "core/problem.h"
 
 // What a backend is asked to do: raw pointers, all of one device.
@@ -43,15 +44,6 @@ struct Epilogue {
   uint8_t* mask = nullptr;
 };
 
-// Of a mask for so many elements: whole words of 32 bits.
-BN_HD constexpr int64_t mask_bytes(int64_t elements) {
-  return divide_up(elements, 32) * 4;
-}
-
-BN_HD constexpr bool fills_mask(int64_t elements) {
-  return elements % 32 == 0;
-}
-
 // Normalize by the batch's own statistics and update the running ones (training), or by the running ones.
 struct ForwardArgs {
   Problem problem;
@@ -87,5 +79,19 @@ struct BackwardArgs {
   PerChannel dweight;
   PerChannel dbias;
 };
+
+inline Chain chain_of(const Epilogue& e) {
+  return {e.activation.kind, e.residual != nullptr, e.mask != nullptr && has_branches(e.activation)};
+}
+
+// The pass of a call: which of its pointers are null.
+inline Pass pass_of(const ForwardArgs& args) {
+  return {args.problem, Direction::Forward, args.training, Wants{}, chain_of(args.epilogue)};
+}
+
+inline Pass pass_of(const BackwardArgs& args) {
+  const Wants wants{args.dx != nullptr, args.dresidual != nullptr, bool(args.dweight), bool(args.dbias)};
+  return {args.problem, Direction::Backward, args.training, wants, chain_of(args.epilogue)};
+}
 
 }  // namespace bn

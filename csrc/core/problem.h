@@ -29,6 +29,8 @@ struct Problem {
   int64_t c = 0;
   int64_t s = 1;
 
+  bool operator==(const Problem&) const = default;
+
   // Values per channel.
   BN_HD constexpr int64_t count() const { return n * s; }
 };

@@ -119,7 +119,8 @@ bool streamable(const void* tensor) {
 template <class A>
 void forward(const ForwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
-  const Plan plan = cpu::plan(args.problem, args.training, at::get_num_threads(), last_cache_bytes());
+  const Pass pass = pass_of(args);
+  const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(args.training ? 2 * blocks.chunks * c : 0);
   double* const partial_mean = partial.get();
@@ -175,18 +176,16 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   const auto apply = [&](const Tile& tile) {
     kernels.normalize(tile, args.x, args.epilogue, {shift, scale, offset}, args.y, bypass_cache);
   };
-  run(plan, args.training, true, reduce, finish, apply);
+  run(plan, pass.reduces(), pass.applies(), reduce, finish, apply);
 }
 
 template <class A>
 void backward(const BackwardArgs& args, const Kernels& kernels) {
   const int64_t c = args.problem.c;
-  const bool applies = args.dx != nullptr || args.dresidual != nullptr;
-  const bool through_statistics = args.training && args.dx != nullptr;
-  const bool activated = args.epilogue.activation.kind != ActivationKind::Identity;
-  const bool reduces = through_statistics || args.dweight || args.dbias;
-  const void* const x_to_reduce = through_statistics || args.dweight || activated ? args.x : nullptr;
-  const Plan plan = cpu::plan(args.problem, reduces, at::get_num_threads(), last_cache_bytes());
+  const Pass pass = pass_of(args);
+  const bool reduces = pass.reduces();
+  const bool reduces_dy_alone = pass.reduce_reads() == Traffic{1, false};
+  const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
   const Blocks& blocks = plan.blocks;
   const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
   double* const partial_dz = partial.get();
@@ -206,8 +205,8 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const Forward<const void*> forward{shift, scale, forward_offset};
 
   const auto reduce = [&](const Tile& tile, int64_t chunk) {
-    kernels.gradient_sums(tile, args.dy, x_to_reduce, args.epilogue, forward, partial_dz + chunk * c,
-                          partial_dz_shifted + chunk * c);
+    kernels.gradient_sums(tile, args.dy, reduces_dy_alone ? nullptr : args.x, args.epilogue, forward,
+                          partial_dz + chunk * c, partial_dz_shifted + chunk * c);
   };
   const auto add_chunks = [&](int64_t begin, int64_t end) {
     for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
@@ -231,10 +230,10 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);
   const auto apply = [&](const Tile& tile) {
     kernels.input_gradient(tile, args.dy, args.x, args.epilogue, forward,
-                           through_statistics ? Backward<const void*>{slope, offset} : Backward<const void*>{}, args.dx,
-                           args.dresidual, bypass_cache);
+                           pass.through_statistics() ? Backward<const void*>{slope, offset} : Backward<const void*>{},
+                           args.dx, args.dresidual, bypass_cache);
   };
-  run(plan, reduces, applies, reduce, finish, apply);
+  run(plan, reduces, pass.applies(), reduce, finish, apply);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 #include "cpu/plan.h"
 
-#include "core/arguments.h"
+#include "core/text.h"
 #include "cpu/kernels.h"
 
 #include <numeric>
@@ -93,7 +93,9 @@ bool bypasses_cache(int64_t output_bytes, int64_t last_cache_bytes) {
   return output_bytes >= last_cache_bytes / 8 * 5;
 }
 
-Plan plan(const Problem& p, bool reduces, int threads, int64_t last_cache_bytes) {
+Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
+  const Problem& p = pass.problem;
+  const bool reduces = pass.reduces();
   Plan plan{};
   plan.blocks = cut(p, reduces);
   const int64_t elements = p.n * p.c * p.s;
@@ -137,6 +139,28 @@ Plan plan(const Problem& p, bool reduces, int threads, int64_t last_cache_bytes)
     plan.ahead = kPage / size_of(p.dtype);
   }
   return plan;
+}
+
+std::string to_string(const Plan& plan) {
+  // All fields are named: a new one is an error here.
+  const auto& [blocks, tile, threads, split, bypass_cache, whole_bytes, ahead] = plan;
+  const auto& [n, c, s, rows, segment, segments, count, per_chunk, chunks, joined] = blocks;
+  return fields({{"n", n},
+                 {"c", c},
+                 {"s", s},
+                 {"rows", rows},
+                 {"segment", segment},
+                 {"segments", segments},
+                 {"count", count},
+                 {"per_chunk", per_chunk},
+                 {"chunks", chunks},
+                 {"joined", joined},
+                 {"tile", tile},
+                 {"threads", threads},
+                 {"split", split},
+                 {"bypass_cache", bypass_cache},
+                 {"whole_bytes", whole_bytes},
+                 {"ahead", ahead}});
 }
 
 }  // namespace bn::cpu

@@ -2,10 +2,11 @@
 
 #include "core/host_device.h"
 #include "core/numbers.h"
-#include "core/problem.h"
+#include "core/pass.h"
 
 #include <algorithm>
 #include <cstdint>
+#include <string>
 
 // How the CPU kernels cut a problem into work: values from pure functions.
 namespace bn::cpu {
@@ -47,6 +48,8 @@ struct Blocks {
     return sum;
   }
 
+  bool operator==(const Blocks&) const = default;
+
   BN_HD constexpr int64_t offset(int64_t n_, int64_t c_, int64_t s_) const { return (n_ * c + c_) * s + s_; }
 };
 
@@ -56,17 +59,22 @@ struct Plan {
   int threads;        // that take part
   bool split;         // all threads share every tile, with a barrier between the passes; else each has its own
   bool bypass_cache;  // of the output, which is not read again soon
-  bool whole_bytes;   // of a mask are all that a run of vectors covers, if its vectors are
+  bool whole_bytes;   // where a vector covers whole bytes of a mask, every run of vectors does: no byte is shared
   int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile; or 0
+
+  bool operator==(const Plan&) const = default;
 
   BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
 };
 
-// With `reduces`, planar: a thread takes whole tiles, so that the second pass finds in its cache what the first one
+// Planar and reducing: a thread takes whole tiles, so that the second pass finds in its cache what the first one
 // read; few large channels are split. Interleaved: always split by position, because walking a channel down memory
-// costs more than reading it twice in order (measured, 1568 x 2048 float: 42 against 33 cycles a vector). Without,
-// there is one pass, through memory in order.
-Plan plan(const Problem& problem, bool reduces, int threads, int64_t last_cache_bytes);
+// costs more than reading it twice in order (measured, 1568 x 2048 float: 42 against 33 cycles a vector). Without
+// a reduction there is one pass, through memory in order.
+Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes);
+
+// Every field, as name=value.
+std::string to_string(const Plan& plan);
 
 // Whether an output is too large for its reader to find it in the last cache.
 bool bypasses_cache(int64_t output_bytes, int64_t last_cache_bytes);

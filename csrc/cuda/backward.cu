@@ -30,16 +30,19 @@ class BackwardPass {
   static constexpr int kSumBatch = batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
   static constexpr int kApplyBatch = kSumBatch;
 
-  BackwardPass(const BackwardArgs& args, const Functor& activation)
-      : args_(args), activation_(activation), work_(work_of(args)) {
-    mask_ = work_.summed.mask || work_.applied.mask ? args.epilogue.mask : nullptr;
+  BackwardPass(const BackwardArgs& args, const Functor& activation) : args_(args), activation_(activation) {
+    const Pass pass = pass_of(args);
+    reduce_reads_ = pass.reduce_reads().tensors;
+    apply_reads_ = pass.apply_reads().tensors;
+    applies_ = pass.applies();
+    mask_ = pass.chain.mask ? args.epilogue.mask : nullptr;
   }
 
-  BN_DEVICE const T* summed(int j) const { return tensor(j, work_.summed); }
-  BN_DEVICE const T* applied(int j, bool held) const { return held ? nullptr : tensor(j, work_.applied); }
+  BN_DEVICE const T* summed(int j) const { return tensor(j, reduce_reads_); }
+  BN_DEVICE const T* applied(int j, bool held) const { return held ? nullptr : tensor(j, apply_reads_); }
   BN_DEVICE const uint8_t* summed_mask() const { return mask_; }
   BN_DEVICE const uint8_t* applied_mask(bool held) const { return held ? nullptr : mask_; }
-  BN_DEVICE bool writes() const { return work_.besides.tensors > 0; }
+  BN_DEVICE bool writes() const { return applies_; }
 
   BN_DEVICE void begin(const TeamSums&) const {}
 
@@ -71,7 +74,7 @@ class BackwardPass {
   BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t) const {}
 
   BN_DEVICE Coefficients finish(int64_t c, const TeamSums& sums, int k) const {
-    const bool summed = work_.summed.tensors > 0;
+    const bool summed = reduce_reads_ > 0;
     const double sum = summed ? sums.sum(k) : 0;
     const double product = summed ? sums.product(k) : 0;
     return {repeat_forward<A>(args_, c), finish_backward<A>(args_, c, sum, product, sums.leads())};
@@ -117,14 +120,16 @@ class BackwardPass {
     return activation::gradient(known, dy, z);
   }
 
-  BN_DEVICE const T* tensor(int j, const Traffic& read) const {
+  BN_DEVICE const T* tensor(int j, int read) const {
     const void* const tensors[] = {args_.dy, args_.x, args_.epilogue.residual};
-    return j < read.tensors ? static_cast<const T*>(tensors[j]) : nullptr;
+    return j < read ? static_cast<const T*>(tensors[j]) : nullptr;
   }
 
   BackwardArgs args_;
   Functor activation_;
-  Work work_;
+  int reduce_reads_;  // of dy, x and the residual, the first so many
+  int apply_reads_;
+  bool applies_;
   const uint8_t* mask_;
 };
 
@@ -139,8 +144,8 @@ void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void*
                         args.problem, aligned, plan, workspace, stream);
     });
   };
-  const Work work = work_of(args);
-  const bool reads_residual = std::max(work.summed.tensors, work.applied.tensors) == 3;
+  const Pass pass = pass_of(args);
+  const bool reads_residual = std::max(pass.reduce_reads().tensors, pass.apply_reads().tensors) == 3;
   if (reads_residual) {
     run(activation::Any{{}, args.epilogue.activation});
   } else {

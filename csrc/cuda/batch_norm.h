@@ -5,8 +5,8 @@
 
 struct CUstream_st;
 
-// Batch normalization on the GPU that is current, in order with what else is on the stream. The plan is that of the
-// problem and of work_of the arguments; the workspace, of workspace_bytes, need not be initialized.
+// Batch normalization on the GPU that is current, in order with what else is on the stream. `plan` is the plan of
+// pass_of(args). The workspace has plan.workspace_bytes and need not be initialized.
 namespace bn::cuda {
 
 void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream);

@@ -23,7 +23,7 @@ class ForwardPass {
   static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
 
   ForwardPass(const ForwardArgs& args, const Functor& activation)
-      : args_(args), activation_(activation), mask_(work_of(args).besides.mask ? args.epilogue.mask : nullptr) {}
+      : args_(args), activation_(activation), mask_(pass_of(args).writes().mask ? args.epilogue.mask : nullptr) {}
 
   BN_DEVICE const T* summed(int j) const { return args_.training && j == 0 ? x() : nullptr; }
   BN_DEVICE const T* applied(int j, bool) const {

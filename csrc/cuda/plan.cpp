@@ -1,10 +1,11 @@
 #include "cuda/plan.h"
 
+#include "core/text.h"
+
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <numeric>
-#include <sstream>
 #include <stdexcept>
 
 namespace bn::cuda {
@@ -38,26 +39,26 @@ constexpr int64_t power_of_two(int64_t at_least) {
   return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(at_least)));
 }
 
-// One problem's plan in the making.
+// One pass's plan in the making.
 class Planner {
  public:
-  Planner(const Problem& problem, const Work& work, const Limits& limits)
-      : problem_(problem),
-        work_(work),
+  Planner(const Pass& pass, const Limits& limits)
+      : pass_(pass),
+        problem_(pass.problem),
         limits_(limits),
-        lanes_(static_cast<int>(kPackBytes / size_of(problem.dtype))),
-        grain_(work.bits && problem.c * problem.s % kByte == 0 ? kByte : lanes_) {
-    plan_.sums = work.summed.tensors > 0;
-    plan_.tensors_held = plan_.sums ? work.held : 0;
+        lanes_(static_cast<int>(kPackBytes / size_of(problem_.dtype))),
+        grain_(pass.may_write_mask() && problem_.c * problem_.s % kByte == 0 ? kByte : lanes_) {
+    plan_.sums = pass.reduces();
+    plan_.tensors_held = plan_.sums ? pass.holds() : 0;
   }
 
   LaunchPlan make() {
-    if (work_.summed.tensors == 0) {
-      make_elementwise();
-    } else {
+    if (plan_.sums) {
       make_reducing();
+    } else {
+      make_elementwise();
     }
-    plan_.zeroed_mask = work_.besides.mask && !cut_into_bytes();
+    plan_.zeroed_mask = pass_.writes().mask && !cut_into_bytes();
     count_bytes();
     return plan_;
   }
@@ -177,7 +178,9 @@ class Planner {
     plan_.teams = teams;
   }
 
-  int64_t tile_bytes(int64_t channels) const { return problem_.n * width_of(channels) * kPackBytes * work_.tensors; }
+  int64_t tile_bytes(int64_t channels) const {
+    return problem_.n * width_of(channels) * kPackBytes * pass_.most_held();
+  }
 
   // Shared memory that is left for a tile in a block that is alone, or one of two.
   int64_t room(int64_t channels, int threads) const {
@@ -189,7 +192,7 @@ class Planner {
 
   // Each thread holds whole packs, so a block holds what its threads can share evenly.
   int64_t packs_held(int threads) const {
-    return room(plan_.channels, threads) / (kPackBytes * threads * work_.tensors) * active_of(threads);
+    return room(plan_.channels, threads) / (kPackBytes * threads * pass_.most_held()) * active_of(threads);
   }
   int64_t blocks_to_hold(int threads) const { return divide_up(packs(), std::max<int64_t>(packs_held(threads), 1)); }
   // Where a thread stays in its column, blocks begin with a row and take steps of whole rows.
@@ -201,7 +204,7 @@ class Planner {
     const int64_t bytes = kPackBytes * plan_.threads * std::max(plan_.tensors_held, 1);
     const int64_t held = plan_.tensors_held == 0 ? 0 : std::min(most, room(plan_.channels, plan_.threads) / bytes);
     plan_.held = static_cast<int>(std::max<int64_t>(held, 0));
-    if (work_.besides.tensors == 0) {
+    if (!pass_.applies()) {
       plan_.strategy = Strategy::Elementwise;
     } else if (held < most) {
       plan_.strategy = Strategy::Streaming;
@@ -224,8 +227,9 @@ class Planner {
     };
     const int64_t mask = divide_up(values, kByte);
     const auto bytes = [&](const Traffic& t) { return t.tensors * tensor + (t.mask ? mask : 0); };
-    const int64_t spared = work_.applied.tensors * held_of(tensor) + (work_.applied.mask ? held_of(mask) : 0);
-    plan_.bytes_moved = bytes(work_.summed) + bytes(work_.applied) - spared + bytes(work_.besides);
+    const Traffic held_on_chip = pass_.spared_by_holding();
+    const int64_t spared = held_on_chip.tensors * held_of(tensor) + (held_on_chip.mask ? held_of(mask) : 0);
+    plan_.bytes_moved = bytes(pass_.reduce_reads()) + bytes(pass_.apply_reads()) - spared + bytes(pass_.writes());
     const int64_t kept = plan_.tensors_held * held_of(tensor);
     const int64_t at_once = std::min<int64_t>(limits_.shared_per_multiprocessor / (plan_.shared_bytes + kReserved),
                                               kThreadsAlone / plan_.threads);
@@ -233,8 +237,8 @@ class Planner {
     plan_.bytes_on_chip = std::min(kept, blocks * plan_.held * plan_.active * kPackBytes * plan_.tensors_held);
   }
 
+  const Pass& pass_;
   const Problem& problem_;
-  const Work& work_;
   const Limits& limits_;
   int lanes_;
   int grain_;  // values that slabs are cut into
@@ -269,8 +273,8 @@ const Limits& named_limits(const std::string& name) {
   throw std::invalid_argument("bn_ext: no limits of a GPU named " + name + ", there are " + names);
 }
 
-LaunchPlan plan(const Problem& problem, const Work& work, const Limits& limits) {
-  return Planner(problem, work, limits).make();
+LaunchPlan plan(const Pass& pass, const Limits& limits) {
+  return Planner(pass, limits).make();
 }
 
 const char* name_of(Strategy strategy) {
@@ -283,13 +287,28 @@ const char* name_of(Team team) {
   return kNames[static_cast<int>(team)];
 }
 
-std::string to_string(const LaunchPlan& p) {
-  std::ostringstream out;
-  out << name_of(p.strategy) << ": " << p.slabs << " slabs of " << p.channels << " channels, " << p.teams
-      << " teams of " << p.team_blocks << " blocks (" << name_of(p.team) << ") of " << p.threads << " threads, "
-      << p.held << " of " << divide_up(p.share, p.active) << " packs held, " << p.shared_bytes << " bytes shared, "
-      << p.bytes_moved << " bytes moved, " << p.bytes_on_chip << " on chip";
-  return out.str();
+std::string to_string(const LaunchPlan& plan) {
+  // All fields are named: a new one is an error here.
+  const auto& [strategy, team, sums, channels, width, threads, active, slabs, teams, team_blocks, share, held,
+               tensors_held, zeroed_mask, shared_bytes, workspace_bytes, bytes_moved, bytes_on_chip] = plan;
+  return fields({{"strategy", name_of(strategy)},
+                 {"team", name_of(team)},
+                 {"sums", sums},
+                 {"channels", channels},
+                 {"width", width},
+                 {"threads", threads},
+                 {"active", active},
+                 {"slabs", slabs},
+                 {"teams", teams},
+                 {"team_blocks", team_blocks},
+                 {"share", share},
+                 {"held", held},
+                 {"tensors_held", tensors_held},
+                 {"zeroed_mask", zeroed_mask},
+                 {"shared_bytes", shared_bytes},
+                 {"workspace_bytes", workspace_bytes},
+                 {"bytes_moved", bytes_moved},
+                 {"bytes_on_chip", bytes_on_chip}});
 }
 
 }  // namespace bn::cuda

@@ -1,8 +1,7 @@
 #pragma once
 
 #include "core/numbers.h"
-#include "core/problem.h"
-#include "cuda/work.h"
+#include "core/pass.h"
 
 #include <cstdint>
 #include <string>
@@ -101,10 +100,12 @@ struct LaunchPlan {
 };
 
 // Throws std::length_error for a problem that is beyond all memories.
-LaunchPlan plan(const Problem& problem, const Work& work, const Limits& limits);
+LaunchPlan plan(const Pass& pass, const Limits& limits);
 
 const char* name_of(Strategy strategy);
 const char* name_of(Team team);
+
+// Every field, as name=value.
 std::string to_string(const LaunchPlan& plan);
 
 }  // namespace bn::cuda

@@ -1,5 +1,6 @@
 // The operator batch_norm: which way a call goes, and its gradient.
 
+#include "core/pass.h"
 #include "ops/inputs.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -51,15 +52,9 @@ bool has_tangent(const Tensor& t) {
   return t._fw_grad(/*level=*/0).defined();
 }
 
-// What a backward needs of the residual: nothing, a bit an element, or all of it.
-struct Kept {
-  bool mask;
-  bool residual;
-};
-
-Kept kept(const Arguments& a) {
-  const bool needed = a.residual.has_value() && a.activation.kind != ActivationKind::Identity;
-  return {needed && has_branches(a.activation), needed && !has_branches(a.activation)};
+// What the backward reads besides dy and the input.
+Chain kept(const Arguments& a) {
+  return backward_chain(a.activation.kind, a.residual.has_value());
 }
 
 // What a backward has to know besides tensors. Autograd keeps values by name, in a table that small calls would feel:
@@ -90,7 +85,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                         const OptionalTensor& bias,
                         const OptionalTensor& residual,
                         const Arguments& a) {
-    const Kept keep = kept(a);
+    const Chain keep = kept(a);
     const auto [output, mean, invstd, mask] = batch_norm_forward(a, keep.mask);
     const bool activated = a.activation.kind != ActivationKind::Identity;
     ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
@@ -115,7 +110,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool wants_dweight = wants(weight.has_value());
     const bool wants_dbias = wants(biased);
     const bool wants_dresidual = wants(added);
-    const bool passes_on = activation.kind == ActivationKind::Identity;  // dresidual is dy
+    const bool passes_on = dresidual_is_dy(activation.kind);
     const BackwardArguments a{dy,
                               saved[0],
                               weight,

@@ -14,7 +14,7 @@ namespace {
 template <class Args, class Launch>
 void plan_and_launch(const Args& args, const Tensor& input, const Launch& launch) {
   const c10::cuda::CUDAGuard on_device_of(input.device());
-  const auto plan = cuda::plan(args.problem, cuda::work_of(args), cuda::current_limits());
+  const auto plan = cuda::plan(pass_of(args), cuda::current_limits());
   const Tensor workspace = at::empty({plan.workspace_bytes}, at::device(input.device()).dtype(at::kByte));
   launch(args, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
 }

@@ -150,7 +150,7 @@ FourTensors batch_norm_backward(const Tensor& dy,
     }
     return {dx, dweight, dbias, dresidual};
   }
-  const bool passes_on = activation.kind == ActivationKind::Identity;
+  const bool passes_on = dresidual_is_dy(activation.kind);
   if (wants_dresidual && passes_on) {
     dresidual.copy_(dy);
   }

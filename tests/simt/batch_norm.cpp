@@ -29,7 +29,7 @@ template <class Args, class Launch>
 const char* plan_and_launch(Args args, const Device& device, const Launch& launch) {
   return bn::simt::error_of([&] {
     args.problem = in_one_form(args.problem);
-    const LaunchPlan plan = bn::cuda::plan(args.problem, bn::cuda::work_of(args), limits_of(device));
+    const LaunchPlan plan = bn::cuda::plan(bn::pass_of(args), limits_of(device));
     const int64_t in_memory = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
     const int64_t resident =
         device.multiprocessors * std::min<int64_t>(in_memory, bn::cuda::kMaxThreads / plan.threads);
@@ -54,9 +54,11 @@ const char* batch_norm_backward(const bn::BackwardArgs& args, const Device& devi
 }
 
 // Writes the plan's strategy and team, as "resident cluster".
-const char* name_plan(const bn::Problem& problem, const bn::cuda::Work& work, const Device& device, char* name) {
+const char* name_plan(const bn::Pass& pass, const Device& device, char* name) {
   return bn::simt::error_of([&] {
-    const LaunchPlan plan = bn::cuda::plan(in_one_form(problem), work, limits_of(device));
+    bn::Pass call = pass;
+    call.problem = in_one_form(call.problem);
+    const LaunchPlan plan = bn::cuda::plan(call, limits_of(device));
     std::snprintf(name, 64, "%s %s", name_of(plan.strategy), name_of(plan.team));
   });
 }

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from bn_ext import activation
 
-SOURCES = "plan.cpp", "work.cpp", "forward.cu", "backward.cu"
+SOURCES = "plan.cpp", "forward.cu", "backward.cu"
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
 
-# The structures of csrc/core/arguments.h and csrc/cuda/work.h.
+# The structures of csrc/core/arguments.h and csrc/core/pass.h.
 
 
 class Device(ctypes.Structure):
@@ -31,23 +31,26 @@ class Device(ctypes.Structure):
     ]
 
 
-class Traffic(ctypes.Structure):
-    _fields_ = [("tensors", c_int), ("mask", c_bool)]
-
-
-class Work(ctypes.Structure):
-    _fields_ = [
-        ("tensors", c_int),
-        ("summed", Traffic),
-        ("applied", Traffic),
-        ("held", c_int),
-        ("besides", Traffic),
-        ("bits", c_bool),
-    ]
-
-
 class Problem(ctypes.Structure):
     _fields_ = [("layout", c_int), ("dtype", c_int), ("n", c_int64), ("c", c_int64), ("s", c_int64)]
+
+
+class Wants(ctypes.Structure):
+    _fields_ = [("dx", c_bool), ("dresidual", c_bool), ("dweight", c_bool), ("dbias", c_bool)]
+
+
+class Chain(ctypes.Structure):
+    _fields_ = [("activation", c_int), ("residual", c_bool), ("mask", c_bool)]
+
+
+class Pass(ctypes.Structure):
+    _fields_ = [
+        ("problem", Problem),
+        ("direction", c_int),
+        ("training", c_bool),
+        ("wants", Wants),
+        ("chain", Chain),
+    ]
 
 
 class PerChannel(ctypes.Structure):
@@ -161,10 +164,10 @@ class Kernels:
         """The number of launches since ``configure``."""
         return len(self.library.launches())
 
-    def plan(self, problem: Problem, work: Work, device: Device) -> str:
+    def plan(self, call: Pass, device: Device) -> str:
         """Strategy and team."""
         name = ctypes.create_string_buffer(64)
-        self.library.name_plan(byref(problem), byref(work), byref(device), name)
+        self.library.name_plan(byref(call), byref(device), name)
         return name.value.decode()
 
     def forward(

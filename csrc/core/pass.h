@@ -1,0 +1,124 @@
+#pragma once
+
+#include "core/activation.h"
+#include "core/numbers.h"
+#include "core/problem.h"
+
+#include <algorithm>
+
+// A call without its pointers: what each of its stages reads, writes and holds. A plan follows from it.
+namespace bn {
+
+// The size of a mask for this many elements: whole words of 32 bits.
+BN_HD constexpr int64_t mask_bytes(int64_t elements) {
+  return divide_up(elements, 32) * 4;
+}
+
+BN_HD constexpr bool fills_mask(int64_t elements) {
+  return elements % 32 == 0;
+}
+
+enum class Direction : int { Forward, Backward };
+
+// What follows the normalization, as a pass reads and writes it.
+struct Chain {
+  ActivationKind activation = ActivationKind::Identity;
+  bool residual = false;  // is read
+  bool mask = false;      // a forward writes the mask, a backward reads it instead of z's inputs
+
+  bool operator==(const Chain&) const = default;
+};
+
+// The gradients that a backward writes.
+struct Wants {
+  bool dx = false;
+  bool dresidual = false;
+  bool dweight = false;
+  bool dbias = false;
+
+  bool operator==(const Wants&) const = default;
+};
+
+// A number of tensors, and whether the bits of a mask are moved too.
+struct Traffic {
+  int tensors = 0;
+  bool mask = false;
+
+  bool operator==(const Traffic&) const = default;
+};
+
+// Without an activation dresidual is dy itself, and no kernel writes it.
+BN_HD constexpr bool dresidual_is_dy(ActivationKind activation) {
+  return activation == ActivationKind::Identity;
+}
+
+// The chain of a backward. Only an activation makes it read anything: the mask if one bit per element tells the branch
+// of z, otherwise the residual.
+inline Chain backward_chain(ActivationKind activation, bool residual) {
+  const bool reads = residual && activation != ActivationKind::Identity;
+  const bool bits = has_branches({activation});
+  return {activation, reads && !bits, reads && bits};
+}
+
+struct Pass {
+  Problem problem;
+  Direction direction = Direction::Forward;
+  bool training = true;
+  Wants wants;  // backward only
+  Chain chain;
+
+  bool operator==(const Pass&) const = default;
+
+  bool reduces() const { return reduce_reads().tensors > 0; }
+  bool applies() const { return writes().tensors > 0; }
+
+  // Whether dx depends on the sums, because the statistics depend on x.
+  bool through_statistics() const { return !forward() && training && wants.dx; }
+
+  // The reduction reads the first tensors of (x, residual) in a forward, of (dy, x, residual) in a backward.
+  Traffic reduce_reads() const {
+    if (forward()) {
+      return {training ? 1 : 0, false};
+    }
+    const bool with_x = through_statistics() || wants.dweight;
+    return with_x || wants.dbias ? reads_of_dz(with_x) : Traffic{};
+  }
+
+  // To write the outputs, the first tensors of the same lists are read.
+  Traffic apply_reads() const {
+    if (forward()) {
+      return {chain.residual ? 2 : 1, false};
+    }
+    return applies() ? reads_of_dz(through_statistics()) : Traffic{};
+  }
+
+  // A forward may hold x between the stages. A backward may hold dz and, if dx needs it, x.
+  int holds() const { return forward() ? 1 : !applies() ? 0 : through_statistics() ? 2 : 1; }
+
+  // What apply_reads counts and a held element need not be read for. dz is made of all that a backward reads.
+  Traffic spared_by_holding() const { return forward() ? Traffic{1, false} : apply_reads(); }
+
+  Traffic writes() const {
+    return forward() ? Traffic{1, chain.mask} : Traffic{(wants.dx ? 1 : 0) + (wants.dresidual ? 1 : 0), false};
+  }
+
+  // The most that a pass of this direction holds. Channels are cut by this number, not by holds(), so that the bits of
+  // a sum do not depend on what else is wanted.
+  int most_held() const { return forward() ? 1 : 2; }
+
+  // Whether a pass with this activation and residual may write a mask. Channels are cut by this, not by chain.mask, so
+  // that the bits of the statistics do not depend on whether a mask is kept.
+  bool may_write_mask() const { return forward() && chain.residual && has_branches({chain.activation}); }
+
+ private:
+  bool forward() const { return direction == Direction::Forward; }
+
+  // The tensors and bits that dz is made of, and x if it is needed besides.
+  Traffic reads_of_dz(bool with_x) const {
+    const bool needs_z = !chain.mask && chain.activation != ActivationKind::Identity;
+    const int for_dz = !needs_z ? 1 : chain.residual ? 3 : 2;
+    return {std::max(for_dz, with_x ? 2 : 1), chain.mask};
+  }
+};
+
+}  // namespace bn
