@@ -19,6 +19,7 @@ In a shell, ``python -m bn_ext`` says what is built and what runs, and checks re
 from bn_ext import activation, functional
 from bn_ext._fallback import set_warn_fallback
 from bn_ext.checkpoint import checkpoint_contexts
+from bn_ext.functional import plan
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.folding.fold import fold
 from bn_ext.graph.fusion.fuse import fuse
@@ -40,6 +41,7 @@ __all__ = [
     "fold",
     "functional",
     "fuse",
+    "plan",
     "report",
     "revert",
     "set_warn_fallback",

@@ -1,8 +1,10 @@
-"""The function behind the modules."""
+"""The function behind the modules, and how its calls are cut into work."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,12 @@ from torch import SymFloat, SymInt, Tensor
 from torch.compiler import is_exporting
 from torch.jit import is_scripting, is_tracing
 
-from bn_ext import _load  # noqa: F401, for the operator
 from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
+from bn_ext._load import _C
+
+if TYPE_CHECKING:
+    from bn_ext._C import CpuPlan, LaunchPlan
 
 operator = torch.ops.bn_ext.batch_norm
 FORWARD = "bn_ext::batch_norm_forward"
@@ -127,3 +132,73 @@ def batch_norm(
         activation,
         activation_param,
     )
+
+
+def plan(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    direction: Literal["forward", "inference", "backward"] = "forward",
+    *,
+    activation: activations.Name | None = None,
+    residual: bool = False,
+    device: str = "cpu",
+    threads: int | None = None,
+    last_cache_bytes: int | None = None,
+) -> CpuPlan | LaunchPlan:
+    """How a call is cut into work, on the CPU or on a GPU. Nothing runs, and no GPU is needed.
+
+    Args:
+        shape: of the input, (N, C, *).
+        dtype: of the input.
+        memory_format: ``torch.contiguous_format``, ``torch.channels_last`` (four dimensions) or
+            ``torch.channels_last_3d`` (five).
+        direction: ``"forward"`` is training, ``"backward"`` its gradients, all of them.
+        activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
+        residual: whether one is added.
+        device: ``"cpu"``, or the name of a GPU: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``,
+            ``"rtx5090"``.
+        threads: of the CPU; ``torch.get_num_threads()`` unless given.
+        last_cache_bytes: of the CPU; the size of this machine's last cache unless given.
+
+    Returns:
+        A value: plans can be compared, and print every field. ``csrc/cpu/plan.h`` and ``csrc/cuda/plan.h`` say what
+        the fields mean.
+
+    Raises:
+        ValueError: a name, dtype, memory format or number that is none of these, or an input that no memory holds.
+        TypeError: a dtype or a memory format of another type, or a size beyond 63 bits.
+
+    Example:
+        >>> bn_ext.plan((32, 64, 56, 56), device="h100").bytes_moved == 2 * 4 * 32 * 64 * 56 * 56
+        True
+        >>> one, two = (bn_ext.plan((32, 64, 56, 56), threads=threads) for threads in (1, 2))
+        >>> one == two, one.chunks == two.chunks  # how sums are cut does not depend on threads
+        (False, True)
+    """
+    for name, value, type_ in (("dtype", dtype, torch.dtype), ("memory_format", memory_format, torch.memory_format)):
+        if not isinstance(value, type_):
+            raise TypeError(f"{name} should be a torch.{type_.__name__}, got {type(value).__name__}")
+    if len(shape) < 2:
+        raise ValueError(f"shape should be (N, C, *), got {tuple(shape)}")
+    dimensions = {torch.contiguous_format: len(shape), torch.channels_last: 4, torch.channels_last_3d: 5}
+    if dimensions.get(memory_format) != len(shape):
+        raise ValueError(f"memory_format {memory_format} does not fit a shape of {len(shape)} dimensions")
+    n, c, *rest = shape
+    call = _C.Pass(
+        n,
+        c,
+        math.prod(rest),
+        dtype=str(dtype).removeprefix("torch."),
+        layout="planar" if memory_format == torch.contiguous_format else "interleaved",
+        direction=direction,
+        activation=activation or "identity",
+        residual=residual,
+    )
+    if device == "cpu":
+        threads = torch.get_num_threads() if threads is None else threads
+        last_cache_bytes = _C.last_cache_bytes() if last_cache_bytes is None else last_cache_bytes
+        return _C.cpu_plan(call, threads=threads, last_cache_bytes=last_cache_bytes)
+    if threads is not None or last_cache_bytes is not None:
+        raise ValueError(f"threads and last_cache_bytes are for device='cpu', got device={device!r}")
+    return _C.launch_plan(call, gpu=device)
