@@ -3,10 +3,12 @@ any order of threads, under AddressSanitizer. What becomes of them when they are
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from dataclasses import replace
 
 import pytest
+import simt.batch_norm
 import torch
 from compare import assert_no_worse
 from problems import (
@@ -312,6 +314,16 @@ def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, m
             some = together(kernels, device, a, mask, wanted)
             expected = every._replace(**{part: None for part, want in zip(Result._fields[3:], wanted) if not want})
             assert_same_bits(some, expected)
+
+
+def test_a_twin_of_another_size_is_found(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Epilogue(ctypes.Structure):
+        _fields_ = [("activation", simt.batch_norm.Activation), ("mask", ctypes.c_void_p)]
+
+    twins = [Epilogue if twin.__name__ == "Epilogue" else twin for twin in simt.batch_norm.MIRRORED]
+    monkeypatch.setattr(simt.batch_norm, "MIRRORED", twins)
+    with pytest.raises(AssertionError, match=r"Epilogue has 24 bytes, in C\+\+ 32"):
+        simt.batch_norm.check_sizes(kernels.library)
 
 
 def masked_of(problem: Problem, device: tuple[int, ...], seed: int) -> Masked:

@@ -103,6 +103,17 @@ class BackwardArgs(ctypes.Structure):
     ]
 
 
+# As the sizes in batch_norm.cpp. Work is not among them.
+MIRRORED = (Device, Problem, PerChannel, Activation, Epilogue, ForwardArgs, BackwardArgs)
+
+
+def check_sizes(library: ctypes.CDLL) -> None:
+    """A structure that differs from its twin in C++ would be read as garbage."""
+    sizes = (c_int64 * len(MIRRORED)).in_dll(library, "bn_sizes")
+    for twin, size in zip(MIRRORED, sizes, strict=True):
+        assert ctypes.sizeof(twin) == size, f"{twin.__name__} has {ctypes.sizeof(twin)} bytes, in C++ {size}"
+
+
 class Tail(NamedTuple):
     """What follows the normalization; a mask is written by a forward, read by a backward."""
 
@@ -153,6 +164,7 @@ class Kernels:
         ]
         built = library(name, [HERE / "batch_norm.cpp", *sources], sanitize=sanitize, include=include)
         self.library = Library(str(built))
+        check_sizes(self.library)
         self.library.batch_norm_forward.argtypes = [POINTER(ForwardArgs), POINTER(Device)]
         self.library.batch_norm_backward.argtypes = [POINTER(BackwardArgs), POINTER(Device)]
 
