@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, tuple[_Function, _Function]] = {
     "identity": (lambda z, p: z, lambda z, p: torch.ones_like(z)),
     "relu": (lambda z, p: z.clamp(min=0), lambda z, p: (z > 0).double()),
     "relu6": (lambda z, p: z.clamp(0, 6), lambda z, p: ((z > 0) & (z < 6)).double()),
-    "leaky_relu": (lambda z, p: torch.where(z > 0, z, p * z), lambda z, p: torch.where(z > 0, 1.0, p).double()),
+    "leaky_relu": (lambda z, p: torch.where(z > 0, z, p * z), lambda z, p: torch.where(z > 0, torch.ones_like(z), p)),
     "elu": (
         lambda z, p: torch.where(z > 0, z, p * z.expm1()),
         lambda z, p: torch.where(z > 0, 1.0, p * z.exp()),
