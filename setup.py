@@ -43,7 +43,16 @@ OLDEST_TORCH = "torch>=2.11"
 OLDEST_GCC = 11
 
 # Python's own flags ask for debug information, which would be nine tenths of the library.
-FLAGS = ["-std=c++20", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-Wall",
+    "-Werror=switch",
+    "-Wno-unknown-pragmas",
+]
 # For kernels: x * y + z may become one instruction. GCC warns inside its own AVX-512 header.
 KERNEL_FLAGS = [*FLAGS, "-ffp-contract=fast", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
 NVCC_FLAGS = ["-std=c++20", "-O3"]

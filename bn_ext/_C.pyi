@@ -1,7 +1,7 @@
 from typing import Literal
 
-def activations() -> list[tuple[str, float | None]]:
-    """The names of the activations, each with its parameter unless given, if it has one."""
+def activations() -> list[tuple[str, str | None, float | None]]:
+    """Name, parameter's name and parameter's default of each activation; None for both where it has no parameter."""
 
 def keeps_mask(activation: str) -> bool:
     """Whether the gradient of an activation behind a residual needs no more than one bit an element."""

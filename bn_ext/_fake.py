@@ -15,11 +15,12 @@ def _check(condition: bool | torch.SymBool, message: str) -> None:
     torch._check(condition, lambda: f"batch_norm: {message}")
 
 
-def _check_input(input: Tensor, activation: str | None, activation_param: float | None) -> None:
+def _check_input(input: Tensor, activation: int) -> None:
     known = input.dtype in FLOATING
     torch._check_not_implemented(known, lambda: f"\"batch_norm\" not implemented for '{input.dtype}'")
     _check(input.dim() >= 2, f"input should have sizes (N, C, ...), got {tuple(input.shape)}")
-    activations.check(activation, activation_param)
+    known = 0 <= activation < len(activations.NAMES)
+    torch._check_value(known, lambda: f"batch_norm: activation should be the number of an activation, got {activation}")
 
 
 def _check_values(input: Tensor, name: str, t: Tensor | None, count: int, *dtypes: torch.dtype) -> None:
@@ -69,11 +70,11 @@ def _batch_norm_forward(
     momentum: float | None,
     eps: float,
     residual: Tensor | None,
-    activation: str | None,
-    activation_param: float | None,
+    activation: int,
+    activation_param: float,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    _check_input(input, activation, activation_param)
+    _check_input(input, activation)
     torch._check_value(eps > 0, lambda: f"batch_norm eps must be positive during training, but got {eps}")
     several = input.numel() != input.size(1)
     torch._check_value(several, lambda: f"Expected more than 1 value per channel when training, got {input.shape}")
@@ -91,11 +92,11 @@ def _batch_norm_forward_evaluation(
     running_var: Tensor,
     eps: float,
     residual: Tensor | None,
-    activation: str | None,
-    activation_param: float | None,
+    activation: int,
+    activation_param: float,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    _check_input(input, activation, activation_param)
+    _check_input(input, activation)
     given = running_mean is not None and running_var is not None
     _check(given, "running_mean and running_var must be defined in evaluation mode")
     torch._check_value(eps >= 0, lambda: f"batch_norm eps must be non-negative, but got {eps}")
@@ -109,12 +110,12 @@ def _forward(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     residual: Tensor | None,
-    activation: str | None,
+    activation: int,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     if with_mask:
         _check(residual is not None, "without a residual there is no mask")
-        _check(_C.keeps_mask(activation or "identity"), f"{activation} has no mask")
+        _check(_C.keeps_mask(activations.NAMES[activation]), f"{activations.NAMES[activation]} has no mask")
     _check_per_channel(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _check_like(input, residual=residual)
     mean = input.new_empty(input.size(1), dtype=torch.float64)
@@ -133,11 +134,11 @@ def _batch_norm_backward(
     training: bool,
     residual: Tensor | None,
     mask: Tensor | None,
-    activation: str | None,
-    activation_param: float | None,
+    activation: int,
+    activation_param: float,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _check_input(input, activation, activation_param)
+    _check_input(input, activation)
     _check_per_channel(input, weight=weight, bias=bias)
     _check_like(input, dy=dy, residual=residual)
     _check_values(input, "mean", mean, input.size(1), torch.float64)
@@ -145,7 +146,9 @@ def _batch_norm_backward(
     _check_values(input, "mask", mask, _mask_bytes(input), torch.uint8)
     for name, t in {"mean": mean, "invstd": invstd, "mask": mask}.items():
         _check(t is None or t.is_contiguous(), f"{name} should be contiguous")
-    _check(mask is None or _C.keeps_mask(activation or "identity"), f"{activation} takes no mask")
+    _check(
+        mask is None or _C.keeps_mask(activations.NAMES[activation]), f"{activations.NAMES[activation]} takes no mask"
+    )
     accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
     wants_dx, *wants_parameters, wants_dresidual = output_mask

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from bn_ext._load import _C
 
-# Each with its parameter unless given, negative_slope of leaky_relu and alpha of elu, or None where it has none.
-DEFAULTS = dict(_C.activations())
-NAMES = tuple(DEFAULTS)
+# The table is BN_ACTIVATIONS in csrc/core/activation.h. The operators below batch_norm take the place in NAMES.
+NAMES = tuple(name for name, _, _ in _C.activations())
+DEFAULTS = {name: default for name, _, default in _C.activations()}
+PARAMETERS = {name: parameter for name, parameter, _ in _C.activations() if parameter is not None}
 
-# The names that torch gives the parameters.
-PARAMETERS = {"leaky_relu": "negative_slope", "elu": "alpha"}
+# Functions of torch with an option that makes them another activation: function, option, value.
+VARIANTS = {"gelu_tanh": ("gelu", "approximate", "tanh")}
 
 # The names for editors and type checkers. TorchScript, which compiles the modules' forward, knows no Literal.
 Names = Literal[
@@ -40,6 +41,9 @@ Names = Literal[
     "hardsigmoid",
     "sigmoid",
     "tanh",
+    "mish",
+    "celu",
+    "gelu_tanh",
 ]
 if TYPE_CHECKING:
     Name = Names
@@ -55,20 +59,23 @@ def check(activation: str | None, param: float | None) -> None:
         param: its parameter, or None for the default.
 
     Raises:
-        ValueError: the name is none of :data:`NAMES`, or has no parameter.
+        ValueError: the name is none of :data:`NAMES`, or has no parameter; the parameter of celu is 0.
 
     Example:
         >>> bn_ext.activation.check("elu", 1.0)
         >>> bn_ext.activation.check("relu", 1.0)
         Traceback (most recent call last):
-        ValueError: activation_param is for leaky_relu and elu, got 1.0 with activation='relu'
+        ValueError: activation_param is for leaky_relu, elu, celu, got 1.0 with activation='relu'
     """
     if activation is not None and activation not in NAMES:
         near = get_close_matches(str(activation).lower(), NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"activation should be None or one of {', '.join(NAMES)}, got {activation!r}{hint}")
     if param is not None and DEFAULTS[activation or "identity"] is None:
-        raise ValueError(f"activation_param is for leaky_relu and elu, got {param} with activation={activation!r}")
+        takers = ", ".join(PARAMETERS)
+        raise ValueError(f"activation_param is for {takers}, got {param} with activation={activation!r}")
+    if activation == "celu" and param == 0:
+        raise ValueError("activation_param of celu should not be 0")
 
 
 def apply(input: Tensor, activation: str | None, param: float | None) -> Tensor:
@@ -92,6 +99,9 @@ def apply(input: Tensor, activation: str | None, param: float | None) -> Tensor:
     check(activation, param)
     if activation is None or activation == "identity":
         return input
+    if activation in VARIANTS:
+        name, option, value = VARIANTS[activation]
+        return getattr(F, name)(input, **{option: value})
     function = getattr(F, activation)
     if DEFAULTS[activation] is None:
         return function(input)

@@ -84,7 +84,7 @@ def batch_norm(
         residual: of the input's shape and dtype. A number or another tensor that can be added gives the same as
             separate calls, at their speed.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
-        activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
+        activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu and celu (1).
 
     Shape:
         - input, residual: (N, C, *), any number of dimensions after the channels.
@@ -96,7 +96,7 @@ def batch_norm(
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an
-            unknown activation, or a parameter for one that has none.
+            unknown activation, or a parameter that it does not take.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
         TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.

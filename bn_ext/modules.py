@@ -235,7 +235,7 @@ class BatchNormAct2d(BatchNormAct):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
-        activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu (1).
+        activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu and celu (1).
 
     Shape:
         - input, residual, output: (N, C, H, W), of any strides.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 
 def _channels(input: Tensor, per_channel: Tensor) -> Tensor:
@@ -41,7 +42,16 @@ def unbiased(input: Tensor, var: Tensor) -> Tensor:
     return var * (count / (count - 1))
 
 
-# Value and derivative at z, the parameter being that of leaky_relu and elu. At a kink, the derivative that torch takes.
+def _doubled(z: Tensor) -> Tensor:
+    """Twice the argument of the tanh in gelu_tanh: (1 + tanh(u / 2)) / 2 is sigmoid(u)."""
+    return math.sqrt(8 / math.pi) * (z + 0.044715 * z**3)
+
+
+def _doubled_slope(z: Tensor) -> Tensor:
+    return math.sqrt(8 / math.pi) * (1 + 3 * 0.044715 * z**2)
+
+
+# Value and derivative at z; p is the activation's parameter. At a kink, the derivative that torch takes.
 _Function = Callable[[Tensor, float], Tensor]
 ACTIVATIONS: dict[str, tuple[_Function, _Function]] = {
     "identity": (lambda z, p: z, lambda z, p: torch.ones_like(z)),
@@ -67,6 +77,18 @@ ACTIVATIONS: dict[str, tuple[_Function, _Function]] = {
     "hardsigmoid": (lambda z, p: (z + 3).clamp(0, 6) / 6, lambda z, p: (z.abs() < 3).double() / 6),
     "sigmoid": (lambda z, p: z.sigmoid(), lambda z, p: z.sigmoid() * (-z).sigmoid()),
     "tanh": (lambda z, p: z.tanh(), lambda z, p: z.cosh().square().reciprocal()),
+    "mish": (
+        lambda z, p: z * softplus(z).tanh(),
+        lambda z, p: softplus(z).tanh() + z * z.sigmoid() * softplus(z).cosh().square().reciprocal(),
+    ),
+    "celu": (
+        lambda z, p: torch.where(z > 0, z, p * (z / p).expm1()),
+        lambda z, p: torch.where(z > 0, 1.0, (z / p).exp()),
+    ),
+    "gelu_tanh": (
+        lambda z, p: z * _doubled(z).sigmoid(),
+        lambda z, p: _doubled(z).sigmoid() * (1 + z * (-_doubled(z)).sigmoid() * _doubled_slope(z)),
+    ),
 }
 
 

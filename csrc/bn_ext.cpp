@@ -30,16 +30,17 @@ TORCH_LIBRARY(bn_ext, m) {
 
   // The same below autograd: in training, and in evaluation, which writes to nothing. mean and invstd, (C,) in float64,
   // are the statistics that normalized the input. The mask, of bytes, has a bit for each element in the order of
-  // memory: the branch of the activation; None without with_mask.
+  // memory: the branch of the activation; None without with_mask. The activation is a number, its place in the list of
+  // activations.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? residual, str? activation, float? activation_param, bool with_mask) "
+      "Tensor? residual, int activation, float activation_param, bool with_mask) "
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
   m.def(
       "batch_norm_forward.evaluation(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
-      "Tensor running_var, float eps, Tensor? residual, str? activation, float? activation_param, bool with_mask) "
+      "Tensor running_var, float eps, Tensor? residual, int activation, float activation_param, bool with_mask) "
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
 
@@ -47,7 +48,7 @@ TORCH_LIBRARY(bn_ext, m) {
   // is needed where there was one, unless there is a mask.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
-      "bool training, Tensor? residual, Tensor? mask, str? activation, float? activation_param, bool[4] output_mask) "
+      "bool training, Tensor? residual, Tensor? mask, int activation, float activation_param, bool[4] output_mask) "
       "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       tags);
 }
@@ -140,6 +141,17 @@ LaunchPlan launch_plan(const bn::Pass& pass, const std::string& gpu) {
   return bn::cuda::plan(pass, bn::cuda::named_limits(gpu));
 }
 
+// Name of each activation, name of its parameter, the parameter unless given.
+using KnownActivation = std::tuple<std::string, std::optional<std::string>, std::optional<double>>;
+
+std::vector<KnownActivation> known_activations() {
+  std::vector<KnownActivation> all;
+  for (const auto& [name, parameter, param] : bn::kActivations) {
+    all.push_back(parameter == nullptr ? KnownActivation{name, {}, {}} : KnownActivation{name, parameter, param});
+  }
+  return all;
+}
+
 void warn_of_fallback(const at::Tensor& input, const char* reason) {
   const py::gil_scoped_acquire gil;
   py::module_::import("bn_ext._fallback").attr("fell_back")(input, reason);
@@ -148,7 +160,7 @@ void warn_of_fallback(const at::Tensor& input, const char* reason) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.def("activations", &bn::ops::activations);
+  m.def("activations", known_activations);
   m.def(
       "keeps_mask", [](const std::string& name) { return has_branches(bn::ops::activation_of(name, std::nullopt)); },
       py::arg("activation"));

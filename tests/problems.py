@@ -367,7 +367,15 @@ def largest(z: Tensor, a: Arguments) -> Tensor:
 
 # Those of two straight branches, whose gradient takes one bit of z.
 STRAIGHT = ("relu", "relu6", "leaky_relu", "hardsigmoid")
-KINKS = {"relu": (0,), "relu6": (0, 6), "leaky_relu": (0,), "elu": (0,), "hardswish": (-3, 3), "hardsigmoid": (-3, 3)}
+KINKS = {
+    "relu": (0,),
+    "relu6": (0, 6),
+    "leaky_relu": (0,),
+    "elu": (0,),
+    "celu": (0,),
+    "hardswish": (-3, 3),
+    "hardsigmoid": (-3, 3),
+}
 
 
 def near_kinks(a: Arguments) -> Tensor:

@@ -4,10 +4,15 @@ number type, against torch's separate operators and the float64 formulas."""
 from __future__ import annotations
 
 import itertools
+import re
+import runpy
+import shutil
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -33,10 +38,11 @@ from problems import (
 from torch import Tensor
 
 import bn_ext
-from bn_ext.activation import DEFAULTS, NAMES
+from bn_ext.activation import DEFAULTS, NAMES, PARAMETERS
 from bn_ext.functional import batch_norm
 
 OPS = torch.ops.bn_ext
+ROOT = Path(__file__).parents[1]
 check = partial(check, slack=2.0)  # of thousands of problems some are off by chance
 # Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
@@ -104,10 +110,14 @@ def test_without_weight_or_bias(affine, activation: str, residual: bool, device:
         check(problem, device, backward=True)
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "elu"])
+@pytest.mark.parametrize("activation", PARAMETERS)
 @pytest.mark.parametrize("param", [0.0, 0.3, 1.7, -0.5])
 @with_and_without_residual
 def test_parameter(activation: str, param: float, residual: bool, device: str) -> None:
+    if (activation, param) == ("celu", 0.0):  # a division by zero, in torch too
+        with pytest.raises(ValueError, match="activation_param of celu should not be 0"):
+            run_ours(Problem((3, 5), activation=activation, activation_param=param).arguments(device))
+        return
     problem = Problem((3, 19, 5, 7), residual=residual, activation=activation, activation_param=param)
     check(problem, device, backward=True)
 
@@ -159,13 +169,35 @@ def test_gradient_at_kinks_and_beyond_numbers(activation: str, residual: bool) -
     """torch's, at every value where a formula changes, at infinity and for NaN; where torch's vectors give one thing
     and what is left at their end another, either of them."""
     param = None if DEFAULTS[activation] is None else 0.3
-    infinite = [] if activation == "gelu" else [torch.inf, -torch.inf]  # torch's own gelu of infinity is NaN
+    # torch's own values or gradients at infinity are NaN for these three
+    infinite = [] if activation in ("gelu", "gelu_tanh", "mish") else [torch.inf, -torch.inf]
     for value in (-6.0, -3.0, -0.0, 0.0, 3.0, 6.0, 1e-30, -1e-30, 5e-45, -5e-45, torch.nan, *infinite):
         values = torch.full((17,), value)
         ours, torchs = (at_values(values, activation, residual, side, param) for side in (True, False))
         for mine, theirs in zip(ours, torchs, strict=True):
             either = [torch.isclose(mine, t, rtol=1e-6, atol=5e-7, equal_nan=True) for t in theirs.flatten()[[0, -1]]]
             assert (either[0] | either[1]).all(), f"at {value}: {mine[0, 0]}, torch's {theirs[0, 0]}"
+
+
+@every_activation
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_large_values_have_values_and_two_derivatives(activation: str, dtype: torch.dtype, device: str) -> None:
+    """No NaN, and the limits, wherever an exponential, a square or a cube overflows. In evaluation z is the input."""
+    sizes = [7, 9.5, 10.5, 12, 21, 23, 40, 60, 89, 104, 300, 800, 3e4, 1e13, 1e20, 1e30]
+    values = torch.tensor([sign * size for size in sizes for sign in (1, -1)], dtype=torch.float64)
+    z = values[values.abs() <= torch.finfo(dtype).max].to(dtype).repeat_interleave(3).view(-1, 3).to(device)
+    z.requires_grad_()
+    param = DEFAULTS[activation]
+    output = batch_norm(z, z.new_zeros(3), z.new_ones(3), eps=0.0, activation=activation)
+    value, slope = (f(z.detach().cpu().double(), param or 0.0) for f in bn_ext.reference.ACTIVATIONS[activation])
+    tolerance = {"rtol": 8 * torch.finfo(dtype).eps, "atol": 8 * torch.finfo(dtype).eps, "check_dtype": False}
+    torch.testing.assert_close(output.detach().cpu(), value.to(dtype), **tolerance)
+    (gradient,) = torch.autograd.grad(output, z, torch.ones_like(z), retain_graph=True)
+    torch.testing.assert_close(gradient.cpu(), slope.to(dtype), **tolerance)
+    (gradient,) = torch.autograd.grad(output, z, torch.ones_like(z), create_graph=True)
+    if gradient.requires_grad:
+        (second,) = torch.autograd.grad(gradient, z, torch.ones_like(z))
+        assert torch.isfinite(second).all()
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last, unaligned])
@@ -192,7 +224,7 @@ def test_mask(activation: str, types: Types, layout, shape, device: str) -> None
     a = Problem(shape, layout, types, residual=True, activation=activation).arguments(device)
     with filled_memory():
         output, _, _, mask = OPS.batch_norm_forward(
-            a.input, a.weight, a.bias, None, None, None, 0.1, a.eps, a.residual, activation, None, True
+            a.input, a.weight, a.bias, None, None, None, 0.1, a.eps, a.residual, NAMES.index(activation), a.param, True
         )
     assert mask.numel() == (a.input.numel() + 31) // 32 * 4
     bits = (mask[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
@@ -353,9 +385,13 @@ def test_residual_that_is_the_input(device: str) -> None:
 def test_mistakes(device: str) -> None:
     x = torch.randn(2, 3, 4, 4, device=device)
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
-    with pytest.raises(ValueError, match=r"activation should be None or one of identity, relu, .*tanh, got 'mish'"):
-        batch_norm(x, mean, var, training=True, activation="mish")
-    with pytest.raises(ValueError, match=r"activation_param is for leaky_relu and elu, got 0.1 with activation='relu'"):
+    with pytest.raises(
+        ValueError, match=r"activation should be None or one of identity, relu, .*gelu_tanh, got 'selu'"
+    ):
+        batch_norm(x, mean, var, training=True, activation="selu")
+    with pytest.raises(
+        ValueError, match=r"activation_param is for leaky_relu, elu, celu, got 0.1 with activation='relu'"
+    ):
         batch_norm(x, mean, var, training=True, activation="relu", activation_param=0.1)
     with pytest.raises(ValueError, match=r"got 'Relu'; did you mean 'relu'\?"):
         bn_ext.BatchNorm2d(3, device=device)(x, activation="Relu")
@@ -370,7 +406,39 @@ def test_mistakes(device: str) -> None:
 def test_names_and_parameters() -> None:
     assert get_args(bn_ext.activation.Names) == NAMES
     assert tuple(bn_ext.reference.ACTIVATIONS) == NAMES
-    assert {name for name, param in DEFAULTS.items() if param is not None} == {"leaky_relu", "elu"}
+    assert {name for name, param in DEFAULTS.items() if param is not None} == set(PARAMETERS)
+    assert PARAMETERS == {"leaky_relu": "negative_slope", "elu": "alpha", "celu": "alpha"}
+    assert (DEFAULTS["leaky_relu"], DEFAULTS["elu"], DEFAULTS["celu"]) == (0.01, 1.0, 1.0)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("forgets", [False, True])
+def test_a_switch_that_forgets_an_activation_is_an_error(forgets: bool) -> None:
+    table = (ROOT / "csrc/core/activation.h").read_text()
+    kinds = re.findall(r"^  (?:PLAIN|PARAMETRIC)\((\w+), ", table, re.MULTILINE)
+    assert len(kinds) == len(NAMES)
+    cases = " ".join(f"case bn::ActivationKind::{kind}:" for kind in kinds[forgets:])
+    source = (
+        f'#include "core/activation.h"\nint f(bn::ActivationKind k) {{ switch (k) {{ {cases} return 1; }} return 0; }}'
+    )
+    command = [
+        "g++",
+        *runpy.run_path(str(ROOT / "setup.py"))["FLAGS"],
+        f"-I{ROOT / 'csrc'}",
+        "-fsyntax-only",
+        "-x",
+        "c++",
+        "-",
+    ]
+    run = subprocess.run(command, input=source, text=True, capture_output=True, check=False)
+    assert (run.returncode != 0) == forgets, run.stderr
+    assert ("-Werror=switch" in run.stderr) == forgets
+
+
+def test_no_switch_over_activations_has_a_default() -> None:
+    for path in (ROOT / "csrc").glob("**/*.[hc]*"):
+        for body in re.findall(r"switch \(\w+\.kind\) \{(.*?)\n  \}\n", path.read_text(), re.DOTALL):
+            assert "default:" not in body, path
 
 
 def test_module(device: str) -> None:

@@ -32,11 +32,12 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import bn_ext
 from bn_ext import reference
+from bn_ext.activation import DEFAULTS, NAMES
 
 OPS = torch.ops.bn_ext
 MUTABLE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
 NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}"
-FUSED = "Tensor? residual, str? activation, float? activation_param, bool with_mask"
+FUSED = "Tensor? residual, int activation, float activation_param, bool with_mask"
 SCHEMAS = {
     "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
     "float? activation_param=None) -> Tensor",
@@ -45,7 +46,7 @@ SCHEMAS = {
     "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
     f"Tensor running_var, float eps, {FUSED}) -> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
     "batch_norm_backward": "(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
-    "bool training, Tensor? residual, Tensor? mask, str? activation, float? activation_param, bool[4] output_mask) "
+    "bool training, Tensor? residual, Tensor? mask, int activation, float activation_param, bool[4] output_mask) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
 }
 
@@ -68,9 +69,16 @@ def arguments_of(problem: Problem, device: str, gradients: bool = False, momentu
     return *norm, residual, a.activation, a.activation_param
 
 
+def numbered(problem: Problem) -> tuple[int, float]:
+    """The activation as the operators below batch_norm take it."""
+    name = problem.activation or "identity"
+    param = problem.activation_param
+    return NAMES.index(name), (DEFAULTS[name] or 0.0) if param is None else param
+
+
 def forward_call(problem: Problem, device: str) -> tuple[OpOverload, tuple]:
     """The operator of the forward below autograd, in training or evaluation, and its arguments."""
-    arguments = *arguments_of(problem, device), has_mask(problem)
+    arguments = *arguments_of(problem, device)[:-2], *numbered(problem), has_mask(problem)
     if problem.mode.training:
         return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:])
     return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:])
@@ -81,7 +89,7 @@ def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, .
     forward, arguments = forward_call(problem, device)
     _, mean, invstd, mask = forward(*arguments)
     kept = (None, mask) if has_mask(problem) else (a.residual, None)
-    fused = *kept, a.activation, a.activation_param
+    fused = *kept, *numbered(problem)
     return a.dy, a.input, a.weight, a.bias, mean, invstd, a.training, *fused, list(output_mask)
 
 
@@ -268,9 +276,8 @@ UNFIT: dict[str, Callable[[dict], list[dict]]] = {
     ],
     "one of the statistics": lambda given: [{"running_var": None}],
     "eps": lambda given: [{"eps": -1.0}],
-    "activation": lambda given: [{"activation": "swish"}],
-    "activation without bits": lambda given: [{"activation": "silu"}],
-    "parameter": lambda given: [{"activation_param": 0.5}],
+    "activation": lambda given: [{"activation": -1}, {"activation": len(NAMES)}],
+    "activation without bits": lambda given: [{"activation": NAMES.index("silu")}],
     "mask without a residual": lambda given: [{"with_mask": True, "residual": None}],
     "strided statistics": lambda given: [{"mean": torch.stack([given["mean"]] * 2, 1)[:, 0]}],
 }

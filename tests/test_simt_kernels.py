@@ -259,7 +259,7 @@ def test_nothing_is_read_or_written_out_of_bounds(shape, types: Types, device: D
         assert_same_bits(sanitized().submit(passes_of, problem, limits_of(device), 1).result(), plain)
 
 
-PARAMS = {"leaky_relu": 0.2, "elu": 0.7}
+PARAMS = {"leaky_relu": 0.2, "elu": 0.7, "celu": 0.7}
 
 
 @ways

@@ -5,34 +5,16 @@
 #include <cstdint>
 #include <type_traits>
 
-// What can follow the normalization: y = activation(z), z = normalized + residual. Each is a value and a gradient, that
-// of torch at kinks, for scalars and for vectors of them.
+// The activations that can follow the normalization: y = activation(z), z = normalized + residual. Each is a functor
+// with a value and a gradient (torch's at kinks), for scalars, vectors and tensors, and an entry of BN_ACTIVATIONS
+// below.
 namespace bn {
-
-enum class ActivationKind : int {
-  Identity,
-  ReLU,
-  ReLU6,
-  LeakyReLU,
-  ELU,
-  SiLU,
-  GELU,
-  Hardswish,
-  Hardsigmoid,
-  Sigmoid,
-  Tanh
-};
-
-struct Activation {
-  ActivationKind kind = ActivationKind::Identity;
-  double param = 0;  // negative slope of LeakyReLU, alpha of ELU
-};
 
 namespace activation {
 
 template <class V>
 BN_HD V constant(double value) {
-  return V(static_cast<typename Math<V>::Scalar>(value));
+  return Math<V>::constant(value);
 }
 
 template <class V>
@@ -45,12 +27,22 @@ BN_HD V clamp(const V& z, double low, double high) {
   return select<V>(z <= constant<V>(low), constant<V>(low), select<V>(z >= constant<V>(high), constant<V>(high), z));
 }
 
+// z where z < high, else high. A NaN stays NaN.
 template <class V>
-BN_HD V sigmoid(const V& z) {
-  return V(1) / (V(1) + Math<V>::exp(V(0) - z));
+BN_HD V at_most(const V& z, double high) {
+  return select<V>(z >= constant<V>(high), constant<V>(high), z);
 }
 
-// Of two straight branches: which one z is on is all that the gradient depends on, a bit.
+template <class V>
+BN_HD V sigmoid(const V& z) {
+  if constexpr (requires { Math<V>::sigmoid(z); }) {
+    return Math<V>::sigmoid(z);
+  } else {
+    return constant<V>(1) / (constant<V>(1) + Math<V>::exp(constant<V>(0) - z));
+  }
+}
+
+// Piecewise linear with two slopes: the gradient needs one bit per element.
 struct Straight {
   static constexpr bool kBranches = true;
 };
@@ -75,15 +67,15 @@ struct Identity {
 struct ReLU : Straight {
   template <class V>
   BN_HD V value(const V& z) const {
-    return select<V>(branch(z), V(0), z);
+    return select<V>(branch(z), constant<V>(0), z);
   }
   template <class V>
   BN_HD auto branch(const V& z) const {
-    return z <= V(0);
+    return z <= constant<V>(0);
   }
   template <class V>
   BN_HD V gradient_on(const typename Math<V>::Mask& branch, const V& dy) const {
-    return select<V>(branch, V(0), dy);
+    return select<V>(branch, constant<V>(0), dy);
   }
 };
 
@@ -94,11 +86,11 @@ struct ReLU6 : Straight {
   }
   template <class V>
   BN_HD typename Math<V>::Mask branch(const V& z) const {
-    return (z <= V(0)) | (z >= V(6));
+    return (z <= constant<V>(0)) | (z >= constant<V>(6));
   }
   template <class V>
   BN_HD V gradient_on(const typename Math<V>::Mask& branch, const V& dy) const {
-    return select<V>(branch, V(0), dy);
+    return select<V>(branch, constant<V>(0), dy);
   }
 };
 
@@ -112,7 +104,7 @@ struct LeakyReLU : Straight {
   }
   template <class V>
   BN_HD auto branch(const V& z) const {
-    return z > V(0);
+    return z > constant<V>(0);
   }
   template <class V>
   BN_HD V gradient_on(const typename Math<V>::Mask& branch, const V& dy) const {
@@ -123,41 +115,57 @@ struct LeakyReLU : Straight {
 struct Hardsigmoid : Straight {
   template <class V>
   BN_HD V value(const V& z) const {
-    return clamp<V>(z + V(3), 0, 6) * constant<V>(1.0 / 6);
+    return clamp<V>(z + constant<V>(3), 0, 6) * constant<V>(1.0 / 6);
   }
   template <class V>
   BN_HD typename Math<V>::Mask branch(const V& z) const {
-    return (z > V(-3)) & (z < V(3));
+    return (z > constant<V>(-3)) & (z < constant<V>(3));
   }
   template <class V>
   BN_HD V gradient_on(const typename Math<V>::Mask& branch, const V& dy) const {
-    return select<V>(branch, dy * constant<V>(1.0 / 6), V(0));
+    return select<V>(branch, dy * constant<V>(1.0 / 6), constant<V>(0));
   }
 };
 
+// exp is of no positive z, though its result is not selected there: it would be Inf, and the second derivative 0 * Inf.
 struct ELU : Curved {
   double alpha;
 
   BN_HD explicit ELU(double alpha) : alpha(alpha) {}
   template <class V>
   BN_HD V value(const V& z) const {
-    return select<V>(z <= V(0), constant<V>(alpha) * Math<V>::expm1(z), z);
+    return select<V>(z <= constant<V>(0), constant<V>(alpha) * Math<V>::expm1(z), z);
   }
   template <class V>
   BN_HD V gradient(const V& dy, const V& z) const {
-    return select<V>(z <= V(0), dy * (constant<V>(alpha) * Math<V>::exp(z)), dy);
+    return select<V>(z <= constant<V>(0), dy * (constant<V>(alpha) * Math<V>::exp(at_most<V>(z, 0))), dy);
+  }
+};
+
+// As ELU, but with a slope of 1 at 0 for any alpha, which is not 0.
+struct CELU : Curved {
+  double alpha;
+
+  BN_HD explicit CELU(double alpha) : alpha(alpha) {}
+  template <class V>
+  BN_HD V value(const V& z) const {
+    return select<V>(z <= constant<V>(0), constant<V>(alpha) * Math<V>::expm1(z * constant<V>(1 / alpha)), z);
+  }
+  template <class V>
+  BN_HD V gradient(const V& dy, const V& z) const {
+    return select<V>(z <= constant<V>(0), dy * Math<V>::exp(at_most<V>(z, 0) * constant<V>(1 / alpha)), dy);
   }
 };
 
 struct SiLU : Curved {
   template <class V>
   BN_HD V value(const V& z) const {
-    return z / (V(1) + Math<V>::exp(V(0) - z));
+    return z / (constant<V>(1) + Math<V>::exp(constant<V>(0) - z));
   }
   template <class V>
   BN_HD V gradient(const V& dy, const V& z) const {
     const V s = sigmoid(z);
-    return dy * (s * (V(1) + z * (V(1) - s)));
+    return dy * (s * (constant<V>(1) + z * (constant<V>(1) - s)));
   }
 };
 
@@ -165,7 +173,7 @@ struct SiLU : Curved {
 struct GELU : Curved {
   template <class V>
   BN_HD static V cdf(const V& z) {
-    return constant<V>(0.5) * (V(1) + Math<V>::erf(z * constant<V>(0.70710678118654752440)));
+    return constant<V>(0.5) * (constant<V>(1) + Math<V>::erf(z * constant<V>(0.70710678118654752440)));
   }
   template <class V>
   BN_HD V value(const V& z) const {
@@ -178,15 +186,62 @@ struct GELU : Curved {
   }
 };
 
+// The approximation of GELU by tanh, 0.5 z (1 + tanh(u / 2)) = z sigmoid(u), with u = 2 sqrt(2 / pi) (z + 0.044715
+// z^3).
+struct GELUTanh : Curved {
+  static constexpr double kLinear = 1.59576912160573071176;
+  static constexpr double kCubic = kLinear * 0.044715;
+
+  // exp(-u)
+  template <class V>
+  BN_HD static V decay(const V& z) {
+    return Math<V>::exp(z * (constant<V>(-kLinear) - z * z * constant<V>(kCubic)));
+  }
+  template <class V>
+  BN_HD V value(const V& z) const {
+    return z / (constant<V>(1) + decay(z));
+  }
+  // Beyond +-10 the gradient is 1 or 0, to 1e-34. There, decay is still finite in float.
+  template <class V>
+  BN_HD V gradient(const V& dy, const V& z) const {
+    const V t = clamp(z, -10, 10);
+    const V e = decay(t);
+    const V s = constant<V>(1) / (constant<V>(1) + e);
+    const V slope = t * (constant<V>(kLinear) + t * t * constant<V>(3 * kCubic));
+    return dy * (s + slope * (s * e * s));
+  }
+};
+
+// z * tanh(log(1 + e^z)). With e = exp(z) the tanh is n / (n + 2), n = e (e + 2), without cancellation.
+struct Mish : Curved {
+  // From here on the tanh is 1 in double, and (n + 2)^2 is still finite in float.
+  static constexpr double kSaturated = 22;
+
+  template <class V>
+  BN_HD V value(const V& z) const {
+    const V e = Math<V>::exp(at_most<V>(z, kSaturated));
+    const V n = e * (e + constant<V>(2));
+    return z * (n / (n + constant<V>(2)));
+  }
+  template <class V>
+  BN_HD V gradient(const V& dy, const V& z) const {
+    const V t = at_most<V>(z, kSaturated);
+    const V e = Math<V>::exp(t);
+    const V n = e * (e + constant<V>(2));
+    const V d = n + constant<V>(2);
+    return dy * (n / d + t * (constant<V>(4) * e * (constant<V>(1) + e) / (d * d)));
+  }
+};
+
 struct Hardswish : Curved {
   template <class V>
   BN_HD V value(const V& z) const {
-    return z * (clamp<V>(z + V(3), 0, 6) * constant<V>(1.0 / 6));
+    return z * (clamp<V>(z + constant<V>(3), 0, 6) * constant<V>(1.0 / 6));
   }
   template <class V>
   BN_HD V gradient(const V& dy, const V& z) const {
     const V inside = dy * (z * constant<V>(1.0 / 3) + constant<V>(0.5));
-    return select<V>(z <= V(-3), V(0), select<V>(z >= V(3), dy, inside));
+    return select<V>(z <= constant<V>(-3), constant<V>(0), select<V>(z >= constant<V>(3), dy, inside));
   }
 };
 
@@ -198,7 +253,7 @@ struct Sigmoid : Curved {
   template <class V>
   BN_HD V gradient(const V& dy, const V& z) const {
     const V s = sigmoid(z);
-    return dy * ((V(1) - s) * s);
+    return dy * ((constant<V>(1) - s) * s);
   }
 };
 
@@ -210,41 +265,78 @@ struct Tanh : Curved {
   template <class V>
   BN_HD V gradient(const V& dy, const V& z) const {
     const V y = Math<V>::tanh(z);
-    return dy * (V(1) - y * y);
+    return dy * (constant<V>(1) - y * y);
   }
 };
+
+}  // namespace activation
+
+// Every activation, once. PLAIN(functor, name); PARAMETRIC(functor, name, parameter, default), whose functor is made
+// from the parameter. The name is that of torch.nn.functional; the parameter's name is torch's. Compiled graphs hold
+// the place of an entry: add new ones at the end.
+#define BN_ACTIVATIONS(PLAIN, PARAMETRIC)                 \
+  PLAIN(Identity, identity)                               \
+  PLAIN(ReLU, relu)                                       \
+  PLAIN(ReLU6, relu6)                                     \
+  PARAMETRIC(LeakyReLU, leaky_relu, negative_slope, 0.01) \
+  PARAMETRIC(ELU, elu, alpha, 1.0)                        \
+  PLAIN(SiLU, silu)                                       \
+  PLAIN(GELU, gelu)                                       \
+  PLAIN(Hardswish, hardswish)                             \
+  PLAIN(Hardsigmoid, hardsigmoid)                         \
+  PLAIN(Sigmoid, sigmoid)                                 \
+  PLAIN(Tanh, tanh)                                       \
+  PLAIN(Mish, mish)                                       \
+  PARAMETRIC(CELU, celu, alpha, 1.0)                      \
+  PLAIN(GELUTanh, gelu_tanh)
+
+enum class ActivationKind : int {
+#define BN_KIND(Functor, ...) Functor,
+  BN_ACTIVATIONS(BN_KIND, BN_KIND)
+#undef BN_KIND
+};
+
+struct Activation {
+  ActivationKind kind = ActivationKind::Identity;
+  double param = 0;  // 0 if the activation has none
+};
+
+struct ActivationEntry {
+  const char* name;
+  const char* parameter;  // the name of the parameter; null if there is none
+  double param;           // the default; 0 if there is no parameter
+};
+
+// In the order of ActivationKind.
+constexpr ActivationEntry kActivations[] = {
+#define BN_PLAIN(Functor, name) {#name, nullptr, 0},
+#define BN_PARAMETRIC(Functor, name, parameter, preset) {#name, #parameter, preset},
+    BN_ACTIVATIONS(BN_PLAIN, BN_PARAMETRIC)
+#undef BN_PLAIN
+#undef BN_PARAMETRIC
+};
+
+namespace activation {
 
 // Calls f with the functor of an activation.
 #pragma nv_exec_check_disable
 template <class F>
 BN_HD auto with_functor(const Activation& a, const F& f) {
   switch (a.kind) {
-    case ActivationKind::ReLU:
-      return f(ReLU{});
-    case ActivationKind::ReLU6:
-      return f(ReLU6{});
-    case ActivationKind::LeakyReLU:
-      return f(LeakyReLU(a.param));
-    case ActivationKind::ELU:
-      return f(ELU(a.param));
-    case ActivationKind::SiLU:
-      return f(SiLU{});
-    case ActivationKind::GELU:
-      return f(GELU{});
-    case ActivationKind::Hardswish:
-      return f(Hardswish{});
-    case ActivationKind::Hardsigmoid:
-      return f(Hardsigmoid{});
-    case ActivationKind::Sigmoid:
-      return f(Sigmoid{});
-    case ActivationKind::Tanh:
-      return f(Tanh{});
-    default:
-      return f(Identity{});
+#define BN_PLAIN(Functor, name) \
+  case ActivationKind::Functor: \
+    return f(Functor{});
+#define BN_PARAMETRIC(Functor, name, parameter, preset) \
+  case ActivationKind::Functor:                         \
+    return f(Functor(a.param));
+    BN_ACTIVATIONS(BN_PLAIN, BN_PARAMETRIC)
+#undef BN_PLAIN
+#undef BN_PARAMETRIC
   }
+  __builtin_unreachable();  // the operators refuse other numbers
 }
 
-// The gradient behind one that is known, of whichever kind.
+// The gradient of z, for a functor of either kind.
 template <class Functor, class V>
 BN_HD V gradient(const Functor& f, const V& dy, const V& z) {
   if constexpr (Functor::kBranches) {
@@ -254,8 +346,8 @@ BN_HD V gradient(const Functor& f, const V& dy, const V& z) {
   }
 }
 
-// Any of them, found out at each element: a branch that is always the same costs little where memory is waited for, and
-// one kernel serves all.
+// Selects the activation at run time, so that one kernel serves all. The selection is the same for every element, and
+// the latency of memory hides it.
 struct Any : Curved {
   Activation which;
 
@@ -299,14 +391,13 @@ BN_HD bool has_branches(const Activation& a) {
 // Calls f with the functor that kernels are compiled for: the commonest two have kernels of their own.
 template <class F>
 BN_HD decltype(auto) with_compiled(const Activation& a, const F& f) {
-  switch (a.kind) {
-    case ActivationKind::Identity:
-      return f(activation::Identity{});
-    case ActivationKind::ReLU:
-      return f(activation::ReLU{});
-    default:
-      return f(activation::Any{{}, a});
+  if (a.kind == ActivationKind::Identity) {
+    return f(activation::Identity{});
   }
+  if (a.kind == ActivationKind::ReLU) {
+    return f(activation::ReLU{});
+  }
+  return f(activation::Any{{}, a});
 }
 
 }  // namespace bn

@@ -9,9 +9,9 @@ namespace bn {
 
 template <class V>
 struct Math {
-  using Scalar = V;
   using Mask = bool;  // the result of a comparison; masks combine with | and &
 
+  BN_HD static V constant(double value) { return static_cast<V>(value); }
   BN_HD static V select(bool where, V a, V b) { return where ? a : b; }
   BN_HD static V exp(V x) { return std::exp(x); }
   BN_HD static V expm1(V x) { return std::expm1(x); }

@@ -28,9 +28,9 @@ namespace bn {
 template <class A>
 struct Math<at::vec::Vectorized<A>> {
   using V = at::vec::Vectorized<A>;
-  using Scalar = A;
   using Mask = V;  // all ones in a lane, or zero
 
+  BN_HD static V constant(double value) { return V(static_cast<A>(value)); }
   BN_HD static V select(const V& where, const V& a, const V& b) { return V::blendv(b, a, where); }
   BN_HD static V exp(const V& x) { return x.exp(); }
   BN_HD static V expm1(const V& x) { return x.expm1(); }

@@ -10,39 +10,23 @@
 namespace bn::ops {
 namespace {
 
-struct Known {
-  ActivationKind kind;
-  const char* name;
-  Param param;  // its parameter unless given, if it has one
-};
+bool always(const ActivationEntry&) {
+  return true;
+}
 
-constexpr Known kKnown[] = {
-    {ActivationKind::Identity, "identity", std::nullopt},
-    {ActivationKind::ReLU, "relu", std::nullopt},
-    {ActivationKind::ReLU6, "relu6", std::nullopt},
-    {ActivationKind::LeakyReLU, "leaky_relu", 0.01},
-    {ActivationKind::ELU, "elu", 1.0},
-    {ActivationKind::SiLU, "silu", std::nullopt},
-    {ActivationKind::GELU, "gelu", std::nullopt},
-    {ActivationKind::Hardswish, "hardswish", std::nullopt},
-    {ActivationKind::Hardsigmoid, "hardsigmoid", std::nullopt},
-    {ActivationKind::Sigmoid, "sigmoid", std::nullopt},
-    {ActivationKind::Tanh, "tanh", std::nullopt},
-};
+bool has_parameter(const ActivationEntry& entry) {
+  return entry.parameter != nullptr;
+}
 
-static_assert(
-    [] {
-      for (size_t i = 0; i < std::size(kKnown); ++i) {
-        if (kKnown[i].kind != static_cast<ActivationKind>(i)) {
-          return false;
-        }
-      }
-      return true;
-    }(),
-    "in the order of ActivationKind");
-
-const Known& known(ActivationKind kind) {
-  return kKnown[static_cast<int>(kind)];
+// The names of the entries that `belongs` is true of.
+std::string names_of(bool (*belongs)(const ActivationEntry&)) {
+  std::string names;
+  for (const ActivationEntry& entry : kActivations) {
+    if (belongs(entry)) {
+      names += (names.empty() ? "" : ", ") + std::string(entry.name);
+    }
+  }
+  return names;
 }
 
 }  // namespace
@@ -51,31 +35,35 @@ Activation activation_of(const Name& name, const Param& param) {
   if (!name.has_value() && !param.has_value()) {
     return {};
   }
-  std::string names;
-  for (const Known& one : kKnown) {
-    if (name.value_or("identity") == one.name) {
-      TORCH_CHECK_VALUE(!param.has_value() || one.param.has_value(),
-                        "batch_norm: activation_param is for leaky_relu and elu, got ", *param, " with activation ",
-                        one.name);
-      return {one.kind, param.value_or(one.param.value_or(0))};
+  for (size_t i = 0; i < std::size(kActivations); ++i) {
+    const ActivationEntry& entry = kActivations[i];
+    if (name.value_or("identity") == entry.name) {
+      TORCH_CHECK_VALUE(!param.has_value() || has_parameter(entry), "batch_norm: activation_param is for ",
+                        names_of(has_parameter), ", got ", *param, " with activation ", entry.name);
+      const Activation activation{static_cast<ActivationKind>(i), param.value_or(entry.param)};
+      TORCH_CHECK_VALUE(activation.kind != ActivationKind::CELU || activation.param != 0,
+                        "batch_norm: activation_param of celu should not be 0");
+      return activation;
     }
-    names += (names.empty() ? "" : ", ") + std::string(one.name);
   }
-  TORCH_CHECK_VALUE(false, "batch_norm: activation should be None or one of ", names, ", got ", *name);
+  TORCH_CHECK_VALUE(false, "batch_norm: activation should be None or one of ", names_of(always), ", got ", *name);
+}
+
+Activation numbered_activation(int64_t number, double param) {
+  TORCH_CHECK_VALUE(0 <= number && number < static_cast<int64_t>(std::size(kActivations)),
+                    "batch_norm: activation should be the number of an activation, 0 to ", std::size(kActivations) - 1,
+                    ", got ", number);
+  return {static_cast<ActivationKind>(number), param};
 }
 
 const char* name_of(const Activation& activation) {
-  return known(activation.kind).name;
-}
-
-Param param_of(const Activation& activation) {
-  return known(activation.kind).param.has_value() ? Param(activation.param) : std::nullopt;
+  return kActivations[static_cast<int>(activation.kind)].name;
 }
 
 std::vector<std::pair<std::string, Param>> activations() {
   std::vector<std::pair<std::string, Param>> all;
-  for (const Known& one : kKnown) {
-    all.emplace_back(one.name, one.param);
+  for (const ActivationEntry& entry : kActivations) {
+    all.emplace_back(entry.name, has_parameter(entry) ? Param(entry.param) : std::nullopt);
   }
   return all;
 }

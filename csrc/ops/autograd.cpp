@@ -1,7 +1,7 @@
 // The operator batch_norm: which way a call goes, and its gradient.
 
 #include "core/pass.h"
-#include "ops/inputs.h"
+#include "ops/run.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -15,37 +15,29 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-FourTensors batch_norm_forward(const Arguments& a, bool with_mask) {
-  static const auto training =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bn_ext::batch_norm_forward", "")
-          .typed<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, const OptionalTensor&, std::optional<double>, double,
-                             const OptionalTensor&, Name, Param, bool)>();
-  static const auto evaluation =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bn_ext::batch_norm_forward", "evaluation")
-          .typed<FourTensors(const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&, const Tensor&,
-                             double, const OptionalTensor&, Name, Param, bool)>();
-  const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  const char* name = name_of(a.activation);
-  const Param param = param_of(a.activation);
-  return a.training ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
-                                    a.momentum, a.eps, a.residual, name, param, with_mask)
-                    : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual,
-                                      name, param, with_mask);
+// An operator below autograd; it has the signature of a function of run.h.
+template <class Signature>
+auto operator_of(const char* name, const char* overload) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
-FourTensors batch_norm_backward(const BackwardArguments& a) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("bn_ext::batch_norm_backward", "")
-          .typed<FourTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&, const Tensor&,
-                             const Tensor&, bool, const OptionalTensor&, const OptionalTensor&, Name, Param,
-                             std::array<bool, 4>)>();
+FourTensors call_forward(const Arguments& a, bool with_mask) {
+  static const auto training = operator_of<decltype(batch_norm_forward<void>)>("bn_ext::batch_norm_forward", "");
+  static const auto evaluation =
+      operator_of<decltype(batch_norm_forward_evaluation<void>)>("bn_ext::batch_norm_forward", "evaluation");
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
+  const auto number = static_cast<int64_t>(a.activation.kind);
+  return a.training ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
+                                    a.momentum, a.eps, a.residual, number, a.activation.param, with_mask)
+                    : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual,
+                                      number, a.activation.param, with_mask);
+}
+
+FourTensors call_backward(const BackwardArguments& a) {
+  static const auto op = operator_of<decltype(batch_norm_backward<void>)>("bn_ext::batch_norm_backward", "");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(a.dy, a.input, a.weight, a.bias, a.mean, a.invstd, a.training, a.residual, a.mask,
-                 name_of(a.activation), param_of(a.activation), a.output_mask);
+                 static_cast<int64_t>(a.activation.kind), a.activation.param, a.output_mask);
 }
 
 bool has_tangent(const Tensor& t) {
@@ -86,7 +78,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                         const OptionalTensor& residual,
                         const Arguments& a) {
     const Chain keep = kept(a);
-    const auto [output, mean, invstd, mask] = batch_norm_forward(a, keep.mask);
+    const auto [output, mean, invstd, mask] = call_forward(a, keep.mask);
     const bool activated = a.activation.kind != ActivationKind::Identity;
     ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
                             invstd, keep.residual ? *residual : Tensor(), mask});
@@ -130,7 +122,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                          : at::GradMode::is_enabled() ? "its gradient may be differentiated again"
                                                       : nullptr;
     const auto [dx, dweight, dbias, dresidual] =
-        reason == nullptr ? batch_norm_backward(a) : decomposed_backward(a, eps, reason);
+        reason == nullptr ? call_backward(a) : decomposed_backward(a, eps, reason);
     return {dx, dweight, dbias, wants_dresidual && passes_on ? dy : dresidual, Tensor()};
   }
 };
@@ -223,7 +215,7 @@ Tensor batch_norm(const Arguments& a) {
   check_inputs(a);  // here too: fake kernels have other words for some mistakes
   check_running_statistics(a, recorded);
   return recorded ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
-                  : std::get<0>(batch_norm_forward(a, /*with_mask=*/false));
+                  : std::get<0>(call_forward(a, /*with_mask=*/false));
 }
 
 // Under functorch's transforms, which the C++ autograd function does not know.

@@ -22,7 +22,7 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-// activation and activation_param of the schemas.
+// activation and activation_param of batch_norm's schema.
 using Name = std::optional<std::string_view>;
 using Param = std::optional<double>;
 
@@ -56,10 +56,14 @@ struct BackwardArguments {
   std::array<bool, 4> output_mask;
 };
 
-// Throws ValueError for a name that is none, or a parameter for an activation that has none.
+// Throws ValueError for a name that is none, or a parameter that the activation does not take.
 Activation activation_of(const Name& name, const Param& param);
+
+// The activation of the operators below batch_norm, which take the place of its entry in kActivations. Throws
+// ValueError for a number that is no such place.
+Activation numbered_activation(int64_t number, double param);
+
 const char* name_of(const Activation& activation);
-Param param_of(const Activation& activation);
 
 // The names, each with its parameter unless given, if it has one.
 std::vector<std::pair<std::string, Param>> activations();

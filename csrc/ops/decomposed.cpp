@@ -1,33 +1,10 @@
 #include "ops/inputs.h"
+#include "ops/tensor_math.h"
 
 #include <ATen/Context.h>
 #include <ATen/ExpandUtils.h>
+#include <ATen/Functions.h>
 #include <ATen/OpMathType.h>
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/arange.h>
-#include <ATen/ops/batch_norm.h>
-#include <ATen/ops/elu.h>
-#include <ATen/ops/elu_backward.h>
-#include <ATen/ops/gelu.h>
-#include <ATen/ops/gelu_backward.h>
-#include <ATen/ops/hardsigmoid.h>
-#include <ATen/ops/hardswish.h>
-#include <ATen/ops/hardswish_backward.h>
-#include <ATen/ops/hardtanh_backward.h>
-#include <ATen/ops/leaky_relu.h>
-#include <ATen/ops/leaky_relu_backward.h>
-#include <ATen/ops/relu.h>
-#include <ATen/ops/relu6.h>
-#include <ATen/ops/scalar_tensor.h>
-#include <ATen/ops/sigmoid.h>
-#include <ATen/ops/sigmoid_backward.h>
-#include <ATen/ops/silu.h>
-#include <ATen/ops/tanh.h>
-#include <ATen/ops/tanh_backward.h>
-#include <ATen/ops/threshold_backward.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <c10/core/SymBool.h>
 
 namespace bn::ops {
@@ -115,79 +92,41 @@ Normalized by_torch(const Arguments& a, double momentum) {
   return a.training ? Normalized{output, mean, var} : Normalized{output};
 }
 
+// torch's functions, by the names in BN_ACTIVATIONS.
+namespace named {
+using namespace at;
+
+Tensor identity(const Tensor& z) {
+  return z;
+}
+
+Tensor gelu_tanh(const Tensor& z) {
+  return at::gelu(z, "tanh");
+}
+}  // namespace named
+
 // The activation of z.
 Tensor activated(const Tensor& z, const Activation& activation) {
   switch (activation.kind) {
-    case ActivationKind::ReLU:
-      return at::relu(z);
-    case ActivationKind::ReLU6:
-      return at::relu6(z);
-    case ActivationKind::LeakyReLU:
-      return at::leaky_relu(z, activation.param);
-    case ActivationKind::ELU:
-      return at::elu(z, activation.param);
-    case ActivationKind::SiLU:
-      return at::silu(z);
-    case ActivationKind::GELU:
-      return at::gelu(z);
-    case ActivationKind::Hardswish:
-      return at::hardswish(z);
-    case ActivationKind::Hardsigmoid:
-      return at::hardsigmoid(z);
-    case ActivationKind::Sigmoid:
-      return at::sigmoid(z);
-    case ActivationKind::Tanh:
-      return at::tanh(z);
-    default:
-      return z;
+#define BN_PLAIN(Functor, name) \
+  case ActivationKind::Functor: \
+    return named::name(z);
+#define BN_PARAMETRIC(Functor, name, parameter, preset) \
+  case ActivationKind::Functor:                         \
+    return named::name(z, activation.param);
+    BN_ACTIVATIONS(BN_PLAIN, BN_PARAMETRIC)
+#undef BN_PLAIN
+#undef BN_PARAMETRIC
   }
+  __builtin_unreachable();
 }
 
-// The gradient of z.
-Tensor behind(const Tensor& dy, const Tensor& z, const Activation& activation) {
-  switch (activation.kind) {
-    case ActivationKind::ReLU:
-      return at::threshold_backward(dy, z, 0);
-    case ActivationKind::ReLU6:
-      return at::hardtanh_backward(dy, z, 0, 6);
-    case ActivationKind::LeakyReLU:
-      return at::leaky_relu_backward(dy, z, activation.param, /*self_is_result=*/false);
-    case ActivationKind::ELU:
-      return at::elu_backward(dy, activation.param, /*scale=*/1, /*input_scale=*/1, /*is_result=*/false, z);
-    case ActivationKind::SiLU: {  // torch's own operator cannot be differentiated
-      const Tensor s = at::sigmoid(z);
-      return dy * (s * (1 + z * (1 - s)));
-    }
-    case ActivationKind::GELU:
-      return at::gelu_backward(dy, z);
-    case ActivationKind::Hardswish:
-      return at::hardswish_backward(dy, z);
-    case ActivationKind::Hardsigmoid:
-      return at::where((z > -3).logical_and(z < 3), dy / 6, at::zeros_like(dy));  // as above
-    case ActivationKind::Sigmoid:
-      return at::sigmoid_backward(dy, at::sigmoid(z));
-    case ActivationKind::Tanh:
-      return at::tanh_backward(dy, at::tanh(z));
-    default:
-      return dy;
-  }
-}
-
-// Some z on the branch of each element.
-Tensor on_branches(const Tensor& mask, const Tensor& input, const Activation& activation, at::ScalarType type) {
+// The bits of a mask as a tensor like the input, of type Bool.
+Tensor branches(const Tensor& mask, const Tensor& input) {
   const View x = view_as_problem(input);
   const Tensor bit = at::arange(8, mask.options());
-  Tensor bits = mask.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, input.numel());
-  bits = bits.as_strided(x.tensor.sizes(), x.tensor.strides()).to(at::kBool);
-  const auto z = [&](double value) { return at::scalar_tensor(value, input.options().dtype(type)); };
-  switch (activation.kind) {
-    case ActivationKind::LeakyReLU:
-      return at::where(bits, z(1), z(-1));
-    case ActivationKind::Hardsigmoid:
-      return at::where(bits, z(0), z(-4));
-    default:
-      return at::where(bits, z(-1), z(1));
-  }
+  const Tensor bits = mask.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, input.numel());
+  return bits.as_strided(x.tensor.sizes(), x.tensor.strides()).to(at::kBool);
 }
 
 // Whether torch can add the residual, before it has normalized anything.
@@ -259,14 +198,15 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, const ch
     invstd = xmu.square().mean(others, true).add(eps).rsqrt();
   }
   const Tensor x_hat = xmu * invstd;
+  const activation::Any function{{}, a.activation};
   Tensor dz = a.dy.to(type);
   if (a.mask.has_value()) {
-    dz = behind(dz, on_branches(*a.mask, a.input, a.activation, type), a.activation);
+    dz = function.gradient_on(branches(*a.mask, a.input), dz);
   } else if (a.activation.kind != ActivationKind::Identity) {
     Tensor z = a.weight.has_value() ? x_hat * a.weight->to(type).view(per_channel) : x_hat;
     z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
     z = a.residual.has_value() ? z + a.residual->to(type) : z;
-    dz = behind(dz, z, a.activation);
+    dz = function.gradient(dz, z);
   }
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = a.output_mask;
   const auto dx = [&] {

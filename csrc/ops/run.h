@@ -92,11 +92,11 @@ FourTensors batch_norm_forward(const Tensor& input,
                                std::optional<double> momentum,
                                double eps,
                                const OptionalTensor& residual,
-                               Name activation,
-                               Param activation_param,
+                               int64_t activation,
+                               double activation_param,
                                bool with_mask) {
   return run_forward<Backend>({input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
-                               momentum, eps, residual, activation_of(activation, activation_param)},
+                               momentum, eps, residual, numbered_activation(activation, activation_param)},
                               with_mask);
 }
 
@@ -108,12 +108,12 @@ FourTensors batch_norm_forward_evaluation(const Tensor& input,
                                           const Tensor& running_var,
                                           double eps,
                                           const OptionalTensor& residual,
-                                          Name activation,
-                                          Param activation_param,
+                                          int64_t activation,
+                                          double activation_param,
                                           bool with_mask) {
   return run_forward<Backend>(
       {input, weight, bias, running_mean, running_var, /*num_batches_tracked=*/std::nullopt, /*training=*/false,
-       /*momentum=*/std::nullopt, eps, residual, activation_of(activation, activation_param)},
+       /*momentum=*/std::nullopt, eps, residual, numbered_activation(activation, activation_param)},
       with_mask);
 }
 
@@ -127,10 +127,10 @@ FourTensors batch_norm_backward(const Tensor& dy,
                                 bool training,
                                 const OptionalTensor& residual,
                                 const OptionalTensor& mask,
-                                Name activation_name,
-                                Param activation_param,
+                                int64_t activation_number,
+                                double activation_param,
                                 std::array<bool, 4> output_mask) {
-  const Activation activation = activation_of(activation_name, activation_param);
+  const Activation activation = numbered_activation(activation_number, activation_param);
   check_inputs(
       BackwardArguments{dy, input, weight, bias, mean, invstd, training, residual, mask, activation, output_mask});
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;

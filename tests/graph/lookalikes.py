@@ -17,6 +17,16 @@ class Swish(nn.Module):
         return x * torch.sigmoid(x)
 
 
+class Mish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * nn.functional.softplus(x).tanh()
+
+
+class GELUTanh(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(x, approximate="tanh")
+
+
 class BatchNormAct2d(nn.BatchNorm2d):
     def __init__(self, channels: int, act: nn.Module | None = None, drop: nn.Module | None = None, **options) -> None:
         super().__init__(channels, **options)
@@ -95,6 +105,8 @@ FROZEN = [FrozenBatchNormAct2d, FrozenBatchNorm2d, DetrFrozenBatchNorm2d]
 
 HOMES: dict[type, str] = {
     Swish: "timm.layers.activations",
+    Mish: "timm.layers.activations",
+    GELUTanh: "timm.layers.activations",
     BatchNormAct2d: "timm.layers.norm_act",
     SyncBatchNormAct: "timm.layers.norm_act",
     FrozenBatchNormAct2d: "timm.layers.norm_act",

@@ -20,6 +20,8 @@ from lookalikes import (  # noqa: F401
     BatchNormAct2d,
     DetrFrozenBatchNorm2d,
     FrozenBatchNorm2d,
+    GELUTanh,
+    Mish,
     Swish,
     assert_alike,
     homes,
@@ -49,7 +51,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "hardsigmoid": nn.Hardsigmoid,
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
+    "mish": nn.Mish,
+    "celu": lambda: nn.CELU(0.5),
+    "gelu_tanh": lambda: nn.GELU("tanh"),
     "swish": Swish,
+    "timm's mish": Mish,
+    "timm's gelu_tanh": GELUTanh,
 }
 
 
@@ -93,7 +100,7 @@ def test_activations(cls: type, name: str) -> None:
 
 
 @pytest.mark.parametrize("cls", WITH_ACTIVATION)
-@pytest.mark.parametrize("act", [nn.Mish, lambda: nn.GELU("tanh"), nn.SELU, nn.CELU, nn.Softplus])
+@pytest.mark.parametrize("act", [nn.SELU, nn.Softplus, nn.Hardtanh])
 def test_other_activations_are_called_as_they_are(cls: type, act: Callable[[], nn.Module]) -> None:
     theirs = trained(cls(3, act()))
     mine = bn_ext.convert(copy.deepcopy(theirs))

@@ -101,7 +101,23 @@ def test_timms_frozen() -> None:
     assert_converted(model, torch.randn(2, 3, 64, 64).double(), 34)
 
 
-@pytest.mark.parametrize("act", ["relu", "relu6", "silu", "swish", "gelu", "hard_swish", "hard_sigmoid", "tanh", "elu"])
+@pytest.mark.parametrize(
+    "act",
+    [
+        "relu",
+        "relu6",
+        "silu",
+        "swish",
+        "gelu",
+        "hard_swish",
+        "hard_sigmoid",
+        "tanh",
+        "elu",
+        "mish",
+        "celu",
+        "gelu_tanh",
+    ],
+)
 def test_timms_activations_in_one_call(act: str) -> None:
     layers = package("timm.layers")
     for cls in (layers.BatchNormAct2d, layers.FrozenBatchNormAct2d):
@@ -111,8 +127,12 @@ def test_timms_activations_in_one_call(act: str) -> None:
 @pytest.mark.parametrize(
     ("module", "act"),
     [
-        *(("activations", act) for act in ("Swish", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "GELU")),
+        *(
+            ("activations", act)
+            for act in ("Swish", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "GELU", "GELUTanh", "Mish")
+        ),
         ("activations_me", "SwishMe"),
+        ("activations_me", "MishMe"),
     ],
 )
 def test_timms_own_activations_in_one_call(module: str, act: str) -> None:

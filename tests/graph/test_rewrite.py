@@ -264,12 +264,17 @@ LEFT_ALONE: dict[str, tuple[Callable[[], nn.Module], str, tuple[str, ...], str]]
     "alpha": (lambda: Model(lambda m, y, r: torch.add(y, r, alpha=2)), "bn", (), "what is added is scaled"),
     "number": (lambda: Model(lambda m, y, r: F.relu(y + 1)), "bn", (), NO_TENSOR),
     "to itself": (lambda: Model(lambda m, y, r: F.relu(y + y)), "bn", (), NO_TENSOR),
-    "gelu of another kind": (lambda: Model(lambda m, y, r: F.gelu(y, approximate="tanh")), "bn", (), "then gelu"),
-    "module gelu of another kind": (
-        lambda: Model(lambda m, y, r: m.act(y + r), act=nn.GELU("tanh")),
+    "softplus of another kind": (
+        lambda: Model(lambda m, y, r: y * torch.tanh(F.softplus(y, beta=2))),
+        "bn",
+        (),
+        "is read 2 times",
+    ),
+    "module of another activation": (
+        lambda: Model(lambda m, y, r: m.act(y + r), act=nn.SELU()),
         "bn",
         ("add",),
-        "then gelu",
+        "then selu",
     ),
     "elu with a scale": (lambda: Model(lambda m, y, r: F.elu_(y, 1.0, 2.0)), "bn", (), "then elu_"),
     "elu with a named scale": (lambda: Model(lambda m, y, r: F.elu_(y, scale=2.0)), "bn", (), "then elu_"),

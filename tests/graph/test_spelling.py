@@ -91,6 +91,25 @@ ACTIVATIONS: dict[str, list[Callable]] = {
     ],
     "sigmoid": [nn.Sigmoid(), F.sigmoid, torch.sigmoid, torch.sigmoid_, lambda y: y.sigmoid(), lambda y: y.sigmoid_()],
     "tanh": [nn.Tanh(), F.tanh, torch.tanh, torch.tanh_, lambda y: y.tanh(), lambda y: y.tanh_()],
+    "mish": [
+        nn.Mish(),
+        nn.Mish(inplace=True),
+        F.mish,
+        lambda y: F.mish(y, inplace=True),
+        lambda y: y * torch.tanh(F.softplus(y)),
+        lambda y: y.mul(F.softplus(y).tanh()),
+    ],
+    "celu": [  # torch's gradient has 1 / alpha in float32: alphas for which that is exact
+        nn.CELU(),
+        nn.CELU(0.25, inplace=True),
+        F.celu,
+        torch.celu,
+        torch.celu_,
+        lambda y: F.celu(y, 0.25, inplace=True),
+        lambda y: F.celu(y, alpha=2),
+        lambda y: torch.celu_(y, 0.25),
+    ],
+    "gelu_tanh": [nn.GELU("tanh"), lambda y: F.gelu(y, approximate="tanh")],
 }
 
 
@@ -107,7 +126,7 @@ def test_every_activation_is_spelled_here() -> None:
     assert {"identity", *ACTIVATIONS} == set(bn_ext.activation.NAMES)
 
 
-@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "elu", "hardsigmoid"])
+@pytest.mark.parametrize("name", ["relu", "relu6", "leaky_relu", "elu", "celu", "hardsigmoid"])
 def test_gradients_at_kinks(name: str) -> None:
     """A constant channel gives exactly the bias."""
     acts = ACTIVATIONS[name]

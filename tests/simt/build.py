@@ -21,7 +21,17 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build/simt"
 TORCH = Path(importlib.util.find_spec("torch").origin).parent
 MODEL = [HERE / f"{name}.cpp" for name in ("c_api", "fiber", "sanitizers", "scheduler", "shared_memory", "text")]
-FLAGS = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
+FLAGS = [
+    "-std=c++20",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fno-gnu-unique",
+    "-Wall",
+    "-Wextra",
+    "-Werror=switch",
+    "-Wno-unknown-pragmas",
+]
 FLAGS += [f"-I{folder}" for folder in (HERE, ROOT / "csrc", TORCH / "include")]
 CHECKS = ["-fsanitize=alignment,null"]  # of kernels; sanitizers.cpp replaces the runtime library
 ADDRESSES = ["-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"]

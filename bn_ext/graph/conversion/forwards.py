@@ -25,13 +25,18 @@ _ACTIVATIONS: dict[str, activations.Name] = {
     "torch.nn.modules.activation.Hardsigmoid": "hardsigmoid",
     "torch.nn.modules.activation.Sigmoid": "sigmoid",
     "torch.nn.modules.activation.Tanh": "tanh",
+    "torch.nn.modules.activation.Mish": "mish",
+    "torch.nn.modules.activation.CELU": "celu",
     "timm.layers.activations.Swish": "silu",
     "timm.layers.activations.GELU": "gelu",
     "timm.layers.activations.HardSwish": "hardswish",
     "timm.layers.activations.HardSigmoid": "hardsigmoid",
     "timm.layers.activations.Sigmoid": "sigmoid",
     "timm.layers.activations.Tanh": "tanh",
+    "timm.layers.activations.Mish": "mish",
+    "timm.layers.activations.GELUTanh": "gelu_tanh",
     "timm.layers.activations_me.SwishMe": "silu",  # its kin have other gradients at the kinks
+    "timm.layers.activations_me.MishMe": "mish",
 }
 
 
@@ -51,8 +56,8 @@ class WithActivation(nn.Module):
         name = _ACTIVATIONS.get(full_name(type(act)))
         if name is None or type(drop) is not nn.Identity or altered(drop) or altered(act):
             return None
-        if name == "gelu" and getattr(act, "approximate", "none") != "none":
-            return None
+        if name == "gelu" and (approximate := getattr(act, "approximate", "none")) != "none":
+            return ("gelu_tanh", None) if approximate == "tanh" else None
         return name, getattr(act, activations.PARAMETERS[name]) if name in activations.PARAMETERS else None
 
 

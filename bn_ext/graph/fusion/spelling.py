@@ -37,6 +37,9 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "hardsigmoid": {"inplace": False},
     "sigmoid": {},
     "tanh": {},
+    "mish": {"inplace": False},
+    "celu": {"alpha": 1.0, "inplace": False},
+    "softplus": {"beta": 1.0, "threshold": 20.0},
     **{name: {"p": 0.5, "training": True, "inplace": False} for name in _DROPOUTS},
 }
 _USUAL = {"scale": 1.0, "input_scale": 1.0, "approximate": "none"}
@@ -45,6 +48,7 @@ _USUAL = {"scale": 1.0, "input_scale": 1.0, "approximate": "none"}
 _EXPRESSIONS = {
     "relu6(x)": "relu6",
     "mul(sigmoid(x), x)": "silu",
+    "mul(tanh(softplus(x, 1.0, 20.0)), x)": "mish",
     "mul(hardsigmoid(x), x)": "hardswish",
     "div(relu6(add(3.0, x)), 6.0)": "hardsigmoid",
     "mul(div(relu6(add(3.0, x)), 6.0), x)": "hardswish",
@@ -116,6 +120,9 @@ def activation_of(node: Node) -> Activation | None:
     call = None if following is None else call_of(following)
     if following is not None and call is not None and call.operands == (node,) and call.name in activations.NAMES:
         options = dict(call.options)
+        for variant, (name, option, value) in activations.VARIANTS.items():
+            if call.name == name and call.options[option] == value:
+                return Activation(variant, None, (following,))
         param = options.pop(activations.PARAMETERS.get(call.name, ""), None)
         if options.items() <= _USUAL.items() and isinstance(param, (int, float, type(None))):
             return Activation(call.name, None if param is None else float(param), (following,))
