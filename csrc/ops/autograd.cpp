@@ -40,10 +40,6 @@ FourTensors call_backward(const BackwardArguments& a) {
                  static_cast<int64_t>(a.activation.kind), a.activation.param, a.output_mask);
 }
 
-bool has_tangent(const Tensor& t) {
-  return t._fw_grad(/*level=*/0).defined();
-}
-
 // What the backward reads besides dy and the input.
 Chain kept(const Arguments& a) {
   return backward_chain(a.activation.kind, a.residual.has_value());
@@ -126,11 +122,6 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     return {dx, dweight, dbias, wants_dresidual && passes_on ? dy : dresidual, Tensor()};
   }
 };
-
-bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
-  const auto has = [&](const OptionalTensor& t) { return t.has_value() && property(*t); };
-  return property(a.input) || has(a.weight) || has(a.bias) || has(a.residual);
-}
 
 bool requires_grad(const Tensor& t) {
   return t.requires_grad();

@@ -73,6 +73,17 @@ inline bool in_functorch() {
   return c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
 }
 
+// Whether forward-mode AD differentiates by a tensor.
+inline bool has_tangent(const Tensor& t) {
+  return t._fw_grad(/*level=*/0).defined();
+}
+
+// Whether a property holds of a tensor that can have a gradient.
+inline bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
+  const auto has = [&](const OptionalTensor& t) { return t.has_value() && property(*t); };
+  return property(a.input) || has(a.weight) || has(a.bias) || has(a.residual);
+}
+
 // Told of each call that torch's own operators answer: its input and the reason. Null unless someone asks.
 using FallbackObserver = void (*)(const Tensor& input, const char* reason);
 inline std::atomic<FallbackObserver> fallback_observer = nullptr;

@@ -10,6 +10,19 @@
 namespace bn::ops {
 namespace {
 
+// All dimensions but that of the channels, and the sizes that a value per channel has beside the input.
+std::pair<std::vector<int64_t>, std::vector<int64_t>> dimensions(const Tensor& input) {
+  std::vector<int64_t> others;
+  std::vector<int64_t> per_channel(input.dim(), 1);
+  per_channel[1] = -1;
+  for (int64_t d = 0; d < input.dim(); ++d) {
+    if (d != 1) {
+      others.push_back(d);
+    }
+  }
+  return {others, per_channel};
+}
+
 OptionalTensor to(const OptionalTensor& t, at::ScalarType type) {
   return t.has_value() ? OptionalTensor(t->to(type)) : std::nullopt;
 }
@@ -92,6 +105,19 @@ Normalized by_torch(const Arguments& a, double momentum) {
   return a.training ? Normalized{output, mean, var} : Normalized{output};
 }
 
+// In the batch's own statistics, by operators that have derivatives of every order, where torch's batch norm has wrong
+// ones: from the third order on, in forward mode from the second. The mean is taken off in double precision.
+Tensor by_primitives(const Arguments& a) {
+  const auto type = at::toOpMathType(a.input.scalar_type());
+  const auto [others, per_channel] = dimensions(a.input);
+  const Tensor x = a.input.to(at::kDouble);
+  const Tensor xmu = (x - x.mean(others, true)).to(type);
+  Tensor z = xmu * xmu.square().mean(others, true).add(a.eps).rsqrt();
+  z = a.weight.has_value() ? z * a.weight->to(type).view(per_channel) : z;
+  z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
+  return z.to(a.input.scalar_type()).contiguous(a.input.suggest_memory_format());
+}
+
 // torch's functions, by the names in BN_ACTIVATIONS.
 namespace named {
 using namespace at;
@@ -165,7 +191,10 @@ Tensor decomposed(const Arguments& a, const char* reason) {
   if (counts && in_functorch()) {  // functorch refuses a captured counter, so before torch's batch norm writes anything
     a.num_batches_tracked->add_(1);
   }
-  const Normalized n = cumulative ? converted(a, factor) : by_torch(a, a.momentum.value_or(0));
+  Normalized n = cumulative ? converted(a, factor) : by_torch(a, a.momentum.value_or(0));
+  if (a.training && a.input.dim() >= 2 && (in_functorch() || any_of(a, has_tangent))) {
+    n.output = by_primitives(a);
+  }
   const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
   if (n.running_mean.has_value()) {
     const Tensor mean = n.running_mean->view_as(*a.running_mean);
@@ -182,14 +211,7 @@ Tensor decomposed(const Arguments& a, const char* reason) {
 FourTensors decomposed_backward(const BackwardArguments& a, double eps, const char* reason) {
   tell(a.input, reason);
   const auto type = at::toOpMathType(a.input.scalar_type());
-  std::vector<int64_t> others;
-  std::vector<int64_t> per_channel(a.input.dim(), 1);
-  per_channel[1] = -1;
-  for (int64_t d = 0; d < a.input.dim(); ++d) {
-    if (d != 1) {
-      others.push_back(d);
-    }
-  }
+  const auto [others, per_channel] = dimensions(a.input);
   // The mean is taken off in double precision, as a constant: no derivative knows of it.
   Tensor xmu = (a.input.to(at::kDouble) - a.mean.view(per_channel)).to(type);
   Tensor invstd = a.invstd.to(type).view(per_channel);
