@@ -19,7 +19,9 @@ test: $(VENV)/built
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench --heap kept
-	for i in 1 2 3 4 5; do $(BIN)/python -m bench --heap default --out bench/results/cpu-default-heap-$$i.json; done
+	for i in 1 2 3 4 5; do \
+	  $(BIN)/python -m bench --heap default --out bench/results/cpu-default-heap-$$i.json || exit 1; \
+	done
 	$(BIN)/python -m bench.report --page bench/RESULTS.md
 	$(BIN)/python -m bench.expect --page README.md
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -217,3 +218,16 @@ def test_part_of_the_grid_does_not_replace_the_record() -> None:
         ["--layouts", "contiguous"],
     ):
         assert cpu.arguments(part).out == record.PARTIAL
+
+
+def test_make_bench_ends_where_a_process_fails(tmp_path: Path) -> None:
+    """With a Python that fails in the second of the five processes."""
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ncase "$*" in *-heap-2.json) exit 3;; esac\n')
+    python.chmod(0o755)
+    for done in ("tools", "built"):
+        (tmp_path / done).touch()
+    make = ["make", "bench", f"VENV={tmp_path}", f"BIN={tmp_path}"]
+    run = subprocess.run(make, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert calls.read_text().splitlines()[-1].endswith("-heap-2.json"), "nothing runs after it"
