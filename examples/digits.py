@@ -65,9 +65,14 @@ def demonstrate(data: mnist.Data, options: argparse.Namespace, progress: Progres
         times[convolutions] = speed.block_times(convolutions)
         progress.advance()
     findings = Findings(runs)
-    picture.draw(findings, options.out)
-    print(f"\n{report.table(findings)}\npicture: {options.out}\n")
+    print(f"\n{report.table(findings)}\n")
     print(*report.verdict(findings, differences, times), sep="\n")
+    try:
+        picture.draw(findings, options.out)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"\npicture: {options.out}")
     return 0
 
 
@@ -118,11 +123,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def require_writable(path: Path) -> None:
-    """Before the training rather than after it."""
-    if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path}: a directory, expected the name of a PNG")
+    """Opens the file before the training rather than after it. A picture that is there stays until the new one."""
+    is_new = not path.exists()
+    with path.open("ab"):
+        pass
+    if is_new:
+        path.unlink()
 
 
 def load(directory: Path | None) -> mnist.Data:

@@ -197,8 +197,9 @@ def test_script_runs(directory: Path, tmp_path: Path) -> None:
     rows = [line.split()[:2] for line in done.stdout.splitlines() if line.count("±") == len(training.RATES)]
     assert rows == [[str(depth), norm] for depth in training.DEPTHS for norm in networks.NORMS]
     assert "training: 20/20" in done.stderr and "\r" not in done.stderr
-    *_, agreement_line, _, _, last = done.stdout.splitlines()
+    *_, agreement_line, _, _, last, _, drawn = done.stdout.splitlines()
     assert "bn_ext beside torch" in agreement_line and "as fast as torch's" in last
+    assert drawn == f"picture: {picture}"
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
@@ -269,7 +270,7 @@ def test_interrupted_stage_is_named(
     assert head == stage and len(table) == lines_of_table
 
 
-@pytest.mark.parametrize("fault", ["directory", "file", "few", "picture", "picture is a directory"])
+@pytest.mark.parametrize("fault", ["directory", "file", "few", "picture", "picture is a directory", "unwritable"])
 def test_unusable_paths_are_one_line(directory: Path, fault: str, capsys: pytest.CaptureFixture[str]) -> None:
     data, picture = directory, directory / "x.png"
     match fault:
@@ -284,6 +285,29 @@ def test_unusable_paths_are_one_line(directory: Path, fault: str, capsys: pytest
             picture = directory / "absent" / "x.png"
         case "picture is a directory":
             picture = directory
+        case "unwritable":  # by root either
+            picture = Path("/proc/x.png")
     assert digits.main(["--data", str(data), "--out", str(picture)]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("old", [None, b"an old picture"])
+def test_a_look_whether_the_picture_can_be_written_changes_nothing(tmp_path: Path, old: bytes | None) -> None:
+    picture = tmp_path / "x.png"
+    if old is not None:
+        picture.write_bytes(old)
+    digits.require_writable(picture)
+    assert (picture.read_bytes() if picture.exists() else None) == old
+
+
+def test_a_picture_that_fails_leaves_table_and_verdict(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "DEPTHS", (2,))
+    monkeypatch.setattr(speed, "ROUNDS", 2)
+    options = ["--steps", "1", "--seeds", "1", "--out", "/dev/full"]
+    assert digits.main(["--data", str(directory), *options]) == 2
+    captured = capsys.readouterr()
+    assert "rate 0.1" in captured.out and "as fast as torch's" in captured.out
+    assert "picture:" not in captured.out and "error: [Errno 28] No space left on device" in captured.err
