@@ -1,5 +1,7 @@
 """Fifteen lines to copy: a model with bn_ext's batch norm, trained, saved, loaded into plain torch, folded."""
 
+import io
+
 import torch
 from torch import nn
 
@@ -20,7 +22,9 @@ for _ in range(3):
     optimizer.step()
 print(bn_ext.report(model))  # what runs on our kernels, and what is one call now
 
-torch.save(model.state_dict(), "model.pt")
+file = io.BytesIO()  # in memory: the name of a file does too
+torch.save(model.state_dict(), file)
+file.seek(0)
 loaded = plain_model()  # of torch alone: the names in the file are the same
-loaded.load_state_dict(torch.load("model.pt"))
+loaded.load_state_dict(torch.load(file))
 folded = bn_ext.fold(model.eval(), images)  # for inference: batch norm goes into the convolution
