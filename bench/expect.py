@@ -117,8 +117,8 @@ def picture(users: Results, kept: Results, path: Path) -> None:
                 axis.plot(line.range, (height, height), color=color, linewidth=3, solid_capstyle="round")
                 axis.plot([line.middle], [height], "o", color=color, markersize=8)
                 if results is users:
-                    place = (line.range[1], height)
-                    axis.annotate(f"{line.middle:.2f}×", place, xytext=(7, -3), textcoords="offset points")
+                    end = (line.range[1], height)
+                    axis.annotate(f"{line.middle:.2f}×", end, xytext=(7, -3), textcoords="offset points")
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_xscale("log", base=2)
     axis.set_xticks((1, 1.2, 1.5, 2, 2.5, 3))
@@ -152,6 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--page", type=Path, help="a file with the two marks")
     options = parser.parse_args(argv)
+    if not options.users:
+        parser.error(f"there is no {AS_USERS_RUN}: python -m bench --heap default writes it")
     users = medians([Results(json.loads(path.read_text())) for path in options.users])
     kept = Results(json.loads(options.kept.read_text()))
     text = table(users, kept, len(options.users))

@@ -99,6 +99,16 @@ def test_what_to_expect(recorded: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert picture.stat().st_size > 0
 
 
+def test_without_records_nothing_is_expected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(expect, "AS_USERS_RUN", tmp_path / "heap-1.json")
+    with pytest.raises(SystemExit) as ended:
+        expect.main([])
+    assert ended.value.code == 2
+    assert f"there is no {tmp_path}/heap-1.json: python -m bench --heap default" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "chosen"), [([], "kept"), (["--quick", "--heap", "default"], "default")])
 def test_the_heap_is_chosen_before_anything_is_loaded(
     arguments: list[str], chosen: str, monkeypatch: pytest.MonkeyPatch
