@@ -68,6 +68,7 @@ class Build(BuildExtension):
     """Compiles the kernels once per instruction set, and notes how, and the torch that all of it was built against."""
 
     def run(self) -> None:
+        jobs()
         if found := unfit_compiler():
             raise SystemExit(f"bn_ext needs g++ {OLDEST_GCC} or newer, found {found}. Install one, or set CXX to it.")
         os.environ["CXX"] = compiler()  # unless it is set, torch takes c++, and setuptools what built Python
@@ -78,7 +79,7 @@ class Build(BuildExtension):
             self.run_command("egg_info")
 
     def build_extensions(self) -> None:
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(INSTRUCTION_SETS))) as pool:
+        with ThreadPoolExecutor(jobs()) as pool:
             self.extensions[0].extra_objects = list(pool.map(self._compile_kernels, INSTRUCTION_SETS))
         super().build_extensions()
 
@@ -116,18 +117,35 @@ def needed_torch(version: str) -> str:
     return f"torch=={version.partition('+')[0]}"
 
 
+def jobs() -> int:
+    """How many compilers of kernels run at once."""
+    asked = os.environ.get("MAX_JOBS") or str(len(INSTRUCTION_SETS))
+    if not asked.isdecimal() or int(asked) < 1:
+        raise SystemExit(f"bn_ext: MAX_JOBS should be a number from 1 on, got {asked}")
+    return int(asked)
+
+
 def compiler() -> str:
     """The command of the C++ compiler, as torch chooses it."""
-    return os.environ.get("CXX") or "c++"
+    return os.environ.get("CXX", "").strip() or "c++"
+
+
+def compiler_words() -> list[str]:
+    try:
+        return shlex.split(compiler())
+    except ValueError as error:
+        raise SystemExit(f"bn_ext: CXX should be a command, got {compiler()}: {error}") from None
 
 
 def unfit_compiler() -> str:
     """What there is in the place of a compiler that is new enough; empty if there is one. Another than g++ may try."""
-    command = shlex.split(compiler())
+    command = compiler_words()
     if which(command[0]) is None:
         return f"none: there is no {command[0]}"
     ask = [*command, "-dM", "-E", "-x", "c++", os.devnull]
-    macros = subprocess.run(ask, capture_output=True, text=True, check=False).stdout
+    macros = subprocess.run(ask, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False).stdout
+    if not re.search(r"^#define __cplusplus\b", macros, re.MULTILINE):
+        return f"none: {compiler()} compiles no C++"
     version = re.search(r"^#define __GNUC__ (\d+)", macros, re.MULTILINE)
     if version and "__clang__" not in macros and int(version[1]) < OLDEST_GCC:
         return f"{version[1]}: {compiler()}"
@@ -171,7 +189,7 @@ def build_info() -> dict[str, object]:
     return {
         "torch_version": torch.__version__,
         "commit": output("git", "describe", "--always", "--dirty") or "unknown",
-        "compiler": output(*shlex.split(compiler()), "--version") or "unknown",
+        "compiler": output(*compiler_words(), "--version") or "unknown",
         "instruction_sets": tuple(INSTRUCTION_SETS),
         "cuda_architectures": () if cuda else architectures(),
         "without_cuda": cuda,

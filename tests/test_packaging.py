@@ -109,7 +109,7 @@ def fake_compiler(folder: Path, macros: str) -> Path:
     return path
 
 
-GCC = r"#define __GNUC__ {}\n#define __GNUC_MINOR__ 5\n"
+GCC = r"#define __cplusplus 202002L\n#define __GNUC__ {}\n#define __GNUC_MINOR__ 5\n"
 
 
 @pytest.mark.parametrize("flags", ["", " -m64"])
@@ -131,14 +131,37 @@ def test_other_compilers_may_try(sources: Path, tmp_path: Path, macros: str) -> 
 
 
 @pytest.mark.parametrize(
-    ("environment", "missing"), [({"CXX": "no-such-compiler"}, "no-such-compiler"), ({"CXX": "", "PATH": ""}, "c++")]
+    ("environment", "found"),
+    [
+        ({"CXX": "no-such-compiler"}, "there is no no-such-compiler"),
+        ({"CXX": "", "PATH": ""}, "there is no c++"),
+        ({"CXX": " ", "PATH": ""}, "there is no c++"),
+        ({"CXX": "false"}, "false compiles no C++"),
+        ({"CXX": "cat"}, "cat compiles no C++"),
+    ],
 )
-def test_a_compiler_that_is_not_there(sources: Path, environment: dict[str, str], missing: str) -> None:
+def test_a_compiler_that_is_not_there(sources: Path, environment: dict[str, str], found: str) -> None:
     run = run_setup(sources, "build_ext", "--inplace", **environment)
     assert run.returncode == 1
     assert run.stderr.strip().splitlines()[-1] == (
-        f"bn_ext needs g++ 11 or newer, found none: there is no {missing}. Install one, or set CXX to it."
+        f"bn_ext needs g++ 11 or newer, found none: {found}. Install one, or set CXX to it."
     )
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"CXX": '"g++'}, 'CXX should be a command, got "g++: No closing quotation'),
+        ({"MAX_JOBS": "0"}, "MAX_JOBS should be a number from 1 on, got 0"),
+        ({"MAX_JOBS": "abc"}, "MAX_JOBS should be a number from 1 on, got abc"),
+    ],
+)
+def test_variables_that_are_wrong(sources: Path, tmp_path: Path, environment: dict[str, str], message: str) -> None:
+    compiler = str(fake_compiler(tmp_path, GCC.format(11)))
+    run = run_setup(sources, "build_ext", "--inplace", **({"CXX": compiler} | environment))
+    assert run.returncode == 1
+    assert run.stderr.strip().splitlines()[-1] == f"bn_ext: {message}" and "Traceback" not in run.stderr
+    assert not (tmp_path / "called").exists()
 
 
 @pytest.mark.parametrize(("missing", "advised"), [("torch", True), ("numbers_of_torch", False)])
