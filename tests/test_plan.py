@@ -396,6 +396,14 @@ def test_a_plan_is_a_value() -> None:
     assert plan() == launch_plan(32, 64, 3136, gpu="h100", dtype="float32", layout="planar", direction="forward")
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_an_activation_alone_changes_no_forward(gpu: str) -> None:
+    """Without a residual there is no mask, for whose bytes channels would be cut."""
+    for s, dtype in itertools.product([1, 3, 49, 196], TYPE_SIZES):
+        plain, relu = (launch_plan(32, 64, s, gpu, dtype=dtype, activation=name) for name in ("identity", "relu"))
+        assert plain == relu
+
+
 def test_float16_is_as_bfloat16() -> None:
     assert launch_plan(32, 64, 49, dtype="float16") == launch_plan(32, 64, 49, dtype="bfloat16")
 
