@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -78,7 +79,7 @@ def bench(
         seconds: for each pass, at the least.
 
     Raises:
-        ValueError: a shape of one dimension, or one that has no layout with channels last.
+        ValueError: a shape of one dimension, of one value per channel, or that has no layout with channels last.
         AssertionError: the results differ from float64 by more than torch's.
     """
     problem = Problem(shape, block, dtype, channels_last, torch.device(device))
@@ -112,6 +113,8 @@ class Problem:
     ) -> None:
         if len(shape) < 2:
             raise ValueError(f"bench: a shape has two dimensions or more, got {'x'.join(map(str, shape))}")
+        if math.prod(shape) == shape[1]:
+            raise ValueError(f"bench: training takes more than one value per channel, got {'x'.join(map(str, shape))}")
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
         if channels_last and len(shape) not in formats:
             raise ValueError(f"bench: channels last has four or five dimensions, got {'x'.join(map(str, shape))}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from bn_ext.tools.bench import Block, bench
 from bn_ext.tools.compare import compare
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+_AUTOCAST = ("bfloat16", "float16")
 _MODEL = (
     "torchvision.models:resnet50, or with arguments, \"timm:create_model('resnet50')\"; "
     "the folder that you are in is searched too"
@@ -40,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.run(options)
     except _UsageError as error:
-        print(f"{parser.prog} {options.command}: {error}", file=sys.stderr)
+        print(f"{parser.prog} {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -57,7 +59,7 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument("model", metavar="package.module:callable", help=_MODEL)
     parser.add_argument("inputs", metavar="SHAPE", nargs="+", type=_shape, help="of each input, as in 8x3x224x224")
     parser.add_argument("--eval", action="store_true", help="inference in place of a training step")
-    parser.add_argument("--autocast", choices=DTYPES, metavar="DTYPE", help="bfloat16 or float16")
+    parser.add_argument("--autocast", choices=_AUTOCAST, metavar="DTYPE", help=" or ".join(_AUTOCAST))
     parser.add_argument("--compile", action="store_true", help="also under torch.compile")
     _add_common(parser, "of model and inputs", seconds=10.0)
     parser.set_defaults(run=_compare)
@@ -82,15 +84,26 @@ def _add_common(parser: argparse.ArgumentParser, what: str, seconds: float) -> N
         "--dtype", choices=DTYPES, default="float32", metavar="DTYPE", help=f"{what}: float32 unless given"
     )
     parser.add_argument("--channels-last", action="store_true", help=f"layout {what}")
-    parser.add_argument("--device", default="cpu", help="cpu unless given")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="torch's choice unless given")
+    parser.add_argument("--device", type=_device, default="cpu", help="cpu unless given")
+    parser.add_argument("--threads", type=_threads, metavar="N", help="torch's choice unless given")
     parser.add_argument("--seconds", type=float, default=seconds, help="of measurement, at the least (%(default)s)")
 
 
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-    return number
+def _threads(text: str) -> int:
+    most = os.cpu_count() or 1
+    if text not in map(str, range(1, most + 1)):
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to {most}, the processors here, got {text}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    """One that holds values: neither one that is not here nor meta."""
+    try:
+        torch.zeros(1, device=text).item()
+    except Exception as error:  # torch raises many kinds
+        reason = str(error).strip().partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"cannot compute on {text}: {reason}") from None
+    return text
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -129,6 +142,8 @@ def _compare(options: argparse.Namespace) -> int:
         format = next(formats[len(shape)] for shape in options.inputs if len(shape) in formats)
         model = model.to(memory_format=format)  # type: ignore[call-overload]
         inputs = [x.to(memory_format=formats[x.dim()]) if x.dim() in formats else x for x in inputs]
+    with torch.no_grad():  # once before, to tell what the model cannot do from what we cannot
+        _user_code(options.model, model.train(not options.eval), *inputs)
     found = compare(
         model,
         *inputs,
@@ -144,19 +159,30 @@ def _compare(options: argparse.Namespace) -> int:
 def _made(text: str) -> nn.Module:
     """The model that ``package.module:callable`` gives, called without arguments unless some are written out."""
     path, _, expression = text.partition(":")
+    if not all(map(str.isidentifier, path.split("."))):
+        raise _spelling(text)
     function, args, kwargs = _call(text, expression)
-    try:
-        found: Any = importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        raise _UsageError(f"{error}, asked for by {text}") from error
+    found = _user_code(text, importlib.import_module, path)
     for name in function:
         if not hasattr(found, name):
             raise _UsageError(f"{path} has no {'.'.join(function)}")
         found = getattr(found, name)
-    model = found if isinstance(found, nn.Module) else found(*args, **kwargs)
+    model = found if isinstance(found, nn.Module) else _user_code(text, found, *args, **kwargs)
     if not isinstance(model, nn.Module):
         raise _UsageError(f"{text} gives an object of {type(model).__name__}, expected a torch.nn.Module")
     return model
+
+
+def _user_code(text: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+    """What ``function`` returns. Whatever it raises is a fault of the argument ``text``."""
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise _UsageError(f"{text} raises {type(error).__name__}: {error}") from error
+
+
+def _spelling(text: str) -> _UsageError:
+    return _UsageError(f"expected package.module:callable, got {text}")
 
 
 def _call(text: str, expression: str) -> tuple[list[str], list[Any], dict[str, Any]]:
@@ -166,7 +192,7 @@ def _call(text: str, expression: str) -> tuple[list[str], list[Any], dict[str, A
         args, kwargs = [], {}
         if isinstance(node, ast.Call):
             args = [ast.literal_eval(arg) for arg in node.args]
-            kwargs = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+            kwargs = {_name(keyword): ast.literal_eval(keyword.value) for keyword in node.keywords}
             node = node.func
         names: list[str] = []
         while isinstance(node, ast.Attribute):
@@ -174,6 +200,12 @@ def _call(text: str, expression: str) -> tuple[list[str], list[Any], dict[str, A
             node = node.value
         if not isinstance(node, ast.Name):
             raise ValueError(expression)
-    except (SyntaxError, ValueError):
-        raise _UsageError(f"expected package.module:callable, got {text}") from None
+    except (SyntaxError, TypeError, ValueError):
+        raise _spelling(text) from None
     return [node.id, *names], args, kwargs
+
+
+def _name(keyword: ast.keyword) -> str:
+    if keyword.arg is None:
+        raise ValueError("a mapping behind ** has no name")
+    return keyword.arg

@@ -24,17 +24,24 @@ class holder:
     small = small
 made = small()
 number = lambda: 3
+three = 3
+needs = lambda channels: small(channels)
+takes = lambda **kwargs: small()
+lazy = lambda: nn.Sequential(nn.LazyConv2d(4, 1), nn.LazyBatchNorm2d(), nn.ReLU())
 """
 
 
 @pytest.fixture
 def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "newcomers_models.py").write_text(MODELS)
+    (tmp_path / "newcomers_broken.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "newcomers_models", raising=False)
 
 
-@pytest.mark.parametrize("spelled", ["small", "small(5)", "small(channels=5, kernel=1)", "holder.small", "made"])
+@pytest.mark.parametrize(
+    "spelled", ["small", "small(5)", "small(channels=5, kernel=1)", "holder.small", "made", "lazy"]
+)
 def test_compare(models: None, capsys: pytest.CaptureFixture[str], spelled: str) -> None:
     assert command.main(["compare", f"newcomers_models:{spelled}", "2x3x8x8", "--seconds", "0"]) == 0
     printed = capsys.readouterr()
@@ -50,6 +57,13 @@ def test_compare_with_options(models: None, capsys: pytest.CaptureFixture[str]) 
     finally:
         torch.set_num_threads(threads)
     assert "2x3x8x8 float64 channels last, inference, 1 thread," in capsys.readouterr().out
+
+
+def test_inputs_that_a_model_cannot_take(models: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for shape in ("2x4x8x8", "1x3x3x3"):  # of other channels, and with one value per channel
+        assert command.main(["compare", "newcomers_models:small", shape]) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("python -m bn_ext compare: newcomers_models:small raises ") and errors.count("\n") == 1
 
 
 def test_compare_fails_where_results_differ(
@@ -68,12 +82,22 @@ def test_compare_fails_where_results_differ(
         ("newcomers_models:small(x)", "expected package.module:callable"),
         ("newcomers_models:large", "newcomers_models has no large"),
         ("newcomers_models:number", "gives an object of int, expected a torch.nn.Module"),
-        ("no_such_package:f", "No module named 'no_such_package', asked for by no_such_package:f"),
+        ("no_such_package:f", "no_such_package:f raises ModuleNotFoundError: No module named 'no_such_package'"),
+        ("newcomers_broken:f", "newcomers_broken:f raises SyntaxError: "),
+        ("newcomers_models:three", "newcomers_models:three raises TypeError: 'int' object is not callable"),
+        ("newcomers_models:needs", "raises TypeError: <lambda>() missing 1 required positional argument: 'channels'"),
+        ("newcomers_models:needs(-1)", "newcomers_models:needs(-1) raises RuntimeError: "),
+        ('newcomers_models:takes(**{"a": 1})', "expected package.module:callable"),
+        ("newcomers_models:takes(a={[]})", "expected package.module:callable"),
+        (":small", "expected package.module:callable, got :small"),
+        (".newcomers_models:small", "expected package.module:callable, got .newcomers_models:small"),
+        ("./newcomers_models.py:small", "expected package.module:callable, got ./newcomers_models.py:small"),
     ],
 )
 def test_models_that_are_none(models: None, capsys: pytest.CaptureFixture[str], model: str, message: str) -> None:
     assert command.main(["compare", model, "2x3x8x8"]) == 2
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert errors.startswith("python -m bn_ext compare: ") and message in errors and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +106,11 @@ def test_models_that_are_none(models: None, capsys: pytest.CaptureFixture[str], 
         (["bench", "4xa"], "expected sizes as in 8x3x224x224, got 4xa"),
         (["bench", "4x0"], "expected positive sizes, got 4x0"),
         (["bench", "4x3", "--activation", "rule"], "invalid choice: 'rule'"),
-        (["bench", "4x3", "--threads", "0"], "expected at least 1, got 0"),
+        *((["bench", "4x3", "--threads", n], f"processors here, got {n}\n") for n in ("0", "-1", "a", "99999999999")),
+        (["bench", "4x3", "--device", "foo"], "cannot compute on foo: "),
+        (["bench", "4x3", "--device", "meta"], "cannot compute on meta: "),
+        (["compare", "m:f", "4x3", "--device", "cuda:99"], "cannot compute on cuda:99: "),
+        (["compare", "m:f", "4x3", "--autocast", "float64"], "invalid choice: 'float64'"),
         (["measure"], "invalid choice: 'measure'"),
     ],
 )
@@ -97,6 +125,9 @@ def test_bench_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> Non
     assert "channels last has four or five dimensions, got 4x3" in capsys.readouterr().err
     assert command.main(["bench", "4"]) == 2
     assert "a shape has two dimensions or more, got 4" in capsys.readouterr().err
+    for shape in ("1x3", "1x3x1x1"):
+        assert command.main(["bench", shape]) == 2
+        assert f"training takes more than one value per channel, got {shape}\n" in capsys.readouterr().err
 
 
 def test_bench_runs_as_a_command() -> None:
