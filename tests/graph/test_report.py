@@ -228,7 +228,9 @@ def test_one_row_for_several_captures() -> None:
     model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y) if m.training else F.softplus(y)))
     for mode in (True, False, True):
         model.train(mode)(images())
-    assert rows(model) == {"bn": ["BatchNorm2d", "bn_ext", "relu or nothing", "then softplus"]}
+    assert rows(model) == {
+        "bn": ["BatchNorm2d", "bn_ext", "relu or nothing", "softplus follows, which has no fused form"]
+    }
     model = bn_ext.fuse(Model(lambda m, y, r: F.relu(y)), images())
     assert rows(model) == {"bn": ["BatchNorm2d", "bn_ext", "relu", ""]}
 
@@ -241,7 +243,7 @@ def test_calls_of_functions() -> None:
     assert list(rows(model)) == ["0"]
     bn_ext.fuse(model)(images())
     norm, call = bn_ext.report(model).rows
-    assert norm == Row("0", "BatchNorm2d", "bn_ext", "", "then batch_norm")
+    assert norm == Row("0", "BatchNorm2d", "bn_ext", "", "batch_norm follows, which has no fused form")
     assert call == Row("1.batch_norm_1", "function", "bn_ext", "relu", "")
 
 

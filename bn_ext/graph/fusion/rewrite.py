@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bn_ext import _C, _fake
+from bn_ext import activation as activations
 from bn_ext.functional import has_kernels, operator
 from bn_ext.graph.fusion.effects import alike, between, memory, name_of, only_computes, value, writes
 from bn_ext.graph.fusion.spelling import activation_of, call_of, passes_through, reader
@@ -282,7 +283,11 @@ class _Rewriting:
         if following.op == "output":
             return "its output is returned"
         is_added = _is_batch_norm(following) and following.kwargs.get("residual") is norm
-        return f"{self.name(following)} adds it" if is_added else f"then {name_of(following)}"
+        if is_added:
+            return f"{self.name(following)} adds it"
+        name = name_of(following)
+        has_form = name.removesuffix("_") in activations.NAMES  # with other arguments than here
+        return f"{name} follows, which {'in this form is not fused' if has_form else 'has no fused form'}"
 
     def name(self, node: Node) -> str:
         """The path of the module that calls it."""
