@@ -91,7 +91,7 @@ def report(model: nn.Module | ExportedProgram) -> Report:
 
 def _report(rows: Sequence[Row], below: Sequence[str] = ()) -> Report:
     if not rows:
-        return Report(_HEAD, (), ["no batch norms"], below)
+        return Report(_HEAD, (), ["no batch norm modules (calls of functions show in fused models alone)"], below)
     kinds = Counter(
         "folded" if row.runs_on.startswith("folded") else f"with {row.fused}" if row.fused else "plain" for row in rows
     )

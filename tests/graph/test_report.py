@@ -18,6 +18,7 @@ from bn_ext.graph.conversion.classes import is_batch_norm
 from bn_ext.graph.report import Report, Row
 
 TAKEN = "bn_ext.convert takes it"
+NONE = "no batch norm modules (calls of functions show in fused models alone)"
 UNCALLED = "no call of the fused model is captured yet: call the model once"
 
 
@@ -81,13 +82,13 @@ def test_totals_begin_with_the_largest_and_end_with_the_plain_ones() -> None:
 
 
 def test_no_batch_norms() -> None:
-    assert str(bn_ext.report(nn.Sequential(nn.Linear(2, 2)))) == "no batch norms"
+    assert str(bn_ext.report(nn.Sequential(nn.Linear(2, 2)))) == NONE
 
 
 def test_torchscript_hides_its_modules() -> None:
     hidden = "parts in TorchScript are not looked into"
     scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(3)))
-    assert str(bn_ext.report(scripted)) == f"no batch norms\n{hidden}"
+    assert str(bn_ext.report(scripted)) == f"{NONE}\n{hidden}"
     assert bn_ext.report(nn.Sequential(scripted, nn.BatchNorm2d(3))).below == [hidden]
     assert bn_ext.report(nn.BatchNorm2d(3)).below == []
 
