@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bn_ext.graph.fusion.rewrite import Fusion
 
 _HEAD = ("batch norm", "class", "runs on", "fused", "reason")
+_UNKNOWN = "not known"
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -34,7 +35,7 @@ class Row(NamedTuple):
 
     path: str  # of the module; of a functional call: of the module around it, and the name of the call
     cls: str  # the name of its class, or "function"
-    runs_on: str  # "bn_ext", "torch", or "folded into" a layer
+    runs_on: str  # "bn_ext", "torch", "not known", or "folded into" a layer
     fused: str  # what it computes besides, such as "add + relu"; "or" between what calls captured apart compute
     reason: str  # why it runs on torch, or why no more is fused
 
@@ -99,7 +100,7 @@ def _report(rows: Sequence[Row], below: Sequence[str] = ()) -> Report:
     several = "s" if len(rows) > 1 else ""
     above = [f"{len(rows)} batch norm{several}: {_counts(kinds)}"]
     if places:
-        above.append(_counts({f"on {place}": count for place, count in places.items()}))
+        above.append(_counts({p if p == _UNKNOWN else f"on {p}": count for p, count in places.items()}))
     return Report(_HEAD, rows, above, below)
 
 
@@ -147,8 +148,9 @@ def _of_module(path: str, module: nn.Module, calls: Sequence[Fusion], fold: Fold
     if obstacle:
         runs_on = "torch"
     elif not seen:
-        obstacle = _of_class(module)
-        runs_on = "torch" if obstacle else "bn_ext"
+        runs_on, obstacle = _of_forward(module)
+        if runs_on == _UNKNOWN:
+            fused = ""
     reasons = [obstacle, why or reason, f"not folded: {fold.reason}" if fold else ""]
     return Row(path, type_before_parametrizations(module).__name__, runs_on, fused, _distinct(reasons, "; "))
 
@@ -200,16 +202,20 @@ def _of_tensors(module: nn.Module) -> str:
     return ""
 
 
-def _of_class(module: nn.Module) -> str:
-    """Why the class of ``module`` has torch compute; empty if it is ours."""
+def _of_forward(module: nn.Module) -> tuple[str, str]:
+    """Where the forward of ``module`` runs, and why not on our kernels."""
+    if "forward" in vars(module):
+        return _UNKNOWN, "its forward was replaced, and what the new one calls is not seen"
     cls = type_before_parametrizations(module)
     if classes.is_ours(module):
         becomes = getattr(cls, "cls_to_become", None) or cls  # what a lazy module is after its first input
         owner = next(base for base in becomes.__mro__ if "forward" in vars(base))
-        return "" if owner.__module__.startswith("bn_ext.") else "a forward of its own"
+        if owner.__module__.startswith("bn_ext."):
+            return "bn_ext", ""
+        return _UNKNOWN, f"{owner.__name__} has a forward of its own, and what it calls is not seen"
     try:
         ours = classes.counterpart(cls)
     except classes.UnlikeError as unlike:
-        return f"bn_ext.convert leaves modules of this class: {unlike}"
+        return "torch", f"bn_ext.convert leaves modules of this class: {unlike}"
     trial = ", if a trial shows no difference" if issubclass(ours, classes.Counterpart) else ""
-    return f"bn_ext.convert takes it{trial}"
+    return "torch", f"bn_ext.convert takes it{trial}"

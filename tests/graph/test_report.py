@@ -81,6 +81,18 @@ def test_totals_begin_with_the_largest_and_end_with_the_plain_ones() -> None:
     assert bn_ext.report(mixed).above == ["3 batch norms: 3 plain", "2 on bn_ext, 1 on torch"]
 
 
+def test_what_is_not_known_is_counted_apart() -> None:
+    model = nn.Sequential(OwnOfOurs(3), replaced(nn.BatchNorm2d(3)), bn_ext.BatchNorm2d(3))
+    assert bn_ext.report(model).above == ["3 batch norms: 3 plain", "2 not known, 1 on bn_ext"]
+
+
+def test_what_a_replaced_forward_calls_is_seen_in_a_graph() -> None:
+    model = nn.Sequential(OwnOfOurs(3), nn.ReLU())
+    assert only(bn_ext.fuse(model)).runs_on == "not known"
+    model(images())
+    assert only(model) == Row("0", "OwnOfOurs", "bn_ext", "relu", "")
+
+
 def test_no_batch_norms() -> None:
     assert str(bn_ext.report(nn.Sequential(nn.Linear(2, 2)))) == NONE
 
@@ -134,6 +146,12 @@ def parametrized() -> nn.Module:
     return module
 
 
+def replaced(module: nn.Module) -> nn.Module:
+    module.forward = lambda x: x
+    return module
+
+
+REPLACED = "its forward was replaced, and what the new one calls is not seen"
 LEFT = "bn_ext.convert leaves modules of this class: "
 PLACES: dict[str, tuple[Callable[[], nn.Module], Row]] = {
     "torch's": (lambda: nn.BatchNorm3d(3), Row("", "BatchNorm3d", "torch", "", TAKEN)),
@@ -172,9 +190,17 @@ PLACES: dict[str, tuple[Callable[[], nn.Module], Row]] = {
         Row("", "BatchNormAct2d", "bn_ext", "", ""),
     ),
     "of ours": (lambda: Quiet(3), Row("", "Quiet", "bn_ext", "", "")),
+    "of ours, its forward replaced": (
+        lambda: replaced(bn_ext.BatchNormAct2d(3)),
+        Row("", "BatchNormAct2d", "not known", "", REPLACED),
+    ),
+    "torch's, its forward replaced": (
+        lambda: replaced(nn.BatchNorm2d(3)),
+        Row("", "BatchNorm2d", "not known", "", REPLACED),
+    ),
     "of ours, a forward of its own": (
         lambda: OwnOfOurs(3),
-        Row("", "OwnOfOurs", "torch", "", "a forward of its own"),
+        Row("", "OwnOfOurs", "not known", "", "OwnOfOurs has a forward of its own, and what it calls is not seen"),
     ),
     "on a device without kernels": (
         lambda: bn_ext.BatchNorm2d(3, device="meta"),
