@@ -82,7 +82,7 @@ ACTIVATIONS: dict[str, tuple[_Function, _Function]] = {
         lambda z, p: softplus(z).tanh() + z * z.sigmoid() * softplus(z).cosh().square().reciprocal(),
     ),
     "celu": (
-        lambda z, p: torch.where(z > 0, z, p * (z / p).expm1()),
+        lambda z, p: torch.where(z > 0, z, p * (z.clamp(max=0) / p).expm1()),
         lambda z, p: torch.where(z > 0, 1.0, (z / p).exp()),
     ),
     "gelu_tanh": (
