@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-import networks
+import stacks
 import torch
 from mnist import Digits
 from torch import Tensor, nn
@@ -34,11 +34,11 @@ class Pair:
 
 
 def sigmoids(seed: int) -> tuple[nn.Module, nn.Module]:
-    return networks.sigmoids(3, "torch", seed), networks.sigmoids(3, "bn_ext", seed)
+    return stacks.sigmoids(3, "torch", seed), stacks.sigmoids(3, "bn_ext", seed)
 
 
 def residual(seed: int) -> tuple[nn.Module, nn.Module]:
-    theirs = networks.residual_network(seed)
+    theirs = stacks.residual_network(seed)
     return theirs, bn_ext.fuse(copy.deepcopy(theirs))
 
 

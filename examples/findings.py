@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-import networks
+import stacks
 from training import Run
 
 LEARNT = 80.0  # percent, far from the 10 of chance
@@ -102,7 +102,7 @@ class Findings:
             return None
         goal, _ = self.best(depth, "none")
         arrivals: dict[str, Arrival] = {}
-        for norm in networks.NORMS:
+        for norm in stacks.NORMS:
             steps = ((curve.steps_to(goal), rate) for rate, curve in self.curves(depth, norm).items())
             if reached := [Arrival(step, rate) for step, rate in steps if step is not None]:
                 arrivals[norm] = min(reached)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import networks
+import stacks
 from findings import LEARNT, Arrival, Findings, Race, Spread
 from speed import SHAPE, Times
 
@@ -15,7 +15,7 @@ def table(findings: Findings) -> str:
     rows = [("layers", "batch norm", *rates, "best", "steps to plain's best", "ms a step")]
     for depth in findings.depths:
         race, times = findings.race(depth), findings.step_times(depth)
-        for norm in networks.NORMS:
+        for norm in stacks.NORMS:
             curves = findings.curves(depth, norm)
             finals = [cell(curves[rate].final) if rate in curves else "" for rate in findings.rates]
             best, _ = findings.best(depth, norm)

