@@ -165,3 +165,11 @@ def test_bench_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, result: st
     with pytest.raises(AssertionError, match=r"bench: \S.* is off by .*, torch's by"):
         module.bench((4, 3, 5, 5), seconds=0)
     assert command.main(["bench", "4x3x5x5", "--seconds", "0"]) == 1
+
+
+def test_bench_refuses_wrong_results_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they would excuse ours."""
+    right = Block.torchs
+    monkeypatch.setattr(Block, "torchs", lambda self, *given: right(self, *given) * 1.01)
+    with pytest.raises(AssertionError, match=r"bench: forward is off by .*, torch's by"):
+        module.bench((4, 3, 5, 5), seconds=0)
