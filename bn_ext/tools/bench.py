@@ -16,7 +16,7 @@ from bn_ext import activation as activations
 from bn_ext import reference
 from bn_ext._table import Table
 from bn_ext.functional import batch_norm
-from bn_ext.tools.machine import Others, described, where
+from bn_ext.tools.machine import CHANNELS_LAST, Others, described, where
 from bn_ext.tools.timing import duration, interleave, percentiles, ratios, sampler
 
 Norm = tuple[Tensor, Tensor, Tensor, Tensor]  # running mean and variance, weight, bias
@@ -115,10 +115,9 @@ class Problem:
             raise ValueError(f"bench: a shape has two dimensions or more, got {'x'.join(map(str, shape))}")
         if math.prod(shape) == shape[1]:
             raise ValueError(f"bench: training takes more than one value per channel, got {'x'.join(map(str, shape))}")
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        if channels_last and len(shape) not in formats:
+        if channels_last and len(shape) not in CHANNELS_LAST:
             raise ValueError(f"bench: channels last has four or five dimensions, got {'x'.join(map(str, shape))}")
-        format = formats[len(shape)] if channels_last else torch.contiguous_format
+        format = CHANNELS_LAST[len(shape)] if channels_last else torch.contiguous_format
         random = torch.Generator(device).manual_seed(0)
         of_channels = dtype if dtype == torch.float64 else torch.float32
 

@@ -17,6 +17,7 @@ from bn_ext import activation as activations
 from bn_ext.tools import info
 from bn_ext.tools.bench import Block, bench
 from bn_ext.tools.compare import compare
+from bn_ext.tools.machine import CHANNELS_LAST
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 _AUTOCAST = ("bfloat16", "float16")
@@ -136,12 +137,11 @@ def _compare(options: argparse.Namespace) -> int:
     model = _made(options.model).to(options.device, dtype)
     inputs = [torch.randn(shape, device=options.device, dtype=dtype) for shape in options.inputs]
     if options.channels_last:
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        if not any(len(shape) in formats for shape in options.inputs):
+        if not any(len(shape) in CHANNELS_LAST for shape in options.inputs):
             raise _UsageError("channels last has four or five dimensions, and no input has")
-        format = next(formats[len(shape)] for shape in options.inputs if len(shape) in formats)
+        format = next(CHANNELS_LAST[len(shape)] for shape in options.inputs if len(shape) in CHANNELS_LAST)
         model = model.to(memory_format=format)  # type: ignore[call-overload]
-        inputs = [x.to(memory_format=formats[x.dim()]) if x.dim() in formats else x for x in inputs]
+        inputs = [x.to(memory_format=CHANNELS_LAST[x.dim()]) if x.dim() in CHANNELS_LAST else x for x in inputs]
     with torch.no_grad():  # once before, to tell what the model cannot do from what we cannot
         _user_code(options.model, model.train(not options.eval), *inputs)
     found = compare(

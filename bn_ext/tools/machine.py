@@ -9,6 +9,7 @@ import torch
 
 from bn_ext import _C
 
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by the number of dimensions
 _BUSY = 0.1  # the part of the cores' time that others may take before figures are called noisy
 _STAT = "/proc/stat"
 _IDLE, _IOWAIT, _GUESTS = 3, 4, 8  # fields of a processor's line; those of guests are in the others already
@@ -30,8 +31,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 def described(tensor: torch.Tensor) -> str:
     """Sizes, dtype and layout."""
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    format = formats.get(tensor.dim())
+    format = CHANNELS_LAST.get(tensor.dim())
     is_last = format is not None and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=format)
     return f"{'x'.join(map(str, tensor.shape))} {name_of(tensor.dtype)}{' channels last' * is_last}"
 
