@@ -27,6 +27,7 @@ class Pass:
         direction: ``"forward"`` (training), ``"inference"`` or ``"backward"`` (of training, with every gradient).
         activation: one of :data:`bn_ext.activation.NAMES`.
         residual: whether there is one. Training then keeps a mask, if the activation has two branches.
+        set_size: images of a statistic set; all unless given.
 
     Raises:
         ValueError: for a name that is not one of these, or sizes that are not positive.
@@ -43,6 +44,7 @@ class Pass:
         direction: str = "forward",
         activation: str = "identity",
         residual: bool = False,
+        set_size: int | None = None,
     ) -> None: ...
     def wanting(self, gradients: set[str], *, training: bool = True) -> Pass:
         """The backward that writes only these: ``"dx"``, ``"dresidual"``, ``"dweight"``, ``"dbias"``."""
@@ -87,6 +89,12 @@ class CpuPlan:
     @property
     def joined(self) -> bool: ...
     @property
+    def sets(self) -> int: ...
+    @property
+    def last_n(self) -> int: ...
+    @property
+    def last_joined(self) -> bool: ...
+    @property
     def tile(self) -> int: ...
     @property
     def threads(self) -> int: ...
@@ -121,6 +129,8 @@ class LaunchPlan:
     def threads(self) -> int: ...
     @property
     def active(self) -> int: ...
+    @property
+    def sets(self) -> int: ...
     @property
     def slabs(self) -> int: ...
     @property

@@ -16,7 +16,7 @@ A tour; the docstring of each name has its arguments, shapes and errors::
 In a shell, ``python -m bn_ext`` says what is built and what runs, and checks results against float64.
 """
 
-from bn_ext import activation, functional
+from bn_ext import activation, functional, stages
 from bn_ext._fallback import set_warn_fallback
 from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.functional import plan
@@ -45,5 +45,6 @@ __all__ = [
     "report",
     "revert",
     "set_warn_fallback",
+    "stages",
 ]
 __version__ = "0.2.0"

@@ -45,6 +45,33 @@ def _check_like(input: Tensor, **tensors: Tensor | None) -> None:
             _check(alike, f"expected {name} like the input, {tuple(input.shape)}, got {tuple(t.shape)}")
 
 
+def _statistics(input: Tensor, set_size: int | None) -> Tensor:
+    """A value of float64 for each channel, with ``set_size`` for each statistic set and channel."""
+    _check_set_size(set_size)
+    sets = [] if set_size is None else [(input.size(0) + set_size - 1) // set_size]
+    return input.new_empty([*sets, input.size(1)], dtype=torch.float64)
+
+
+def _check_set_size(set_size: int | None) -> None:
+    torch._check_value(
+        set_size is None or set_size > 0, lambda: f"batch_norm: set_size should be positive, got {set_size}"
+    )
+
+
+def _check_statistics(input: Tensor, set_size: int | None, **tensors: Tensor) -> None:
+    values = _statistics(input, set_size).numel()
+    for name, t in tensors.items():
+        _check_values(input, name, t, values, torch.float64)
+        _check(t.is_contiguous(), f"{name} should be contiguous")
+
+
+def _check_branches(input: Tensor, mask: Tensor | None, activation: int) -> None:
+    _check_values(input, "mask", mask, _mask_bytes(input), torch.uint8)
+    _check(mask is None or mask.is_contiguous(), "mask should be contiguous")
+    takes = mask is None or _C.keeps_mask(activations.NAMES[activation])
+    _check(takes, f"{activations.NAMES[activation]} takes no mask")
+
+
 def _mask_bytes(input: Tensor) -> int:
     return (input.numel() + 31) // 32 * 4
 
@@ -72,6 +99,7 @@ def _batch_norm_forward(
     residual: Tensor | None,
     activation: int,
     activation_param: float,
+    set_size: int | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     _check_input(input, activation)
@@ -80,7 +108,7 @@ def _batch_norm_forward(
     torch._check_value(several, lambda: f"Expected more than 1 value per channel when training, got {input.shape}")
     _check_values(input, "num_batches_tracked", num_batches_tracked, 1, torch.int64)
     _check((running_mean is None) == (running_var is None), "running_mean and running_var: both or none")
-    return _forward(input, weight, bias, running_mean, running_var, residual, activation, with_mask)
+    return _forward(input, weight, bias, running_mean, running_var, residual, activation, set_size, with_mask)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward.evaluation")
@@ -100,7 +128,7 @@ def _batch_norm_forward_evaluation(
     given = running_mean is not None and running_var is not None
     _check(given, "running_mean and running_var must be defined in evaluation mode")
     torch._check_value(eps >= 0, lambda: f"batch_norm eps must be non-negative, but got {eps}")
-    return _forward(input, weight, bias, running_mean, running_var, residual, activation, with_mask)
+    return _forward(input, weight, bias, running_mean, running_var, residual, activation, None, with_mask)
 
 
 def _forward(
@@ -111,16 +139,23 @@ def _forward(
     running_var: Tensor | None,
     residual: Tensor | None,
     activation: int,
+    set_size: int | None,
     with_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    _check_per_channel(input, running_mean=running_mean, running_var=running_var)
+    output, mask = _applied(input, weight, bias, residual, activation, with_mask)
+    return output, _statistics(input, set_size), _statistics(input, set_size), mask
+
+
+def _applied(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: int, with_mask: bool
+) -> tuple[Tensor, Tensor | None]:
     if with_mask:
         _check(residual is not None, "without a residual there is no mask")
         _check(_C.keeps_mask(activations.NAMES[activation]), f"{activations.NAMES[activation]} has no mask")
-    _check_per_channel(input, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
+    _check_per_channel(input, weight=weight, bias=bias)
     _check_like(input, residual=residual)
-    mean = input.new_empty(input.size(1), dtype=torch.float64)
-    mask = input.new_empty(_mask_bytes(input), dtype=torch.uint8) if with_mask else None
-    return _empty_like(input), mean, torch.empty_like(mean), mask
+    return _empty_like(input), input.new_empty(_mask_bytes(input), dtype=torch.uint8) if with_mask else None
 
 
 @torch.library.register_fake("bn_ext::batch_norm_backward")
@@ -136,22 +171,121 @@ def _batch_norm_backward(
     mask: Tensor | None,
     activation: int,
     activation_param: float,
+    set_size: int | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _check_input(input, activation)
-    _check_per_channel(input, weight=weight, bias=bias)
-    _check_like(input, dy=dy, residual=residual)
-    _check_values(input, "mean", mean, input.size(1), torch.float64)
-    _check_values(input, "invstd", invstd, input.size(1), torch.float64)
-    _check_values(input, "mask", mask, _mask_bytes(input), torch.uint8)
-    for name, t in {"mean": mean, "invstd": invstd, "mask": mask}.items():
-        _check(t is None or t.is_contiguous(), f"{name} should be contiguous")
-    _check(
-        mask is None or _C.keeps_mask(activations.NAMES[activation]), f"{activations.NAMES[activation]} takes no mask"
-    )
+    _check_backward(dy, input, weight, bias, residual, mask, activation)
+    _check_statistics(input, set_size, mean=mean, invstd=invstd)
     accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
     wants_dx, *wants_parameters, wants_dresidual = output_mask
     dx, dresidual = (_empty_like(input) if wanted else None for wanted in (wants_dx, wants_dresidual))
     dweight, dbias = (input.new_empty(input.size(1), dtype=dtype) if wanted else None for wanted in wants_parameters)
     return dx, dweight, dbias, dresidual
+
+
+@torch.library.register_fake("bn_ext::batch_norm_stats")
+def _batch_norm_stats(input: Tensor, set_size: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_input(input, 0)
+    mean = _statistics(input, set_size)
+    return mean.new_empty(mean.shape[:-1]), mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_merge_stats")
+def _batch_norm_merge_stats(
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(mean.dim() in (1, 2), f"mean should have sizes (rows, C) or (C,), got {tuple(mean.shape)}")
+    channels = mean.size(-1)
+    rows = mean.size(0) if mean.dim() == 2 else 1
+    for name, t, values in (("count", count, rows), ("mean", mean, mean.numel()), ("m2", m2, mean.numel())):
+        _check_values(mean, name, t, values, torch.float64)
+        _check(t.is_contiguous(), f"{name} should be contiguous")
+    for name, running in {"running_mean": running_mean, "running_var": running_var}.items():
+        _check_values(mean, name, running, channels, *FLOATING)
+    _check_values(mean, "num_batches_tracked", num_batches_tracked, 1, torch.int64)
+    return count.new_empty(()), mean.new_empty(channels), mean.new_empty(channels)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_elemt")
+def _batch_norm_elemt(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    residual: Tensor | None,
+    activation: int,
+    activation_param: float,
+    set_size: int | None,
+    with_mask: bool,
+) -> tuple[Tensor, Tensor | None]:
+    _check_input(input, activation)
+    _check_statistics(input, set_size, mean=mean, invstd=invstd)
+    return _applied(input, weight, bias, residual, activation, with_mask)
+
+
+def _check_backward(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: int,
+) -> None:
+    _check_input(input, activation)
+    _check_per_channel(input, weight=weight, bias=bias)
+    _check_like(input, dy=dy, residual=residual)
+    _check_branches(input, mask, activation)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_backward_reduce")
+def _batch_norm_backward_reduce(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: int,
+    activation_param: float,
+    set_size: int | None,
+) -> tuple[Tensor, Tensor]:
+    _check_backward(dy, input, weight, bias, residual, mask, activation)
+    _check_statistics(input, set_size, mean=mean, invstd=invstd)
+    return _statistics(input, set_size), _statistics(input, set_size)
+
+
+@torch.library.register_fake("bn_ext::batch_norm_backward_elemt")
+def _batch_norm_backward_elemt(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    sum_dz: Tensor,
+    sum_dz_xmu: Tensor,
+    count: Tensor,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    activation: int,
+    activation_param: float,
+    set_size: int | None,
+    output_mask: list[bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    _check_backward(dy, input, weight, bias, residual, mask, activation)
+    _check_statistics(input, set_size, mean=mean, invstd=invstd, sum_dz=sum_dz, sum_dz_xmu=sum_dz_xmu)
+    _check_values(input, "count", count, _statistics(input, set_size)[..., :1].numel(), torch.float64)
+    dx, dresidual = (_empty_like(input) if wanted else None for wanted in output_mask)
+    return dx, dresidual

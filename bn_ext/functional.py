@@ -142,6 +142,7 @@ def plan(
     *,
     activation: activations.Name | None = None,
     residual: bool = False,
+    set_size: int | None = None,
     device: str = "cpu",
     threads: int | None = None,
     last_cache_bytes: int | None = None,
@@ -156,6 +157,8 @@ def plan(
         direction: ``"forward"`` is training, ``"backward"`` its gradients, all of them.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         residual: whether one is added.
+        set_size: images of a statistic set, each of which is normalized by itself; the last set may have fewer. None:
+            all images are one set.
         device: ``"cpu"``, or the name of a GPU: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``,
             ``"rtx5090"``.
         threads: of the CPU; ``torch.get_num_threads()`` unless given.
@@ -194,6 +197,7 @@ def plan(
         direction=direction,
         activation=activation or "identity",
         residual=residual,
+        set_size=set_size,
     )
     if device == "cpu":
         threads = torch.get_num_threads() if threads is None else threads

@@ -25,7 +25,7 @@ TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
       "Tensor(c!)? num_batches_tracked, bool training, float? momentum, float eps, Tensor? residual=None, "
-      "str? activation=None, float? activation_param=None) -> Tensor",
+      "str? activation=None, float? activation_param=None, int? set_size=None) -> Tensor",
       tags);
 
   // The same below autograd: in training, and in evaluation, which writes to nothing. mean and invstd, (C,) in float64,
@@ -35,7 +35,7 @@ TORCH_LIBRARY(bn_ext, m) {
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "
-      "Tensor? residual, int activation, float activation_param, bool with_mask) "
+      "Tensor? residual, int activation, float activation_param, int? set_size, bool with_mask) "
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
   m.def(
@@ -48,8 +48,37 @@ TORCH_LIBRARY(bn_ext, m) {
   // is needed where there was one, unless there is a mask.
   m.def(
       "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
-      "bool training, Tensor? residual, Tensor? mask, int activation, float activation_param, bool[4] output_mask) "
-      "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+      "bool training, Tensor? residual, Tensor? mask, int activation, float activation_param, int? set_size, "
+      "bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+      tags);
+
+  // The stages of both. Statistics and sums are of type float64: of sizes (C,), or with a set_size (sets, C), a row for
+  // each set of set_size images, the last of which may have fewer. Counts have sizes () or (sets,).
+  m.def("batch_norm_stats(Tensor input, int? set_size=None) -> (Tensor count, Tensor mean, Tensor m2)", tags);
+
+  // Merges rows in their order, and moves the running statistics towards the statistics of all of them.
+  m.def(
+      "batch_norm_merge_stats(Tensor count, Tensor mean, Tensor m2, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+      "Tensor(c!)? num_batches_tracked, float? momentum, float eps) -> (Tensor count, Tensor mean, Tensor invstd)",
+      tags);
+
+  m.def(
+      "batch_norm_elemt(Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, Tensor? residual, "
+      "int activation, float activation_param, int? set_size, bool with_mask) -> (Tensor output, Tensor mask)",
+      tags);
+
+  // dz is the gradient with respect to what goes into the activation, xmu = input - mean.
+  m.def(
+      "batch_norm_backward_reduce(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+      "Tensor? residual, Tensor? mask, int activation, float activation_param, int? set_size) "
+      "-> (Tensor sum_dz, Tensor sum_dz_xmu)",
+      tags);
+
+  // The gradient goes through the statistics of `count` values, whose sums are given.
+  m.def(
+      "batch_norm_backward_elemt(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+      "Tensor sum_dz, Tensor sum_dz_xmu, Tensor count, Tensor? residual, Tensor? mask, int activation, "
+      "float activation_param, int? set_size, bool[2] output_mask) -> (Tensor dx, Tensor dresidual)",
       tags);
 }
 
@@ -79,7 +108,8 @@ bn::Pass pass_of_layer(int64_t n,
                        const std::string& layout,
                        const std::string& direction,
                        const std::string& activation,
-                       bool residual) {
+                       bool residual,
+                       std::optional<int64_t> set_size) {
   using bn::DType, bn::Layout, bn::Direction;
   const auto type = one_of<DType>("dtype",
                                   {{"float64", DType::Float64},
@@ -108,7 +138,10 @@ bn::Pass pass_of_layer(int64_t n,
   if (n > kMostValues / c / s) {
     throw py::value_error("no tensor has as many values as n * c * s");
   }
-  pass.problem = bn::problem_of(order, type, n, c, s);
+  if (set_size.value_or(1) < 1) {
+    throw py::value_error("set_size should be positive");
+  }
+  pass.problem = bn::problem_of(order, type, n, c, s, std::min(set_size.value_or(n), n));
   return pass;
 }
 
@@ -178,7 +211,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<bn::Pass>(m, "Pass")
       .def(py::init(&pass_of_layer), py::arg("n"), py::arg("c"), py::arg("s"), py::kw_only(),
            py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward",
-           py::arg("activation") = "identity", py::arg("residual") = false)
+           py::arg("activation") = "identity", py::arg("residual") = false, py::arg("set_size") = py::none())
       .def("wanting", &wanting, py::arg("gradients"), py::kw_only(), py::arg("training") = true)
       .def_property_readonly("reduce_reads", traffic(&bn::Pass::reduce_reads))
       .def_property_readonly("apply_reads", traffic(&bn::Pass::apply_reads))
@@ -199,6 +232,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("per_chunk", of_blocks(&Blocks::per_chunk))
       .def_property_readonly("chunks", of_blocks(&Blocks::chunks))
       .def_property_readonly("joined", of_blocks(&Blocks::joined))
+      .def_readonly("sets", &CpuPlan::sets)
+      .def_property_readonly("last_n", [](const CpuPlan& p) { return p.last.n; })
+      .def_property_readonly("last_joined", [](const CpuPlan& p) { return p.last.joined; })
       .def_readonly("tile", &CpuPlan::tile)
       .def_readonly("threads", &CpuPlan::threads)
       .def_readonly("split", &CpuPlan::split)
@@ -218,6 +254,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("per_lane", &LaunchPlan::per_lane)
       .def_readonly("threads", &LaunchPlan::threads)
       .def_readonly("active", &LaunchPlan::active)
+      .def_readonly("sets", &LaunchPlan::sets)
       .def_readonly("slabs", &LaunchPlan::slabs)
       .def_readonly("teams", &LaunchPlan::teams)
       .def_readonly("team_blocks", &LaunchPlan::team_blocks)

@@ -37,17 +37,27 @@ from bn_ext.activation import DEFAULTS, NAMES
 OPS = torch.ops.bn_ext
 MUTABLE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked"
 NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}"
-FUSED = "Tensor? residual, int activation, float activation_param, bool with_mask"
+FUSED = "Tensor? residual, int activation, float activation_param"
+OF_SETS = "int? set_size"
+READ = "Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
+BEHIND = "Tensor? residual, Tensor? mask, int activation, float activation_param"
 SCHEMAS = {
     "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
-    "float? activation_param=None) -> Tensor",
-    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}) "
+    "float? activation_param=None, int? set_size=None) -> Tensor",
+    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}, {OF_SETS}, bool with_mask) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
     "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
-    f"Tensor running_var, float eps, {FUSED}) -> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
-    "batch_norm_backward": "(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
-    "bool training, Tensor? residual, Tensor? mask, int activation, float activation_param, bool[4] output_mask) "
+    f"Tensor running_var, float eps, {FUSED}, bool with_mask) "
+    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
+    "batch_norm_backward": f"(Tensor dy, {READ}, bool training, {BEHIND}, {OF_SETS}, bool[4] output_mask) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
+    "batch_norm_stats": f"(Tensor input, {OF_SETS}=None) -> (Tensor count, Tensor mean, Tensor m2)",
+    "batch_norm_merge_stats": f"(Tensor count, Tensor mean, Tensor m2, {MUTABLE}, float? momentum, float eps) "
+    "-> (Tensor count, Tensor mean, Tensor invstd)",
+    "batch_norm_elemt": f"({READ}, {FUSED}, {OF_SETS}, bool with_mask) -> (Tensor output, Tensor mask)",
+    "batch_norm_backward_reduce": f"(Tensor dy, {READ}, {BEHIND}, {OF_SETS}) -> (Tensor sum_dz, Tensor sum_dz_xmu)",
+    "batch_norm_backward_elemt": f"(Tensor dy, {READ}, Tensor sum_dz, Tensor sum_dz_xmu, Tensor count, {BEHIND}, "
+    f"{OF_SETS}, bool[2] output_mask) -> (Tensor dx, Tensor dresidual)",
 }
 
 
@@ -78,10 +88,10 @@ def numbered(problem: Problem) -> tuple[int, float]:
 
 def forward_call(problem: Problem, device: str) -> tuple[OpOverload, tuple]:
     """The operator of the forward below autograd, in training or evaluation, and its arguments."""
-    arguments = *arguments_of(problem, device)[:-2], *numbered(problem), has_mask(problem)
+    arguments = *arguments_of(problem, device)[:-2], *numbered(problem)
     if problem.mode.training:
-        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:])
-    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:])
+        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:], None, has_mask(problem))
+    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:], has_mask(problem))
 
 
 def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, ...] = (True,) * 4) -> tuple:
@@ -89,7 +99,7 @@ def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, .
     forward, arguments = forward_call(problem, device)
     _, mean, invstd, mask = forward(*arguments)
     kept = (None, mask) if has_mask(problem) else (a.residual, None)
-    fused = *kept, *numbered(problem)
+    fused = *kept, *numbered(problem), None
     return a.dy, a.input, a.weight, a.bias, mean, invstd, a.training, *fused, list(output_mask)
 
 

@@ -34,11 +34,12 @@ def test_a_plan_prints_every_field(device: str) -> None:
 def test_the_text_of_plans() -> None:
     assert repr(bn_ext.plan(SHAPE, threads=8, last_cache_bytes=32 * MIB)) == (
         "CpuPlan(n=32, c=64, s=3136, rows=1, segment=784, segments=4, count=128, per_chunk=16, chunks=8, joined=False, "
-        "tile=1, threads=8, split=False, bypass_cache=True, whole_bytes=True, ahead=3136)"
+        "sets=1, last_n=32, last_joined=False, tile=1, threads=8, split=False, bypass_cache=True, whole_bytes=True, "
+        "ahead=3136)"
     )
     assert repr(bn_ext.plan(SHAPE, device="h100")) == (
         "LaunchPlan(strategy='resident', team='cluster', sums=True, channels=1, width=784, threads=256, active=256, "
-        "slabs=64, teams=64, team_blocks=8, share=3136, held=13, tensors_held=1, zeroed_mask=False, "
+        "sets=1, slabs=64, teams=64, team_blocks=8, share=3136, held=13, tensors_held=1, zeroed_mask=False, "
         "shared_bytes=55408, workspace_bytes=0, bytes_moved=51380224, bytes_on_chip=14057472)"
     )
 

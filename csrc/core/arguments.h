@@ -44,9 +44,12 @@ struct Epilogue {
   uint8_t* mask = nullptr;
 };
 
-// Normalize by the batch's own statistics and update the running ones (training), or by the running ones.
+// Normalize by the batch's own statistics and update the running ones (training), or by the running ones. A reduction
+// alone ends with mean and m2; an application alone begins with mean and invstd. Arrays of statistics have a row of
+// channels for each set.
 struct ForwardArgs {
   Problem problem;
+  Stages stages;
   const void* x;
   PerChannel weight;
   PerChannel bias;
@@ -61,11 +64,14 @@ struct ForwardArgs {
   void* y;
   double* mean;
   double* invstd;
+  double* m2;  // or null; running statistics over several sets need it
 };
 
-// Gradients of the forward; those whose pointer is null cost nothing.
+// Gradients of the forward; those whose pointer is null cost nothing. A reduction alone ends with the two sums; an
+// application alone begins with them and the counts.
 struct BackwardArgs {
   Problem problem;
+  Stages stages;
   const void* dy;
   const void* x;
   PerChannel weight;
@@ -78,6 +84,26 @@ struct BackwardArgs {
   void* dresidual;
   PerChannel dweight;
   PerChannel dbias;
+  double* sum_dz;  // both sums, or none; parameters' gradients over several sets need them
+  double* sum_dz_xmu;
+  const double* counts;  // values that the statistics of each set are of; null: those of the problem
+};
+
+// Merges rows of statistics, one after the other, and updates the running statistics.
+struct MergeArgs {
+  int64_t rows;
+  int64_t c;
+  const double* counts;  // a value for each row
+  const double* means;   // rows of channels
+  const double* m2s;
+  PerChannel running_mean;
+  PerChannel running_var;
+  const int64_t* num_batches_tracked;  // this batch included; null: `momentum` holds
+  double momentum;
+  double eps;
+  double* count;
+  double* mean;
+  double* invstd;
 };
 
 inline Chain chain_of(const Epilogue& e) {
@@ -86,12 +112,13 @@ inline Chain chain_of(const Epilogue& e) {
 
 // The pass of a call: which of its pointers are null.
 inline Pass pass_of(const ForwardArgs& args) {
-  return {args.problem, Direction::Forward, args.training, Wants{}, chain_of(args.epilogue)};
+  return {args.problem, Direction::Forward, args.training, Wants{}, chain_of(args.epilogue), args.stages};
 }
 
 inline Pass pass_of(const BackwardArgs& args) {
-  const Wants wants{args.dx != nullptr, args.dresidual != nullptr, bool(args.dweight), bool(args.dbias)};
-  return {args.problem, Direction::Backward, args.training, wants, chain_of(args.epilogue)};
+  const bool sums = args.stages == Stages::Reduce;
+  const Wants wants{args.dx != nullptr, args.dresidual != nullptr, args.dweight || sums, args.dbias || sums};
+  return {args.problem, Direction::Backward, args.training, wants, chain_of(args.epilogue), args.stages};
 }
 
 }  // namespace bn

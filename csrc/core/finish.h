@@ -4,51 +4,145 @@
 #include "core/normalize.h"
 #include "core/statistics.h"
 
-// The work that is done once per channel, between the reduction and the elements. Several blocks may compute the
-// coefficients of one channel; only the block with `writes` stores results for the caller.
+// The work that is done once per set and channel, between the reduction and the elements. Several blocks may compute
+// the coefficients of one channel; only the block with `writes` stores results for the caller. What sets share, running
+// statistics and parameters' gradients, is finished at once if there is one set, else by merge_sets, when all sets are.
 namespace bn {
 
-// `batch` has the moments of all values of the channel. `batch` and `momentum` are used in training only.
+template <class Args>
+BN_HD void move_running(const Args& args, int64_t c, double mean, double unbiased_var, double momentum) {
+  args.running_mean.set(c, running_average(args.running_mean.get(c, 0), mean, momentum));
+  args.running_var.set(c, running_average(args.running_var.get(c, 0), unbiased_var, momentum));
+}
+
+// `batch` has the moments of all values of the channel in the set. `batch` and `momentum` are used by a pass that
+// reduces only.
 template <class A>
-BN_HD Forward<A> finish_forward(
-    const ForwardArgs& args, int64_t c, const Moments& batch, double momentum, bool writes) {
+BN_HD NormalizeCoefficients<A> finish_forward(
+    const ForwardArgs& args, int64_t set, int64_t c, const Moments& batch, double momentum, bool writes) {
+  const int64_t i = args.problem.statistic(set, c);
+  const double weight = args.weight.get(c, 1);
+  const double bias = args.bias.get(c, 0);
+  if (args.stages == Stages::Apply) {
+    return normalize_coefficients<A>(args.mean[i], args.invstd[i], weight, bias);
+  }
   const double mean = args.training ? batch.mean : args.running_mean.get(c, 0);
   const double var = args.training ? biased_variance(batch) : args.running_var.get(c, 1);
   const double invstd = inverse_std(var, args.eps);
   if (writes) {
-    args.mean[c] = mean;
-    args.invstd[c] = invstd;
+    args.mean[i] = mean;
+    if (args.invstd != nullptr) {
+      args.invstd[i] = invstd;
+    }
+    if (args.m2 != nullptr) {
+      args.m2[i] = batch.m2;
+    }
+    if (args.training && args.running_mean && args.problem.one_set()) {
+      move_running(args, c, mean, unbiased_variance(batch), momentum);
+    }
   }
-  if (writes && args.training && args.running_mean) {
-    args.running_mean.set(c, running_average(args.running_mean.get(c, 0), mean, momentum));
-    args.running_var.set(c, running_average(args.running_var.get(c, 0), unbiased_variance(batch), momentum));
-  }
-  return forward_coefficients<A>(mean, invstd, args.weight.get(c, 1), args.bias.get(c, 0));
+  return normalize_coefficients<A>(mean, invstd, weight, bias);
 }
 
-// Recomputes the forward's coefficients of channel c for the backward.
+// Whether merge_sets has work.
+inline bool merges_sets(const ForwardArgs& args) {
+  return pass_of(args).reduces() && !args.problem.one_set() && args.running_mean;
+}
+
+// Moves the running statistics of channel c towards the mean of all values and the unbiased variance within the sets.
+// `read` reads what other blocks wrote.
+template <class Read>
+BN_HD void merge_sets(const ForwardArgs& args, int64_t c, double momentum, const Read& read) {
+  const auto sets = args.problem.sets();
+  Moments all;
+  double within = 0;
+  for (int64_t set = 0; set < sets; ++set) {
+    const int64_t i = args.problem.statistic(set, c);
+    const Moments one{static_cast<double>(args.problem.count_of(set)), read(args.mean + i), read(args.m2 + i)};
+    all = merge(all, one);
+    within += one.m2;
+  }
+  move_running(args, c, all.mean, within / (all.count - static_cast<double>(sets)), momentum);
+}
+
+// Recomputes the forward's coefficients for the backward.
 template <class A>
-BN_HD Forward<A> repeat_forward(const BackwardArgs& args, int64_t c) {
-  return forward_coefficients<A>(args.mean[c], args.invstd[c], args.weight.get(c, 1), args.bias.get(c, 0));
+BN_HD NormalizeCoefficients<A> repeat_forward(const BackwardArgs& args, int64_t set, int64_t c) {
+  const int64_t i = args.problem.statistic(set, c);
+  return normalize_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(c, 1), args.bias.get(c, 0));
+}
+
+BN_HD void set_parameter_gradients(const BackwardArgs& args, int64_t c, double dweight, double dbias) {
+  if (args.dweight) {
+    args.dweight.set(c, dweight);
+  }
+  if (args.dbias) {
+    args.dbias.set(c, dbias);
+  }
 }
 
 // dz is the gradient of the activation's input. `sum_dz_shifted` is the sum of dz * (x - shift), with the shift of the
-// forward.
+// forward. Both are used by a pass that reduces only.
 template <class A>
-BN_HD Backward<A> finish_backward(
-    const BackwardArgs& args, int64_t c, double sum_dz, double sum_dz_shifted, bool writes) {
-  const double mean = args.mean[c];
-  const double invstd = args.invstd[c];
+BN_HD GradientCoefficients<A> finish_backward(
+    const BackwardArgs& args, int64_t set, int64_t c, double sum_dz, double sum_dz_shifted, bool writes) {
+  const int64_t i = args.problem.statistic(set, c);
+  const double mean = args.mean[i];
+  const double invstd = args.invstd[i];
   const double weight = args.weight.get(c, 1);
-  const GradientSums sums = centred<A>(mean, weight * invstd, sum_dz, sum_dz_shifted);
-  if (writes && args.dweight) {
-    args.dweight.set(c, sums.dz_xmu * invstd);
+  const bool given = args.stages == Stages::Apply;
+  const GradientSums sums = given ? GradientSums{args.sum_dz[i], args.sum_dz_xmu[i]}
+                                  : centred<A>(mean, weight * invstd, sum_dz, sum_dz_shifted);
+  if (writes && !given) {
+    if (args.sum_dz != nullptr) {
+      args.sum_dz[i] = sums.dz;
+      args.sum_dz_xmu[i] = sums.dz_xmu;
+    }
+    if (args.problem.one_set()) {
+      set_parameter_gradients(args, c, sums.dz_xmu * invstd, sums.dz);
+    }
   }
-  if (writes && args.dbias) {
-    args.dbias.set(c, sums.dz);
+  const double count = args.counts != nullptr ? args.counts[set] : static_cast<double>(args.problem.count_of(set));
+  return gradient_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
+}
+
+inline bool merges_sets(const BackwardArgs& args) {
+  return !args.problem.one_set() && (args.dweight || args.dbias);
+}
+
+// Adds up the parameters' gradients of channel c over the sets, in their order.
+template <class Read>
+BN_HD void merge_sets(const BackwardArgs& args, int64_t c, const Read& read) {
+  double dweight = 0;
+  double dbias = 0;
+  for (int64_t set = 0; set < args.problem.sets(); ++set) {
+    const int64_t i = args.problem.statistic(set, c);
+    dweight += read(args.sum_dz_xmu + i) * args.invstd[i];
+    dbias += read(args.sum_dz + i);
   }
-  const auto count = static_cast<double>(args.problem.count());
-  return backward_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
+  set_parameter_gradients(args, c, dweight, dbias);
+}
+
+// Merges the rows of channel c. Rows without values count for nothing; a batch of less than two values leaves the
+// running statistics alone.
+BN_HD void merge_rows(const MergeArgs& args, int64_t c) {
+  Moments all;
+  for (int64_t row = 0; row < args.rows; ++row) {
+    const int64_t i = row * args.c + c;
+    if (args.counts[row] > 0) {
+      all = merge(all, {args.counts[row], args.means[i], args.m2s[i]});
+    }
+  }
+  if (c == 0) {
+    *args.count = all.count;
+  }
+  args.mean[c] = all.mean;
+  args.invstd[c] = inverse_std(all.count > 0 ? biased_variance(all) : 0, args.eps);
+  if (args.running_mean && all.count > 1) {
+    const double momentum =
+        args.num_batches_tracked != nullptr ? 1 / static_cast<double>(*args.num_batches_tracked) : args.momentum;
+    move_running(args, c, all.mean, unbiased_variance(all), momentum);
+  }
 }
 
 }  // namespace bn

@@ -24,14 +24,14 @@ struct SplitMean {
 // Forward: y = (x - shift) * scale + offset. x - shift is exact for x near the mean, so a mean far larger than the
 // deviation costs no digits.
 template <class A>
-struct Forward {
+struct NormalizeCoefficients {
   A shift;
   A scale;
   A offset;
 };
 
 template <class A>
-BN_HD Forward<A> forward_coefficients(double mean, double invstd, double weight, double bias) {
+BN_HD NormalizeCoefficients<A> normalize_coefficients(double mean, double invstd, double weight, double bias) {
   const double scale = weight * invstd;
   const SplitMean<A> split(mean, scale);
   return {split.shift, static_cast<A>(scale), static_cast<A>(bias - split.rest * scale)};
@@ -57,7 +57,7 @@ BN_HD GradientSums centred(double mean, double scale, double sum_dz, double sum_
 // Backward: dx = (dz + ((x - shift) * slope + offset)) * scale, with the forward's shift and scale. For constant
 // statistics slope and offset are 0.
 template <class A>
-struct Backward {
+struct GradientCoefficients {
   A slope;
   A offset;
 };
@@ -65,7 +65,7 @@ struct Backward {
 // dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), x_hat = (x - mean) * invstd. The
 // order of operations, and finite_or_zero, put NaN and Inf where torch puts them.
 template <class A>
-BN_HD Backward<A> backward_coefficients(
+BN_HD GradientCoefficients<A> gradient_coefficients(
     double mean, double invstd, double weight, double count, const GradientSums& sums) {
   const double slope = -invstd * invstd * (sums.dz_xmu / count);
   const double rest = SplitMean<A>(mean, weight * invstd).rest;

@@ -20,6 +20,10 @@ BN_HD constexpr bool fills_mask(int64_t elements) {
 
 enum class Direction : int { Forward, Backward };
 
+// The stages of a batch norm that a pass runs. A reduction alone gives statistics or sums; an application alone is
+// given them.
+enum class Stages : int { All, Reduce, Apply };
+
 // What follows the normalization, as a pass reads and writes it.
 struct Chain {
   ActivationKind activation = ActivationKind::Identity;
@@ -66,6 +70,7 @@ struct Pass {
   bool training = true;
   Wants wants;  // backward only
   Chain chain;
+  Stages stages = Stages::All;
 
   bool operator==(const Pass&) const = default;
 
@@ -77,6 +82,9 @@ struct Pass {
 
   // The reduction reads the first tensors of (x, residual) in a forward, of (dy, x, residual) in a backward.
   Traffic reduce_reads() const {
+    if (stages == Stages::Apply) {
+      return {};
+    }
     if (forward()) {
       return {training ? 1 : 0, false};
     }
@@ -86,19 +94,22 @@ struct Pass {
 
   // To write the outputs, the first tensors of the same lists are read.
   Traffic apply_reads() const {
-    if (forward()) {
-      return {chain.residual ? 2 : 1, false};
+    if (!applies()) {
+      return {};
     }
-    return applies() ? reads_of_dz(through_statistics()) : Traffic{};
+    return forward() ? Traffic{chain.residual ? 2 : 1, false} : reads_of_dz(through_statistics());
   }
 
   // A forward may hold x between the stages. A backward may hold dz and, if dx needs it, x.
-  int holds() const { return forward() ? 1 : !applies() ? 0 : through_statistics() ? 2 : 1; }
+  int holds() const { return !applies() ? 0 : through_statistics() ? 2 : 1; }
 
   // What apply_reads counts and a held element need not be read for. dz is made of all that a backward reads.
   Traffic spared_by_holding() const { return forward() ? Traffic{1, false} : apply_reads(); }
 
   Traffic writes() const {
+    if (stages == Stages::Reduce) {
+      return {};
+    }
     return forward() ? Traffic{1, chain.mask} : Traffic{(wants.dx ? 1 : 0) + (wants.dresidual ? 1 : 0), false};
   }
 

@@ -56,16 +56,18 @@ void parallel(int threads, int64_t tasks, const F& f) {
   }
 }
 
-// Runs reduce(tile, chunk), then finish(c0, c1), then apply(tile) over a problem: tile by tile while it is
-// in a thread's cache, or, where tiles are shared, pass by pass. The second pass goes backwards, to begin
-// with what the first one touched last.
+// Runs reduce(tile, set, chunk), then finish(set, c0, c1), then apply(tile, set) over a problem: tile by tile while it
+// is in a thread's cache, or, where tiles are shared, pass by pass. The second pass goes backwards, to begin with what
+// the first one touched last.
 template <class Reduce, class Finish, class Apply>
 void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, const Finish& finish, const Apply& apply) {
-  const Blocks& blocks = plan.blocks;
-  const auto tile = [&](int64_t t, int64_t chunk) {
+  const int64_t channels = plan.blocks.c;
+  const auto tile = [&](int64_t set, int64_t t, int64_t chunk) {
+    const Blocks& blocks = plan.blocks_of(set);
     return Tile{blocks,
+                set * plan.blocks.n,
                 t * plan.tile,
-                std::min((t + 1) * plan.tile, blocks.c),
+                std::min((t + 1) * plan.tile, channels),
                 chunk * blocks.per_chunk,
                 std::min((chunk + 1) * blocks.per_chunk, blocks.count),
                 plan.ahead,
@@ -73,33 +75,47 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
   };
   const int64_t tiles = plan.tiles();
   if (!plan.split) {
-    parallel(plan.threads, tiles, [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        for (int64_t chunk = 0; reduces && chunk < blocks.chunks; ++chunk) {
-          reduce(tile(t, chunk), chunk);
+    parallel(plan.threads, plan.sets * tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t set = i / tiles;
+        const int64_t t = i % tiles;
+        const int64_t chunks = plan.blocks_of(set).chunks;
+        for (int64_t chunk = 0; reduces && chunk < chunks; ++chunk) {
+          reduce(tile(set, t, chunk), set, chunk);
         }
-        const Tile whole = tile(t, 0);
-        finish(whole.c0, whole.c1);
-        for (int64_t chunk = blocks.chunks - 1; applies && chunk >= 0; --chunk) {
-          apply(tile(t, chunk));
+        const Tile whole = tile(set, t, 0);
+        finish(set, whole.c0, whole.c1);
+        for (int64_t chunk = chunks - 1; applies && chunk >= 0; --chunk) {
+          apply(tile(set, t, chunk), set);
         }
       }
     });
     return;
   }
-  const int64_t tasks = blocks.chunks * tiles;
+  // Tasks are numbered by set, chunk and tile. The last set may have fewer chunks.
+  const int64_t of_set = plan.blocks.chunks * tiles;
+  const int64_t tasks = (plan.sets - 1) * of_set + plan.last.chunks * tiles;
+  const auto for_task = [&](int64_t i, const auto& f) {
+    const int64_t set = i / of_set;
+    const int64_t chunk = i % of_set / tiles;
+    f(tile(set, i % tiles, chunk), set, chunk);
+  };
   if (reduces) {
     parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        reduce(tile(i % tiles, i / tiles), i / tiles);
+        for_task(i, reduce);
       }
     });
   }
-  parallel(reduces ? plan.threads : 1, blocks.c, finish);
+  parallel(reduces ? plan.threads : 1, channels, [&](int64_t begin, int64_t end) {
+    for (int64_t set = 0; set < plan.sets; ++set) {
+      finish(set, begin, end);
+    }
+  });
   if (applies) {
     parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
       for (int64_t i = end - 1; i >= begin; --i) {
-        apply(tile(i % tiles, i / tiles));
+        for_task(i, [&](const Tile& at, int64_t set, int64_t) { apply(at, set); });
       }
     });
   }
@@ -116,124 +132,171 @@ bool streamable(const void* tensor) {
   return reinterpret_cast<uintptr_t>(tensor) % 64 == 0;
 }
 
+// Two sums of each chunk, set and channel.
+class Partial {
+ public:
+  Partial(const Plan& plan, bool used)
+      : c_(plan.blocks.c),
+        chunks_(plan.blocks.chunks),
+        values_(workspace<double>(used ? 2 * plan.sets * chunks_ * c_ : 0)) {}
+
+  double* first(int64_t set, int64_t chunk) const { return values_.get() + 2 * (set * chunks_ + chunk) * c_; }
+  double* second(int64_t set, int64_t chunk) const { return first(set, chunk) + c_; }
+
+ private:
+  int64_t c_;
+  int64_t chunks_;
+  std::unique_ptr<double[]> values_;
+};
+
+// Coefficients of each set and channel.
+template <class A, int kArrays>
+class Coefficients {
+ public:
+  explicit Coefficients(const Plan& plan)
+      : c_(plan.blocks.c), size_(plan.sets * c_), values_(workspace<A>(kArrays * size_)) {}
+
+  A* array(int which, int64_t set) const { return values_.get() + which * size_ + set * c_; }
+
+ private:
+  int64_t c_;
+  int64_t size_;
+  std::unique_ptr<A[]> values_;
+};
+
+// The first value of a set in a channel.
+double first_value(const ForwardArgs& args, int64_t set, int64_t c) {
+  const Problem& p = args.problem;
+  return PerChannel{const_cast<void*>(args.x), p.dtype, p.s}.get(set * p.per_set * p.c + c, 0);
+}
+
 template <class A>
 void forward(const ForwardArgs& args, const Kernels& kernels) {
-  const int64_t c = args.problem.c;
   const Pass pass = pass_of(args);
+  const bool reduces = pass.reduces();
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
-  const Blocks& blocks = plan.blocks;
-  const auto partial = workspace<double>(args.training ? 2 * blocks.chunks * c : 0);
-  double* const partial_mean = partial.get();
-  double* const partial_m2 = partial_mean + blocks.chunks * c;
-  const auto counts = workspace<double>(args.training ? blocks.chunks : 0);
-  for (int64_t chunk = 0; args.training && chunk < blocks.chunks; ++chunk) {
-    counts[chunk] = static_cast<double>(blocks.values(chunk));
-  }
-  const auto coefficients = workspace<A>(3 * c);
-  A* const shift = coefficients.get();
-  A* const scale = shift + c;
-  A* const offset = scale + c;
+  const Partial partial(plan, reduces);
+  const Coefficients<A, 3> coefficients(plan);
   double momentum = args.momentum;
-  if (args.training && args.num_batches_tracked != nullptr) {
+  if (reduces && args.num_batches_tracked != nullptr) {
     const int64_t batches = ++*args.num_batches_tracked;
     momentum = args.cumulative ? 1 / static_cast<double>(batches) : momentum;
   }
 
   if (args.epilogue.mask != nullptr && !(plan.whole_bytes && kernels.lanes % 8 == 0)) {  // bits are added to others'
-    std::memset(args.epilogue.mask, 0, mask_bytes(args.problem.count() * c));
+    std::memset(args.epilogue.mask, 0, mask_bytes(args.problem.count() * args.problem.c));
   }
 
-  const auto reduce = [&](const Tile& tile, int64_t chunk) {
-    kernels.moments(tile, args.x, partial_mean + chunk * c, partial_m2 + chunk * c);
+  const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
+    kernels.moments(tile, args.x, partial.first(set, chunk), partial.second(set, chunk));
   };
-  const PerChannel first{const_cast<void*>(args.x), args.problem.dtype, blocks.s};
-  const auto merge_chunks = [&](int64_t begin, int64_t end) {
-    double count = counts[0];
-    for (int64_t chunk = 1; chunk < blocks.chunks; count += counts[chunk++]) {
+  const auto merge_chunks = [&](int64_t set, int64_t begin, int64_t end) {
+    const Blocks& blocks = plan.blocks_of(set);
+    if (blocks.chunks == 1) {
+      return;
+    }
+    double* const mean = partial.first(set, 0);
+    double* const m2 = partial.second(set, 0);
+    auto count = static_cast<double>(blocks.values(0));
+    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
+      const auto of_chunk = static_cast<double>(blocks.values(chunk));
       for (int64_t i = begin; i < end; ++i) {
-        const Moments next{counts[chunk], partial_mean[chunk * c + i], partial_m2[chunk * c + i]};
-        const Moments all = merge({count, partial_mean[i], partial_m2[i]}, next);
-        partial_mean[i] = all.mean;
-        partial_m2[i] = all.m2;
+        const Moments all =
+            merge({count, mean[i], m2[i]}, {of_chunk, partial.first(set, chunk)[i], partial.second(set, chunk)[i]});
+        mean[i] = all.mean;
+        m2[i] = all.m2;
       }
+      count += of_chunk;
     }
   };
-  const auto finish = [&](int64_t begin, int64_t end) {
-    if (args.training) {
-      merge_chunks(begin, end);
+  const auto finish = [&](int64_t set, int64_t begin, int64_t end) {
+    if (reduces) {
+      merge_chunks(set, begin, end);
     }
+    const auto count = static_cast<double>(args.problem.count_of(set));
     for (int64_t i = begin; i < end; ++i) {
-      const Moments batch = args.training ? Moments{static_cast<double>(args.problem.count()),
-                                                    finite_or_zero(first.get(i, 0)) + partial_mean[i], partial_m2[i]}
-                                          : Moments{};
-      const auto k = finish_forward<A>(args, i, batch, momentum, /*writes=*/true);
-      shift[i] = k.shift;
-      scale[i] = k.scale;
-      offset[i] = k.offset;
+      const Moments batch = reduces
+                                ? Moments{count, finite_or_zero(first_value(args, set, i)) + partial.first(set, 0)[i],
+                                          partial.second(set, 0)[i]}
+                                : Moments{};
+      const auto k = finish_forward<A>(args, set, i, batch, momentum, /*writes=*/true);
+      coefficients.array(0, set)[i] = k.shift;
+      coefficients.array(1, set)[i] = k.scale;
+      coefficients.array(2, set)[i] = k.offset;
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.y);
-  const auto apply = [&](const Tile& tile) {
-    kernels.normalize(tile, args.x, args.epilogue, {shift, scale, offset}, args.y, bypass_cache);
+  const auto apply = [&](const Tile& tile, int64_t set) {
+    kernels.normalize(tile, args.x, args.epilogue,
+                      {coefficients.array(0, set), coefficients.array(1, set), coefficients.array(2, set)}, args.y,
+                      bypass_cache);
   };
-  run(plan, pass.reduces(), pass.applies(), reduce, finish, apply);
+  run(plan, reduces, pass.applies(), reduce, finish, apply);
+  if (merges_sets(args)) {
+    for (int64_t i = 0; i < args.problem.c; ++i) {
+      merge_sets(args, i, momentum, [](const double* p) { return *p; });
+    }
+  }
 }
 
 template <class A>
 void backward(const BackwardArgs& args, const Kernels& kernels) {
-  const int64_t c = args.problem.c;
   const Pass pass = pass_of(args);
   const bool reduces = pass.reduces();
   const bool reduces_dy_alone = pass.reduce_reads() == Traffic{1, false};
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
-  const Blocks& blocks = plan.blocks;
-  const auto partial = workspace<double>(reduces ? 2 * blocks.chunks * c : 0);
-  double* const partial_dz = partial.get();
-  double* const partial_dz_shifted = partial_dz + blocks.chunks * c;
-  const auto coefficients = workspace<A>(5 * c);
-  A* const shift = coefficients.get();
-  A* const scale = shift + c;
-  A* const forward_offset = scale + c;
-  A* const slope = forward_offset + c;
-  A* const offset = slope + c;
-  for (int64_t i = 0; i < c; ++i) {
-    const auto k = repeat_forward<A>(args, i);
-    shift[i] = k.shift;
-    scale[i] = k.scale;
-    forward_offset[i] = k.offset;
+  const Partial partial(plan, reduces);
+  const Coefficients<A, 5> coefficients(plan);
+  for (int64_t set = 0; set < plan.sets; ++set) {
+    for (int64_t i = 0; i < args.problem.c; ++i) {
+      const auto k = repeat_forward<A>(args, set, i);
+      coefficients.array(0, set)[i] = k.shift;
+      coefficients.array(1, set)[i] = k.scale;
+      coefficients.array(2, set)[i] = k.offset;
+    }
   }
-  const Forward<const void*> forward{shift, scale, forward_offset};
-
-  const auto reduce = [&](const Tile& tile, int64_t chunk) {
-    kernels.gradient_sums(tile, args.dy, reduces_dy_alone ? nullptr : args.x, args.epilogue, forward,
-                          partial_dz + chunk * c, partial_dz_shifted + chunk * c);
+  const auto of_forward = [&](int64_t set) {
+    return CoefficientArrays{coefficients.array(0, set), coefficients.array(1, set), coefficients.array(2, set)};
   };
-  const auto add_chunks = [&](int64_t begin, int64_t end) {
-    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
+
+  const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
+    kernels.gradient_sums(tile, args.dy, reduces_dy_alone ? nullptr : args.x, args.epilogue, of_forward(set),
+                          partial.first(set, chunk), partial.second(set, chunk));
+  };
+  const auto add_chunks = [&](int64_t set, int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < plan.blocks_of(set).chunks; ++chunk) {
       for (int64_t i = begin; i < end; ++i) {
-        partial_dz[i] += partial_dz[chunk * c + i];
-        partial_dz_shifted[i] += partial_dz_shifted[chunk * c + i];
+        partial.first(set, 0)[i] += partial.first(set, chunk)[i];
+        partial.second(set, 0)[i] += partial.second(set, chunk)[i];
       }
     }
   };
-  const auto finish = [&](int64_t begin, int64_t end) {
+  const auto finish = [&](int64_t set, int64_t begin, int64_t end) {
     if (reduces) {
-      add_chunks(begin, end);
+      add_chunks(set, begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const auto k = finish_backward<A>(args, i, reduces ? partial_dz[i] : 0, reduces ? partial_dz_shifted[i] : 0,
-                                        /*writes=*/true);
-      slope[i] = k.slope;
-      offset[i] = k.offset;
+      const auto k = finish_backward<A>(args, set, i, reduces ? partial.first(set, 0)[i] : 0,
+                                        reduces ? partial.second(set, 0)[i] : 0, /*writes=*/true);
+      coefficients.array(3, set)[i] = k.slope;
+      coefficients.array(4, set)[i] = k.offset;
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);
-  const auto apply = [&](const Tile& tile) {
-    kernels.input_gradient(tile, args.dy, args.x, args.epilogue, forward,
-                           pass.through_statistics() ? Backward<const void*>{slope, offset} : Backward<const void*>{},
-                           args.dx, args.dresidual, bypass_cache);
+  const auto apply = [&](const Tile& tile, int64_t set) {
+    CoefficientArrays arrays = of_forward(set);
+    if (pass.through_statistics()) {
+      arrays.slope = coefficients.array(3, set);
+      arrays.gradient_offset = coefficients.array(4, set);
+    }
+    kernels.input_gradient(tile, args.dy, args.x, args.epilogue, arrays, args.dx, args.dresidual, bypass_cache);
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
+  if (merges_sets(args)) {
+    for (int64_t i = 0; i < args.problem.c; ++i) {
+      merge_sets(args, i, [](const double* p) { return *p; });
+    }
+  }
 }
 
 }  // namespace
@@ -246,6 +309,12 @@ void batch_norm_forward(const ForwardArgs& args) {
 void batch_norm_backward(const BackwardArgs& args) {
   const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
   args.problem.dtype == DType::Float64 ? backward<double>(args, kernels) : backward<float>(args, kernels);
+}
+
+void batch_norm_merge_rows(const MergeArgs& args) {
+  for (int64_t c = 0; c < args.c; ++c) {
+    merge_rows(args, c);
+  }
 }
 
 const char* instruction_set() {

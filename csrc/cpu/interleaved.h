@@ -56,7 +56,7 @@ struct Interleaved {
     auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
     repeat(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      for_each_part(tile.blocks.extent(b), [&](const LaneRows& rows) { map_lanes<T>(f, rows, lanes_of, writes); });
+      for_each_part(tile.extent(b), [&](const LaneRows& rows) { map_lanes<T>(f, rows, lanes_of, writes); });
     }
   }
 

@@ -46,7 +46,7 @@ static_assert(kFitsScratch<Interleaved<double>> && kFitsScratch<Planar<double>>)
 // large. The shift of the first block is the mean of its first quarter, which takes a pass of its own: the squared
 // distance of that mean from the block's mean is at most three times the block's variance. If the mean is within one
 // deviation of zero, the shift is zero, because differences from zero are exact. Means are kept as distances from the
-// channel's first value: if that value is like the others, their common offset costs no digits, and the mean of equal
+// set's first value: if that value is like the others, their common offset costs no digits, and the mean of equal
 // values is exactly that value.
 template <template <class> class Rows, class T>
 void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
@@ -59,7 +59,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   mean += tile.c0;
   m2 += tile.c0;
   for (int64_t c = 0; c < tile.channels(); ++c) {
-    origin[c] = finite_or_zero(static_cast<double>(x[tile.blocks.offset(0, tile.c0 + c, 0)]));
+    origin[c] = finite_or_zero(static_cast<double>(x[tile.blocks.offset(tile.n0, tile.c0 + c, 0)]));
     mean[c] = 0;
     m2[c] = 0;
   }
@@ -71,7 +71,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
     }
   };
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
-    const Extent e = tile.blocks.extent(b);
+    const Extent e = tile.extent(b);
     const auto block_count = static_cast<double>(e.count());
     set_shift(count);
     if (b == tile.b0) {
@@ -103,17 +103,13 @@ const Acc<T>* of_tile(const Tile& tile, const void* coefficients) {
 }
 
 template <bool kAdds, template <class> class Rows, class T, class Functor>
-void normalize_and_add(const Tile& tile,
-                       const T* x,
-                       const Epilogue& epilogue,
-                       const Forward<const void*>& forward,
-                       T* y,
-                       bool bypass_cache) {
+void normalize_and_add(
+    const Tile& tile, const T* x, const Epilogue& epilogue, const CoefficientArrays& arrays, T* y, bool bypass_cache) {
   const auto* residual = static_cast<const T*>(epilogue.residual);
   uint8_t* const mask = epilogue.mask;
   const auto functor = functor_of<Functor>(epilogue.activation);
-  const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
-                                        of_tile<T>(tile, forward.offset)};
+  const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                        of_tile<T>(tile, arrays.offset)};
   Rows<T>{tile}.template map<3>(coefficients,
                                 [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
                                   Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
@@ -134,12 +130,12 @@ template <template <class> class Rows, class T, class Functor>
 void normalize(const Tile& tile,
                const void* x,
                const Epilogue& epilogue,
-               const Forward<const void*>& forward,
+               const CoefficientArrays& arrays,
                void* y,
                bool bypass_cache) {
   const auto run = epilogue.residual != nullptr ? normalize_and_add<true, Rows, T, Functor>
                                                 : normalize_and_add<false, Rows, T, Functor>;
-  run(tile, static_cast<const T*>(x), epilogue, forward, static_cast<T*>(y), bypass_cache);
+  run(tile, static_cast<const T*>(x), epilogue, arrays, static_cast<T*>(y), bypass_cache);
   fence();
 }
 
@@ -148,18 +144,18 @@ void gradient_sums(const Tile& tile,
                    const void* dy,
                    const void* x,
                    const Epilogue& epilogue,
-                   const Forward<const void*>& forward,
+                   const CoefficientArrays& arrays,
                    double* sum_dz,
                    double* sum_dz_shifted) {
   const Rows<T> rows{tile};
-  const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
-                                        of_tile<T>(tile, forward.offset)};
+  const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                        of_tile<T>(tile, arrays.offset)};
   Scratch scratch = tile.scratch;
   ChannelArray<double, Rows<T>::kMaxChannels> sum(scratch), sum_shifted(scratch);
   std::fill_n(sum_dz + tile.c0, tile.channels(), 0.0);
   std::fill_n(sum_dz_shifted + tile.c0, tile.channels(), 0.0);
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
-    const Extent e = tile.blocks.extent(b);
+    const Extent e = tile.extent(b);
     if (x != nullptr) {
       rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted, scratch);
     } else {
@@ -177,8 +173,7 @@ void input_gradient(const Tile& tile,
                     const void* dy,
                     const void* x,
                     const Epilogue& epilogue,
-                    const Forward<const void*>& forward,
-                    const Backward<const void*>& backward,
+                    const CoefficientArrays& arrays,
                     void* dx_,
                     void* dresidual_,
                     bool bypass_cache) {
@@ -196,11 +191,11 @@ void input_gradient(const Tile& tile,
     }
   };
   // The forward's offset comes last: without an activation it is not needed.
-  if (backward.slope != nullptr) {
+  if (arrays.slope != nullptr) {
     constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 5 : 4;
-    const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
-                                          of_tile<T>(tile, backward.slope), of_tile<T>(tile, backward.offset),
-                                          of_tile<T>(tile, forward.offset)};
+    const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                          of_tile<T>(tile, arrays.slope), of_tile<T>(tile, arrays.gradient_offset),
+                                          of_tile<T>(tile, arrays.offset)};
     rows.template map<kCoefficients>(
         coefficients,
         [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
@@ -211,8 +206,8 @@ void input_gradient(const Tile& tile,
         writes);
   } else {
     constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 2;
-    const Acc<T>* const coefficients[] = {of_tile<T>(tile, forward.shift), of_tile<T>(tile, forward.scale),
-                                          of_tile<T>(tile, forward.offset)};
+    const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                          of_tile<T>(tile, arrays.offset)};
     rows.template map<kCoefficients>(
         coefficients,
         [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {

@@ -41,33 +41,46 @@ class Scratch {
   std::byte* next_;
 };
 
-// The channels [c0, c1) of the blocks [b0, b1). While a tile is written, the input `ahead` elements further on, which
-// is needed next, is prefetched.
+// The channels [c0, c1) of the blocks [b0, b1) of a statistic set, whose first image or position is n0. While a tile is
+// written, the input `ahead` elements further on, which is needed next, is prefetched.
 struct Tile {
   const Blocks& blocks;
+  int64_t n0;
   int64_t c0, c1;
   int64_t b0, b1;
   int64_t ahead;
   Scratch scratch;
 
   BN_HD constexpr int64_t channels() const { return c1 - c0; }
+  BN_HD constexpr Extent extent(int64_t block) const {
+    const Extent e = blocks.extent(block);
+    return {n0 + e.n0, n0 + e.n1, e.s0, e.s1};
+  }
+};
+
+// Coefficients of every channel, of the accumulation type: float, or double for float64. Those that a kernel does not
+// need are null.
+struct CoefficientArrays {
+  const void* shift = nullptr;
+  const void* scale = nullptr;
+  const void* offset = nullptr;
+  const void* slope = nullptr;
+  const void* gradient_offset = nullptr;
 };
 
 // The serial kernels of one instruction set for one layout, dtype and activation. Tensors are whole, contiguous in
-// their layout and of the problem's dtype. Arrays per channel start at channel 0. Coefficients are arrays of the
-// accumulation type: float, or double for float64.
+// their layout and of the problem's dtype. Arrays per channel start at channel 0 and are those of the tile's set.
 struct Kernels {
   int64_t lanes;  // of a vector
-  // mean is a distance from the channel's first value, or from 0 if that value is not finite.
+  // mean is a distance from the set's first value in the channel, or from 0 if that value is not finite.
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
-  void (*normalize)(
-      const Tile&, const void* x, const Epilogue&, const Forward<const void*>&, void* y, bool bypass_cache);
+  void (*normalize)(const Tile&, const void* x, const Epilogue&, const CoefficientArrays&, void* y, bool bypass_cache);
   // The sums of dz and of dz * (x - shift). Without an activation x may be null: only the first sum is computed then.
   void (*gradient_sums)(const Tile&,
                         const void* dy,
                         const void* x,
                         const Epilogue&,
-                        const Forward<const void*>&,
+                        const CoefficientArrays&,
                         double* sum_dz,
                         double* sum_dz_shifted);
   // dx and dresidual, or one of them. If the slope is null, for constant statistics, dx = dz * scale.
@@ -75,8 +88,7 @@ struct Kernels {
                          const void* dy,
                          const void* x,
                          const Epilogue&,
-                         const Forward<const void*>&,
-                         const Backward<const void*>&,
+                         const CoefficientArrays&,
                          void* dx,
                          void* dresidual,
                          bool bypass_cache);

@@ -43,7 +43,9 @@ constexpr bool joins(const Problem& p) {
   return p.layout == Layout::Planar && p.s < kJoinBelow && (p.n >= kRowsAtOnce || p.s % kVector != 0);
 }
 
-Blocks cut(const Problem& p, bool reduces) {
+// The blocks of a set of `n` images or positions.
+Blocks cut(Problem p, int64_t n, bool reduces) {
+  p.n = n;
   Blocks b{};
   b.n = p.n;
   b.c = p.c;
@@ -73,11 +75,11 @@ Blocks cut(const Problem& p, bool reduces) {
   return b;
 }
 
-bool cut_into_bytes(const Problem& p, const Plan& plan) {
+bool cut_into_bytes(const Problem& p, const Blocks& blocks, int64_t tile) {
   constexpr int64_t kByte = 8;
   const bool planar = p.layout == Layout::Planar;
-  const int64_t row = planar && !plan.blocks.joined ? p.s : p.c * p.s;
-  const int64_t part = planar ? plan.blocks.joined ? plan.tile * p.s : plan.blocks.segment : plan.tile;
+  const int64_t row = planar && !blocks.joined ? p.s : p.c * p.s;
+  const int64_t part = planar ? blocks.joined ? tile * p.s : blocks.segment : tile;
   return fills_mask(p.count() * p.c) && row % kByte == 0 && part % kByte == 0;
 }
 
@@ -97,23 +99,26 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
   const Problem& p = pass.problem;
   const bool reduces = pass.reduces();
   Plan plan{};
-  plan.blocks = cut(p, reduces);
+  plan.sets = p.sets();
+  plan.blocks = cut(p, p.rows_of(0), reduces);
+  plan.last = cut(p, p.rows_of(plan.sets - 1), reduces);
   const int64_t elements = p.n * p.c * p.s;
   plan.threads = elements < kSerial ? 1 : threads;
 
   const int64_t enough = plan.threads == 1 ? 1 : kTasksPerThread * plan.threads;
   const int64_t max_tile = std::min(kMaxTile[static_cast<int>(p.layout)], p.c);
-  const int64_t balanced = divide_up(p.c, enough);
+  const int64_t balanced = divide_up(p.c * plan.sets, enough);
   if (p.layout == Layout::Planar && !reduces) {
     plan.tile =
         std::clamp<int64_t>((plan.blocks.joined ? kPlanarRun : kMappedBlock) / plan.blocks.segment, 1, max_tile);
     plan.split = true;
   } else if (p.layout == Layout::Planar) {
     plan.tile = std::clamp<int64_t>(std::min(kPlanarRun / p.s, balanced), 1, max_tile);
-    plan.split = plan.threads > 1 && plan.tiles() < enough;
+    plan.split = plan.threads > 1 && plan.tiles() * plan.sets < enough;
   } else {
-    plan.tile = plan.blocks.chunks >= enough ? max_tile : std::min(round_up(balanced, kNarrowest), max_tile);
-    plan.split = true;
+    plan.tile =
+        plan.blocks.chunks * plan.sets >= enough ? max_tile : std::min(round_up(balanced, kNarrowest), max_tile);
+    plan.split = !reduces || p.one_set() || plan.tiles() * plan.sets < enough;
   }
   int64_t row = (p.layout == Layout::Planar ? p.s : p.c) * size_of(p.dtype);
   if (plan.blocks.joined) {  // rows of whole lines, where some number of planes makes them
@@ -125,13 +130,13 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
   // The halves of a line, which 16 values of 2 bytes are, meet on their way.
   const int64_t vector = std::min(kLine, 16 * size_of(p.dtype));
   plan.bypass_cache = bypasses_cache(elements * size_of(p.dtype), last_cache_bytes) && row % vector == 0;
-  plan.whole_bytes = cut_into_bytes(p, plan);
+  plan.whole_bytes = cut_into_bytes(p, plan.blocks, plan.tile) && cut_into_bytes(p, plan.last, plan.tile);
   // Into the next tile (measured, 32 x 64 x 56 x 56 float forward: 22 cycles a vector, 31 without), or the next row of
   // joined planes (32 x 1024 x 14 x 14 float inference: 1.5 times faster than with none). Where a pass goes through
   // memory in order, the hardware looks ahead by itself, but not behind the end of a page (32 x 1024 x 14 x 14 float,
   // channels last, add and ReLU: forward 1.23, backward 1.14 times faster). With 2-byte values it is the more to do
   // for a line (measured with AVX-512: 0.95).
-  if (!plan.split) {
+  if (!plan.split && p.layout == Layout::Planar) {
     plan.ahead = plan.tile * p.s;
   } else if (plan.blocks.joined) {
     plan.ahead = p.c * p.s;
@@ -143,7 +148,7 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
 
 std::string to_string(const Plan& plan) {
   // All fields are named: a new one is an error here.
-  const auto& [blocks, tile, threads, split, bypass_cache, whole_bytes, ahead] = plan;
+  const auto& [blocks, last, sets, tile, threads, split, bypass_cache, whole_bytes, ahead] = plan;
   const auto& [n, c, s, rows, segment, segments, count, per_chunk, chunks, joined] = blocks;
   return fields({{"n", n},
                  {"c", c},
@@ -155,6 +160,9 @@ std::string to_string(const Plan& plan) {
                  {"per_chunk", per_chunk},
                  {"chunks", chunks},
                  {"joined", joined},
+                 {"sets", sets},
+                 {"last_n", last.n},
+                 {"last_joined", last.joined},
                  {"tile", tile},
                  {"threads", threads},
                  {"split", split},

@@ -22,7 +22,8 @@ struct Extent {
 
 // Blocks are what is summed in the accumulation type before double precision takes over; chunks are runs
 // of blocks whose results are merged in order. Both follow from the problem alone, never from the number
-// of threads, and so do the bits of every result.
+// of threads, and so do the bits of every result. Each statistic set is cut by itself: its images or positions are
+// numbered from 0.
 struct Blocks {
   int64_t n, c, s;
   int64_t rows;       // images or positions of a block
@@ -54,23 +55,26 @@ struct Blocks {
 };
 
 struct Plan {
-  Blocks blocks;
+  Blocks blocks;  // of each statistic set but the last
+  Blocks last;    // of the last set, which may be smaller
+  int64_t sets;
   int64_t tile;       // adjacent channels that are handled together
   int threads;        // that take part
-  bool split;         // all threads share every tile, with a barrier between the passes; else each has its own
+  bool split;         // all threads share every tile, with a barrier between the passes; else each has tiles of its own
   bool bypass_cache;  // of the output, which is not read again soon
   bool whole_bytes;   // where a vector covers whole bytes of a mask, every run of vectors does: no byte is shared
   int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile; or 0
 
   bool operator==(const Plan&) const = default;
 
+  const Blocks& blocks_of(int64_t set) const { return set + 1 < sets ? blocks : last; }
   BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
 };
 
 // Planar and reducing: a thread takes whole tiles, so that the second pass finds in its cache what the first one
 // read; few large channels are split. Interleaved: always split by position, because walking a channel down memory
 // costs more than reading it twice in order (measured, 1568 x 2048 float: 42 against 33 cycles a vector). Without
-// a reduction there is one pass, through memory in order.
+// a reduction there is one pass, through memory in order. Of many statistic sets a thread takes whole ones.
 Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes);
 
 // Every field, as name=value.

@@ -75,14 +75,14 @@ struct Planar {
     auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
     spread(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      map_lanes<T>(f, joined_rows(tile.blocks.extent(b)), lanes_of, writes);
+      map_lanes<T>(f, joined_rows(tile.extent(b)), lanes_of, writes);
     }
   }
 
   template <int K, class F>
   BN_NOINLINE void map_rows(const Acc<T>* const* coefficients, F f, Writes writes) const {
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      const Extent e = tile.blocks.extent(b);
+      const Extent e = tile.extent(b);
       for (int64_t n = e.n0; n < e.n1; ++n) {
         for (int64_t c = 0; c < tile.channels(); ++c) {
           const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);

@@ -15,10 +15,10 @@ class BackwardPass {
  public:
   using T = T_;
   using A = Acc<T>;
-  using Reference = Forward<A>;
+  using Reference = NormalizeCoefficients<A>;
   struct Coefficients {
-    Forward<A> forward;
-    Backward<A> backward;
+    NormalizeCoefficients<A> forward;
+    GradientCoefficients<A> backward;
   };
   static constexpr const char* kName = "batch_norm_backward";
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;
@@ -35,6 +35,7 @@ class BackwardPass {
     reduce_reads_ = pass.reduce_reads().tensors;
     apply_reads_ = pass.apply_reads().tensors;
     applies_ = pass.applies();
+    merges_sets_ = bn::merges_sets(args);
     mask_ = pass.chain.mask ? args.epilogue.mask : nullptr;
   }
 
@@ -43,10 +44,11 @@ class BackwardPass {
   BN_DEVICE const uint8_t* summed_mask() const { return mask_; }
   BN_DEVICE const uint8_t* applied_mask(bool held) const { return held ? nullptr : mask_; }
   BN_DEVICE bool writes() const { return applies_; }
+  BN_HD bool merges_sets() const { return merges_sets_; }
 
   BN_DEVICE void begin(const TeamSums&) const {}
 
-  BN_DEVICE Reference reference(int64_t c) const { return repeat_forward<A>(args_, c); }
+  BN_DEVICE Reference reference(int64_t set, int64_t c) const { return repeat_forward<A>(args_, set, c); }
 
   // In lanes without an element dz is 0.
   template <class Batch, class CoefficientsOf>
@@ -71,13 +73,17 @@ class BackwardPass {
     return {static_cast<B>(dz), static_cast<B>(batch.tensor[1][u].get(l)) - static_cast<B>(k.shift)};
   }
 
-  BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t) const {}
+  BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t, int64_t) const {}
 
-  BN_DEVICE Coefficients finish(int64_t c, const TeamSums& sums, int k) const {
+  BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
     const bool summed = reduce_reads_ > 0;
     const double sum = summed ? sums.sum(k) : 0;
     const double product = summed ? sums.product(k) : 0;
-    return {repeat_forward<A>(args_, c), finish_backward<A>(args_, c, sum, product, sums.leads())};
+    return {repeat_forward<A>(args_, set, c), finish_backward<A>(args_, set, c, sum, product, sums.leads())};
+  }
+
+  BN_DEVICE void merge_sets(int64_t c) const {
+    bn::merge_sets(args_, c, [](const double* p) { return gpu::load_written(p); });
   }
 
   template <class Batch, class CoefficientsOf>
@@ -102,11 +108,11 @@ class BackwardPass {
   }
 
  private:
-  static BN_DEVICE const Forward<A>& forward_of(const Forward<A>& k) { return k; }
-  static BN_DEVICE const Forward<A>& forward_of(const Coefficients& k) { return k.forward; }
+  static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const NormalizeCoefficients<A>& k) { return k; }
+  static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const Coefficients& k) { return k.forward; }
 
   template <class Known, class Batch>
-  BN_DEVICE A gradient(const Known& known, const Batch& batch, int u, int l, const Forward<A>& k) const {
+  BN_DEVICE A gradient(const Known& known, const Batch& batch, int u, int l, const NormalizeCoefficients<A>& k) const {
     const A dy = batch.tensor[0][u].get(l);
     if constexpr (Known::kBranches) {
       if (mask_ != nullptr) {
@@ -130,6 +136,7 @@ class BackwardPass {
   int reduce_reads_;  // of dy, x and the residual, the first so many
   int apply_reads_;
   bool applies_;
+  bool merges_sets_;
   const uint8_t* mask_;
 };
 

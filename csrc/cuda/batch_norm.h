@@ -11,5 +11,6 @@ namespace bn::cuda {
 
 void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream);
 void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream);
+void batch_norm_merge_rows(const MergeArgs& args, CUstream_st* stream);
 
 }  // namespace bn::cuda

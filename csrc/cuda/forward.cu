@@ -12,7 +12,7 @@ class ForwardPass {
   using T = T_;
   using A = Acc<T>;
   using Reference = A;
-  using Coefficients = Forward<A>;
+  using Coefficients = NormalizeCoefficients<A>;
   static constexpr const char* kName = "batch_norm_forward";
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and there is no residual
   static constexpr int kTensors = kPlain ? 1 : 2;
@@ -23,20 +23,27 @@ class ForwardPass {
   static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
 
   ForwardPass(const ForwardArgs& args, const Functor& activation)
-      : args_(args), activation_(activation), mask_(pass_of(args).writes().mask ? args.epilogue.mask : nullptr) {}
 
-  BN_DEVICE const T* summed(int j) const { return args_.training && j == 0 ? x() : nullptr; }
+      : args_(args),
+        activation_(activation),
+        mask_(pass_of(args).writes().mask ? args.epilogue.mask : nullptr),
+        reduces_(pass_of(args).reduces()),
+        applies_(pass_of(args).applies()),
+        merges_sets_(bn::merges_sets(args)) {}
+
+  BN_DEVICE const T* summed(int j) const { return reduces_ && j == 0 ? x() : nullptr; }
   BN_DEVICE const T* applied(int j, bool) const {
     return j == 0 ? x() : static_cast<const T*>(args_.epilogue.residual);
   }
   BN_DEVICE const uint8_t* summed_mask() const { return nullptr; }
   BN_DEVICE const uint8_t* applied_mask(bool) const { return nullptr; }
-  BN_DEVICE bool writes() const { return true; }
+  BN_DEVICE bool writes() const { return applies_; }
+  BN_HD bool merges_sets() const { return merges_sets_; }
 
   // Counts the batch once, and sets the momentum in the blocks that will write running statistics.
   BN_DEVICE void begin(const TeamSums& team) {
     momentum_ = args_.momentum;
-    if (!args_.training || args_.num_batches_tracked == nullptr) {
+    if (!reduces_ || args_.num_batches_tracked == nullptr) {
       return;
     }
     if (args_.cumulative && team.leads()) {
@@ -68,16 +75,20 @@ class ForwardPass {
   }
 
   // Turns sums about the lane's reference into sums about the channel's origin.
-  BN_DEVICE void settle(double& sum, double& sum_sq, double count, A reference, int64_t c) const {
-    const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(c));
+  BN_DEVICE void settle(double& sum, double& sum_sq, double count, A reference, int64_t set, int64_t c) const {
+    const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(set, c));
     sum = moved.sum;
     sum_sq = moved.sum_sq;
   }
 
-  BN_DEVICE Coefficients finish(int64_t c, const TeamSums& sums, int k) const {
-    const auto count = static_cast<double>(args_.problem.count());
-    const Moments batch = args_.training ? shifted_moments(count, origin(c), sums.sum(k), sums.product(k)) : Moments{};
-    return finish_forward<A>(args_, c, batch, momentum_, sums.leads());
+  BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
+    const auto count = static_cast<double>(args_.problem.count_of(set));
+    const Moments batch = reduces_ ? shifted_moments(count, origin(set, c), sums.sum(k), sums.product(k)) : Moments{};
+    return finish_forward<A>(args_, set, c, batch, momentum_, sums.leads());
+  }
+
+  BN_DEVICE void merge_sets(int64_t c) const {
+    bn::merge_sets(args_, c, momentum_, [](const double* p) { return gpu::load_written(p); });
   }
 
   template <class Batch, class CoefficientsOf>
@@ -108,9 +119,10 @@ class ForwardPass {
  private:
   BN_DEVICE const T* x() const { return static_cast<const T*>(args_.x); }
 
-  // The channel's first value. Its distance from the mean costs no digits that matter in double precision.
-  BN_DEVICE double origin(int64_t c) const {
-    return finite_or_zero(static_cast<double>(static_cast<A>(x()[c * args_.problem.s])));
+  // The set's first value in the channel. Its distance from the mean costs no digits that matter in double precision.
+  BN_DEVICE double origin(int64_t set, int64_t c) const {
+    const Problem& p = args_.problem;
+    return finite_or_zero(static_cast<double>(static_cast<A>(x()[(set * p.per_set * p.c + c) * p.s])));
   }
 
   // Returns the number of batches, this one included. The leaders of all teams have to read the counter before one of
@@ -130,6 +142,9 @@ class ForwardPass {
   ForwardArgs args_;
   Functor activation_;
   uint8_t* mask_;
+  bool reduces_;
+  bool applies_;
+  bool merges_sets_;
   double momentum_ = 0;
 };
 

@@ -57,7 +57,20 @@ BN_DEVICE void sync_blocks(unsigned* counter, unsigned arrivals) {
   __syncthreads();
 }
 
-// Loads what another block of this grid wrote before a barrier. The cache of this multiprocessor may be out of date.
+// Counts the blocks of a grid that come here, in a counter that began at zero. True for all threads of the last of
+// `arrivals` blocks, which can then load what the others wrote before.
+BN_DEVICE bool last_to_arrive(unsigned* counter, unsigned arrivals) {
+  __threadfence();
+  __syncthreads();
+  const bool last = __syncthreads_or(threadIdx.x == 0 && atomicAdd(counter, 1) == arrivals - 1) != 0;
+  if (last) {
+    __threadfence();
+  }
+  return last;
+}
+
+// Loads what another block of this grid wrote before a barrier, or before it arrived. The cache of this multiprocessor
+// may be out of date.
 template <class T>
 BN_DEVICE T load_written(const T* p) {
   return __ldcg(p);

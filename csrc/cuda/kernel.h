@@ -21,11 +21,13 @@
 //   summed_mask(), applied_mask(held)   the mask, if it is read, else null
 //   writes()                whether there are outputs
 //   begin(sums)             is called before a block's first slab
-//   kRefersToChannels       true: reference(c), by channel c; false: reference(batch, lanes, l), by the first batch
+//   kRefersToChannels       true: reference(set, c), by channel; false: reference(batch, lanes, l), by the first batch
 //   prepare(...)            replaces a pack that was read by the pack that is held
 //   factors<B>(...)         u and w of an element, in type B
 //   settle(...)             turns the sums of a lane into sums that all lanes of the channel can add up
-//   finish(c, sums, k)      the coefficients of channel c, which is number k of its slab
+//   finish(set, c, sums, k) the coefficients of channel c of a set, which is number k of its slab
+//   merges_sets()           whether something is added up over sets
+//   merge_sets(c)           adds it up for channel c, when the channel is finished in all sets
 //   write(...)              stores a pack of each output
 namespace bn::cuda {
 
@@ -43,6 +45,7 @@ struct KernelArgs {
   Geometry geometry;
   SharedLayout at;
   TeamSums::Workspace workspace;
+  unsigned* finished;  // of several sets: the sets in which a run of channels is finished, for each run
 };
 
 template <class Pass, int kSummed>
@@ -59,7 +62,8 @@ class Block {
         tile_(gpu::shared_array<Pack<T>>(args.at.tile)),
         references_(gpu::shared_array<Reference>(args.at.references)),
         coefficients_(gpu::shared_array<Coefficients>(args.at.coefficients)),
-        sums_(args.geometry, args.at, args.workspace) {}
+        sums_(args.geometry, args.at, args.workspace),
+        finished_(args.finished) {}
 
   BN_DEVICE void run() {
     pass_.begin(sums_);
@@ -71,6 +75,9 @@ class Block {
       finish(slab);
       if (pass_.writes()) {
         apply(slab);
+      }
+      if (pass_.merges_sets() && sums_.leads()) {
+        merge_sets(slab);
       }
     }
     sums_.part();
@@ -97,7 +104,7 @@ class Block {
     }
 #pragma unroll
     for (int l = 0; l < kSummed; ++l) {
-      pass_.settle(sums.sum[l], sums.product[l], sums.count, reference[l], channel_of_lane(slab, l));
+      pass_.settle(sums.sum[l], sums.product[l], sums.count, reference[l], slab.set(), channel_of_lane(slab, l));
     }
     sums_.add_up(sums);
   }
@@ -153,7 +160,7 @@ class Block {
                        Reference (&reference)[kSummed]) const {
     if constexpr (Pass::kRefersToChannels) {
       for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
-        references_.write(k, pass_.reference(slab.first_channel() + k));
+        references_.write(k, pass_.reference(slab.set(), slab.first_channel() + k));
       }
       gpu::sync_block();
     }
@@ -169,9 +176,17 @@ class Block {
 
   BN_DEVICE void finish(const OwnSlab& slab) {
     for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
-      coefficients_.write(k, pass_.finish(slab.first_channel() + k, sums_, k));
+      coefficients_.write(k, pass_.finish(slab.set(), slab.first_channel() + k, sums_, k));
     }
     gpu::sync_block();
+  }
+
+  BN_DEVICE void merge_sets(const OwnSlab& slab) const {
+    if (gpu::last_to_arrive(finished_ + slab.number(), static_cast<unsigned>(g_.sets))) {
+      for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
+        pass_.merge_sets(slab.first_channel() + k);
+      }
+    }
   }
 
   // Goes backwards: the last packs are still in the cache, the first ones are in the tile.
@@ -221,6 +236,7 @@ class Block {
   gpu::Shared<Reference> references_;
   gpu::Shared<Coefficients> coefficients_;
   TeamSums sums_;
+  unsigned* finished_;
 };
 
 template <class Pass, int kSummed>
@@ -237,11 +253,16 @@ void launch_batch_norm(const Pass& pass,
                        void* workspace,
                        gpu::Stream stream) {
   constexpr int kLanes = Pack<typename Pass::T>::kLanes;
-  const KernelArgs<Pass> args{pass,
-                              Geometry(problem, plan, aligned),
-                              plan.layout(kLanes),
-                              {static_cast<unsigned*>(workspace),
-                               reinterpret_cast<double*>(static_cast<char*>(workspace) + plan.arrivals_bytes())}};
+  char* const finished = static_cast<char*>(workspace) + plan.arrivals_bytes();
+  const KernelArgs<Pass> args{
+      pass,
+      Geometry(problem, plan, aligned),
+      plan.layout(kLanes),
+      {static_cast<unsigned*>(workspace), reinterpret_cast<double*>(finished + plan.finished_bytes())},
+      reinterpret_cast<unsigned*>(finished)};
+  if (pass.merges_sets()) {
+    gpu::set_to_zero(finished, plan.finished_bytes(), stream);
+  }
   const gpu::LaunchShape shape{plan.blocks(), plan.threads, plan.shared_bytes,
                                plan.team == Team::Cluster ? plan.team_blocks : 1, plan.team == Team::Grid};
   const auto kernel = plan.per_lane() ? batch_norm_kernel<Pass, kLanes> : batch_norm_kernel<Pass, 1>;

@@ -49,6 +49,7 @@ class Planner {
         lanes_(static_cast<int>(kPackBytes / size_of(problem_.dtype))),
         grain_(pass.may_write_mask() && problem_.c * problem_.s % kByte == 0 ? kByte : lanes_) {
     plan_.sums = pass.reduces();
+    plan_.sets = problem_.sets();
     plan_.tensors_held = plan_.sums ? pass.holds() : 0;
   }
 
@@ -78,12 +79,12 @@ class Planner {
   // Whether no row of a slab and no block's share ends within a byte of a mask, and the mask itself with the last row.
   bool cut_into_bytes() const {
     return fills_mask(problem_.count() * problem_.c) && problem_.c * problem_.s % kByte == 0 &&
-           (plan_.slabs == 1 || plan_.channels * problem_.s % kByte == 0) &&
+           (plan_.channels == problem_.c || plan_.channels * problem_.s % kByte == 0) &&
            (plan_.team_blocks == 1 || plan_.share * lanes_ % kByte == 0);
   }
 
   int64_t width_of(int64_t channels) const { return divide_up(channels * problem_.s, lanes_); }
-  int64_t slabs_of(int64_t channels) const { return divide_up(problem_.c, channels); }
+  int64_t slabs_of(int64_t channels) const { return plan_.sets * divide_up(problem_.c, channels); }
 
   void set_channels(int64_t channels) {
     const int64_t width = width_of(channels);
@@ -108,7 +109,8 @@ class Planner {
     }
   }
 
-  int64_t packs() const { return problem_.n * plan_.width; }
+  // Of a slab, in all but the last set.
+  int64_t packs() const { return problem_.rows_of(0) * plan_.width; }
 
   // Rows as long as a block is wide, in pieces: nothing ties them together.
   void make_elementwise() {
@@ -118,7 +120,7 @@ class Planner {
            width_of(channels + fewest) <= kThreadsOfTwo) {
       channels += fewest;
     }
-    const int64_t even = round_up(divide_up(problem_.c, slabs_of(channels)), fewest);
+    const int64_t even = round_up(divide_up(problem_.c, divide_up(problem_.c, channels)), fewest);
     set_channels(std::min(even, channels));
     plan_.strategy = Strategy::Elementwise;
     set_team(Team::Block, divide_up(packs(), kPacksPerThread * kThreadsOfTwo), kThreadsOfTwo);
@@ -179,7 +181,7 @@ class Planner {
   }
 
   int64_t tile_bytes(int64_t channels) const {
-    return problem_.n * width_of(channels) * kPackBytes * pass_.most_held();
+    return problem_.rows_of(0) * width_of(channels) * kPackBytes * pass_.most_held();
   }
 
   // Shared memory that is left for a tile in a block that is alone, or one of two.
@@ -216,8 +218,11 @@ class Planner {
 
   void count_bytes() {
     plan_.shared_bytes = plan_.layout(lanes_).tile + kPackBytes * plan_.threads * plan_.held * plan_.tensors_held;
+    if (plan_.team == Team::Grid || plan_.sets > 1) {
+      plan_.workspace_bytes = plan_.arrivals_bytes() + plan_.finished_bytes();
+    }
     if (plan_.team == Team::Grid) {
-      plan_.workspace_bytes = plan_.arrivals_bytes() + int64_t{8} * 4 * plan_.blocks() * plan_.channels;
+      plan_.workspace_bytes += int64_t{8} * 4 * plan_.blocks() * plan_.channels;
     }
     const int64_t values = problem_.count() * problem_.c;
     const int64_t tensor = values * size_of(problem_.dtype);
@@ -289,7 +294,7 @@ const char* name_of(Team team) {
 
 std::string to_string(const LaunchPlan& plan) {
   // All fields are named: a new one is an error here.
-  const auto& [strategy, team, sums, channels, width, threads, active, slabs, teams, team_blocks, share, held,
+  const auto& [strategy, team, sums, channels, width, threads, active, sets, slabs, teams, team_blocks, share, held,
                tensors_held, zeroed_mask, shared_bytes, workspace_bytes, bytes_moved, bytes_on_chip] = plan;
   return fields({{"strategy", name_of(strategy)},
                  {"team", name_of(team)},
@@ -298,6 +303,7 @@ std::string to_string(const LaunchPlan& plan) {
                  {"width", width},
                  {"threads", threads},
                  {"active", active},
+                 {"sets", sets},
                  {"slabs", slabs},
                  {"teams", teams},
                  {"team_blocks", team_blocks},

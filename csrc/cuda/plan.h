@@ -67,9 +67,9 @@ BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_
   return at;
 }
 
-// A slab is a run of adjacent channels: in memory, n rows of up to channels * s contiguous values. Rows are cut into
-// packs of 16 bytes, numbered row by row; each block of the slab's team has a run of `share` packs, and of those each
-// of `active` threads every active-th.
+// A slab is a run of adjacent channels of a statistic set: in memory, rows of up to channels * s contiguous values, one
+// for each image or position. Rows are cut into packs of 16 bytes, numbered row by row; each block of the slab's team
+// has a run of `share` packs, and of those each of `active` threads every active-th.
 struct LaunchPlan {
   Strategy strategy{};
   Team team{};
@@ -78,7 +78,8 @@ struct LaunchPlan {
   int width = 1;     // packs of a row
   int threads = 0;
   int active = 0;
-  int64_t slabs = 0;
+  int64_t sets = 1;
+  int64_t slabs = 0;  // of all sets
   int64_t teams = 0;
   int team_blocks = 1;
   int64_t share = 0;
@@ -96,6 +97,8 @@ struct LaunchPlan {
   bool per_lane() const { return channels > 1; }
   // The workspace begins with a count for each team.
   int64_t arrivals_bytes() const { return round_up(int64_t{4} * teams, 16); }
+  // Of several sets the last to be finished adds up all: behind those counts, one for each run of channels.
+  int64_t finished_bytes() const { return sets == 1 ? 0 : round_up(int64_t{4} * (slabs / sets), 16); }
   SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane() ? lanes : 1, sums); }
 };
 

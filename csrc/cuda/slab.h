@@ -13,7 +13,7 @@ namespace bn::cuda {
 inline bool packs_align(const Problem& problem, const LaunchPlan& plan, std::initializer_list<const void*> tensors) {
   const int64_t size = size_of(problem.dtype);
   bool aligned = problem.c * problem.s * size % kPackBytes == 0 &&
-                 (plan.slabs == 1 || plan.channels * problem.s * size % kPackBytes == 0);
+                 (plan.channels == problem.c || plan.channels * problem.s * size % kPackBytes == 0);
   for (const void* tensor : tensors) {
     aligned &= reinterpret_cast<uintptr_t>(tensor) % kPackBytes == 0;
   }
@@ -30,9 +30,11 @@ struct Place {
 struct Geometry {
   int64_t c;
   int64_t s;
-  int64_t rows;
+  int64_t rows;        // of each set but the last
+  int64_t last_rows;   // of the last set
   int64_t row_stride;  // elements from one row to the next
-  int64_t slabs;
+  int64_t sets;
+  int64_t slabs;  // of all sets
   int64_t teams;
   int64_t share;
   int channels;
@@ -51,8 +53,10 @@ struct Geometry {
   Geometry(const Problem& problem, const LaunchPlan& plan, bool aligned)
       : c(problem.c),
         s(problem.s),
-        rows(problem.n),
+        rows(problem.rows_of(0)),
+        last_rows(problem.rows_of(plan.sets - 1)),
         row_stride(problem.c * problem.s),
+        sets(plan.sets),
         slabs(plan.slabs),
         teams(plan.teams),
         share(plan.share),
@@ -70,22 +74,24 @@ struct Geometry {
         by_s(plan.per_lane() ? static_cast<uint32_t>(problem.s) : 1) {}
 };
 
-// One thread's part of a slab. With `kColumn` all of its packs are in one column.
+// One thread's part of a slab; the slabs of a set follow each other. With `kColumn` all of its packs are in one column.
 template <class T, bool kColumn>
 class Slab {
  public:
   static constexpr int kLanes = Pack<T>::kLanes;
 
-  BN_DEVICE Slab(const Geometry& g, int64_t slab, int rank) : g_(g), first_channel_(slab * g.channels) {
+  BN_DEVICE Slab(const Geometry& g, int64_t slab, int rank)
+      : g_(g), slab_(slab), first_channel_((slab - set() * (g.slabs / g.sets)) * g.channels) {
     const int64_t begin = rank * g.share;
-    const int64_t rest = g.rows * g.width - begin;
+    const int64_t rows = set() < g.sets - 1 ? g.rows : g.last_rows;
+    const int64_t rest = rows * g.width - begin;
     const int mine = static_cast<int>(rest < 0 ? 0 : rest < g.share ? rest : g.share);
     const int t = gpu::thread();
     packs_ = t < g.active && t < mine ? (mine - t + g.active - 1) / g.active : 0;
     const int64_t left = g.c - first_channel_;
     channels_ = left < g.channels ? static_cast<int>(left) : g.channels;
     const int64_t row = begin / g.width;
-    start_ = row * g.row_stride + first_channel_ * g.s;
+    start_ = (set() * g.rows + row) * g.row_stride + first_channel_ * g.s;
     first_ = static_cast<int>(begin - row * g.width) + t;
     if constexpr (kColumn) {
       first_ = g.by_width.quotient(t);  // the row of the first pack
@@ -93,6 +99,9 @@ class Slab {
     }
   }
 
+  // The set is found again wherever it is needed, which takes fewer registers.
+  BN_DEVICE int64_t set() const { return g_.sets == 1 ? 0 : slab_ / (g_.slabs / g_.sets); }
+  BN_DEVICE int64_t number() const { return first_channel_ / g_.channels; }  // in its set
   BN_DEVICE int64_t first_channel() const { return first_channel_; }
   BN_DEVICE int channels() const { return channels_; }
   BN_DEVICE int packs() const { return packs_; }
@@ -123,6 +132,7 @@ class Slab {
 
  private:
   const Geometry& g_;
+  int64_t slab_;
   int64_t first_channel_;
   int64_t start_;
   int first_;

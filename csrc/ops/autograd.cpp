@@ -28,7 +28,7 @@ FourTensors call_forward(const Arguments& a, bool with_mask) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto number = static_cast<int64_t>(a.activation.kind);
   return a.training ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
-                                    a.momentum, a.eps, a.residual, number, a.activation.param, with_mask)
+                                    a.momentum, a.eps, a.residual, number, a.activation.param, a.set_size, with_mask)
                     : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual,
                                       number, a.activation.param, with_mask);
 }
@@ -37,7 +37,7 @@ FourTensors call_backward(const BackwardArguments& a) {
   static const auto op = operator_of<decltype(batch_norm_backward<void>)>("bn_ext::batch_norm_backward", "");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(a.dy, a.input, a.weight, a.bias, a.mean, a.invstd, a.training, a.residual, a.mask,
-                 static_cast<int64_t>(a.activation.kind), a.activation.param, a.output_mask);
+                 static_cast<int64_t>(a.activation.kind), a.activation.param, a.set_size, a.output_mask);
 }
 
 // What the backward reads besides dy and the input.
@@ -53,12 +53,24 @@ struct Call {
   bool training;
   double eps;
   Activation activation;
+  SetSize set_size;
 
   std::vector<double> packed() const {
-    return {double(biased), double(added), double(training), eps, double(activation.kind), activation.param};
+    return {double(biased),
+            double(added),
+            double(training),
+            eps,
+            double(activation.kind),
+            activation.param,
+            double(set_size.value_or(0))};
   }
   static Call unpacked(const std::vector<double>& v) {
-    return {v[0] != 0, v[1] != 0, v[2] != 0, v[3], {static_cast<ActivationKind>(v[4]), v[5]}};
+    return {v[0] != 0,
+            v[1] != 0,
+            v[2] != 0,
+            v[3],
+            {static_cast<ActivationKind>(v[4]), v[5]},
+            v[6] != 0 ? SetSize(v[6]) : std::nullopt};
   }
 };
 
@@ -78,7 +90,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool activated = a.activation.kind != ActivationKind::Identity;
     ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
                             invstd, keep.residual ? *residual : Tensor(), mask});
-    ctx->saved_data["call"] = Call{bias.has_value(), residual.has_value(), a.training, a.eps, a.activation}.packed();
+    ctx->saved_data["call"] =
+        Call{bias.has_value(), residual.has_value(), a.training, a.eps, a.activation, a.set_size}.packed();
     return output;
   }
 
@@ -90,7 +103,8 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
     const OptionalTensor weight = optional(1), bias = optional(2), residual = optional(5), mask = optional(6);
-    const auto [biased, added, training, eps, activation] = Call::unpacked(ctx->saved_data["call"].toDoubleVector());
+    const auto [biased, added, training, eps, activation, set_size] =
+        Call::unpacked(ctx->saved_data["call"].toDoubleVector());
     // Autograd numbers the tensors that are there.
     size_t edge = 0;
     const auto wants = [&](bool there) { return there && ctx->needs_input_grad(edge++); };
@@ -99,17 +113,10 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool wants_dbias = wants(biased);
     const bool wants_dresidual = wants(added);
     const bool passes_on = dresidual_is_dy(activation.kind);
-    const BackwardArguments a{dy,
-                              saved[0],
-                              weight,
-                              bias,
-                              saved[3],
-                              saved[4],
-                              training,
-                              residual,
-                              mask,
-                              activation,
-                              {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
+    const BackwardArguments a{
+        dy,       saved[0],   weight,   bias,
+        saved[3], saved[4],   training, residual,
+        mask,     activation, set_size, {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
     // Whatever has to see through the gradient gets it by standard operators.
     const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
     const bool transformed = in_functorch() || has_tangent(dy) || has_tangent(a.input) || tangent(weight) ||
@@ -227,15 +234,17 @@ Tensor with_arguments(const Tensor& input,
                       double eps,
                       const OptionalTensor& residual,
                       Name activation,
-                      Param activation_param) {
+                      Param activation_param,
+                      SetSize set_size) {
+  check_set_size(set_size);
   // Of one dimension; autograd gives the gradients the parameters' shapes.
   const auto flat = [](const OptionalTensor& t, OptionalTensor& made) -> const OptionalTensor& {
     return !t.has_value() || t->dim() == 1 ? t : made = t->reshape(-1);
   };
   OptionalTensor flat_weight, flat_bias;
   return function({input, flat(weight, flat_weight), flat(bias, flat_bias), running_mean, running_var,
-                   num_batches_tracked, training, momentum, eps, residual,
-                   activation_of(activation, activation_param)});
+                   num_batches_tracked, training, momentum, eps, residual, activation_of(activation, activation_param),
+                   training ? set_size : std::nullopt});
 }
 
 }  // namespace

@@ -22,6 +22,9 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+// set_size of the schemas: the images of a statistic set, the last of which may have fewer; none: one set has all.
+using SetSize = std::optional<int64_t>;
+
 // activation and activation_param of batch_norm's schema.
 using Name = std::optional<std::string_view>;
 using Param = std::optional<double>;
@@ -39,6 +42,7 @@ struct Arguments {
   double eps;
   const OptionalTensor& residual;
   Activation activation;
+  SetSize set_size;
 };
 
 // What batch_norm_backward takes.
@@ -53,7 +57,20 @@ struct BackwardArguments {
   const OptionalTensor& residual;
   const OptionalTensor& mask;
   Activation activation;
+  SetSize set_size;
   std::array<bool, 4> output_mask;
+};
+
+// What batch_norm_merge_stats takes.
+struct MergeArguments {
+  const Tensor& counts;
+  const Tensor& means;
+  const Tensor& m2s;
+  const OptionalTensor& running_mean;
+  const OptionalTensor& running_var;
+  const OptionalTensor& num_batches_tracked;
+  std::optional<double> momentum;
+  double eps;
 };
 
 // Throws ValueError for a name that is none, or a parameter that the activation does not take.

@@ -2,23 +2,21 @@
 
 #include "cpu/batch_norm.h"
 #include "ops/run.h"
+#include "ops/stages.h"
 
 #include <torch/library.h>
 
 namespace bn::ops {
-namespace {
-
-struct Cpu {
-  static void forward(const ForwardArgs& args, const Tensor&) { cpu::batch_norm_forward(args); }
-  static void backward(const BackwardArgs& args, const Tensor&) { cpu::batch_norm_backward(args); }
-};
-
-}  // namespace
 
 TORCH_LIBRARY_IMPL(bn_ext, CPU, m) {
-  m.impl("batch_norm_forward", batch_norm_forward<Cpu>);
-  m.impl("batch_norm_forward.evaluation", batch_norm_forward_evaluation<Cpu>);
-  m.impl("batch_norm_backward", batch_norm_backward<Cpu>);
+  m.impl("batch_norm_forward", batch_norm_forward<cpu::Backend>);
+  m.impl("batch_norm_forward.evaluation", batch_norm_forward_evaluation<cpu::Backend>);
+  m.impl("batch_norm_backward", batch_norm_backward<cpu::Backend>);
+  m.impl("batch_norm_stats", batch_norm_stats<cpu::Backend>);
+  m.impl("batch_norm_merge_stats", batch_norm_merge_stats<cpu::Backend>);
+  m.impl("batch_norm_elemt", batch_norm_elemt<cpu::Backend>);
+  m.impl("batch_norm_backward_reduce", batch_norm_backward_reduce<cpu::Backend>);
+  m.impl("batch_norm_backward_elemt", batch_norm_backward_elemt<cpu::Backend>);
 }
 
 }  // namespace bn::ops

@@ -3,6 +3,7 @@
 #include "cuda/batch_norm.h"
 #include "cuda/device.h"
 #include "ops/run.h"
+#include "ops/stages.h"
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -26,6 +27,10 @@ struct Cuda {
   static void backward(const BackwardArgs& args, const Tensor& input) {
     plan_and_launch(args, input, cuda::batch_norm_backward);
   }
+  static void merge_rows(const MergeArgs& args, const Tensor& means) {
+    const c10::cuda::CUDAGuard on_device_of(means.device());
+    cuda::batch_norm_merge_rows(args, c10::cuda::getCurrentCUDAStream().stream());
+  }
 };
 
 }  // namespace
@@ -34,6 +39,11 @@ TORCH_LIBRARY_IMPL(bn_ext, CUDA, m) {
   m.impl("batch_norm_forward", batch_norm_forward<Cuda>);
   m.impl("batch_norm_forward.evaluation", batch_norm_forward_evaluation<Cuda>);
   m.impl("batch_norm_backward", batch_norm_backward<Cuda>);
+  m.impl("batch_norm_stats", batch_norm_stats<Cuda>);
+  m.impl("batch_norm_merge_stats", batch_norm_merge_stats<Cuda>);
+  m.impl("batch_norm_elemt", batch_norm_elemt<Cuda>);
+  m.impl("batch_norm_backward_reduce", batch_norm_backward_reduce<Cuda>);
+  m.impl("batch_norm_backward_elemt", batch_norm_backward_elemt<Cuda>);
 }
 
 }  // namespace bn::ops

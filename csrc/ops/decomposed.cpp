@@ -23,6 +23,40 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> dimensions(const Tensor& i
   return {others, per_channel};
 }
 
+// Calls f(first image, images) for each statistic set, and joins the results along images.
+template <class F>
+Tensor joined_sets(const Tensor& input, SetSize set_size, const F& f) {
+  const int64_t n = input.size(0);
+  std::vector<Tensor> parts;
+  for (int64_t first = 0; first < n; first += *set_size) {
+    parts.push_back(f(first, std::min(*set_size, n - first)));
+  }
+  return parts.empty() ? input : at::cat(parts);
+}
+
+// The mean of each channel in each statistic set, of sizes that broadcast with t.
+Tensor average(const Tensor& t, SetSize set_size) {
+  const auto others = dimensions(t).first;
+  if (!set_size.has_value()) {
+    return t.mean(others, true);
+  }
+  return joined_sets(t, set_size, [&](int64_t first, int64_t images) {
+    const Tensor set = t.narrow(0, first, images);
+    return set.mean(others, true).expand_as(set);
+  });
+}
+
+// Statistics of each channel, or set and channel, of sizes that broadcast with the input.
+Tensor spread(const Tensor& statistics, const Tensor& input, SetSize set_size) {
+  const auto per_channel = dimensions(input).second;
+  if (!set_size.has_value()) {
+    return statistics.view(per_channel);
+  }
+  return joined_sets(input, set_size, [&](int64_t first, int64_t images) {
+    return statistics.select(0, first / *set_size).view(per_channel).expand_as(input.narrow(0, first, images));
+  });
+}
+
 OptionalTensor to(const OptionalTensor& t, at::ScalarType type) {
   return t.has_value() ? OptionalTensor(t->to(type)) : std::nullopt;
 }
@@ -109,13 +143,28 @@ Normalized by_torch(const Arguments& a, double momentum) {
 // ones: from the third order on, in forward mode from the second. The mean is taken off in double precision.
 Tensor by_primitives(const Arguments& a) {
   const auto type = at::toOpMathType(a.input.scalar_type());
-  const auto [others, per_channel] = dimensions(a.input);
+  const auto per_channel = dimensions(a.input).second;
   const Tensor x = a.input.to(at::kDouble);
-  const Tensor xmu = (x - x.mean(others, true)).to(type);
-  Tensor z = xmu * xmu.square().mean(others, true).add(a.eps).rsqrt();
+  const Tensor xmu = (x - average(x, a.set_size)).to(type);
+  Tensor z = xmu * average(xmu.square(), a.set_size).add(a.eps).rsqrt();
   z = a.weight.has_value() ? z * a.weight->to(type).view(per_channel) : z;
   z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
   return z.to(a.input.scalar_type()).contiguous(a.input.suggest_memory_format());
+}
+
+// In the statistics of each set. The running statistics move towards the mean of all values and the unbiased variance
+// within the sets.
+Normalized by_sets(const Arguments& a, const Tensor& momentum) {
+  const auto others = dimensions(a.input).first;
+  const Tensor x = a.input.detach().to(at::kDouble);
+  const auto moved = [&](const OptionalTensor& running, const Tensor& observed) {
+    return running.has_value() && x.numel() > 0
+               ? OptionalTensor(running->to(at::kDouble).lerp(observed.view_as(*running), momentum))
+               : std::nullopt;
+  };
+  const int64_t free = x.numel() / std::max<int64_t>(x.size(1), 1) - sets_of(a.input, a.set_size);
+  const Tensor within = (x - average(x, a.set_size)).square().sum(others) / free;
+  return {by_primitives(a), moved(a.running_mean, x.mean(others)), moved(a.running_var, within)};
 }
 
 // torch's functions, by the names in BN_ACTIVATIONS.
@@ -191,8 +240,13 @@ Tensor decomposed(const Arguments& a, const char* reason) {
   if (counts && in_functorch()) {  // functorch refuses a captured counter, so before torch's batch norm writes anything
     a.num_batches_tracked->add_(1);
   }
-  Normalized n = cumulative ? converted(a, factor) : by_torch(a, a.momentum.value_or(0));
-  if (a.training && a.input.dim() >= 2 && (in_functorch() || any_of(a, has_tangent))) {
+  const auto momentum = [&] {
+    return cumulative ? factor : at::zeros({}, a.input.options().dtype(at::kDouble)).add(a.momentum.value_or(0));
+  };
+  Normalized n = a.set_size.has_value() ? by_sets(a, momentum())
+                 : cumulative           ? converted(a, factor)
+                                        : by_torch(a, a.momentum.value_or(0));
+  if (a.training && !a.set_size.has_value() && a.input.dim() >= 2 && (in_functorch() || any_of(a, has_tangent))) {
     n.output = by_primitives(a);
   }
   const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
@@ -213,11 +267,11 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, const ch
   const auto type = at::toOpMathType(a.input.scalar_type());
   const auto [others, per_channel] = dimensions(a.input);
   // The mean is taken off in double precision, as a constant: no derivative knows of it.
-  Tensor xmu = (a.input.to(at::kDouble) - a.mean.view(per_channel)).to(type);
-  Tensor invstd = a.invstd.to(type).view(per_channel);
+  Tensor xmu = (a.input.to(at::kDouble) - spread(a.mean, a.input, a.set_size)).to(type);
+  Tensor invstd = spread(a.invstd.to(type), a.input, a.set_size);
   if (a.training) {
-    xmu = xmu - xmu.mean(others, true);
-    invstd = xmu.square().mean(others, true).add(eps).rsqrt();
+    xmu = xmu - average(xmu, a.set_size);
+    invstd = average(xmu.square(), a.set_size).add(eps).rsqrt();
   }
   const Tensor x_hat = xmu * invstd;
   const activation::Any function{{}, a.activation};
@@ -232,7 +286,7 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, const ch
   }
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = a.output_mask;
   const auto dx = [&] {
-    Tensor centred = a.training ? dz - dz.mean(others, true) - x_hat * (dz * x_hat).mean(others, true) : dz;
+    Tensor centred = a.training ? dz - average(dz, a.set_size) - x_hat * average(dz * x_hat, a.set_size) : dz;
     centred = centred * invstd;
     return (a.weight.has_value() ? centred * a.weight->to(type).view(per_channel) : centred).to(a.input.scalar_type());
   };

@@ -10,6 +10,9 @@
 #include <c10/core/SymBool.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
+#include <vector>
+
 namespace bn::ops {
 namespace {
 
@@ -36,6 +39,22 @@ at::MemoryFormat memory_format(const Tensor& t) {
   return t.suggest_memory_format();
 }
 
+void check_like_input(const char* name, const Tensor& t, const Tensor& input) {
+  TORCH_CHECK(t.sizes() == input.sizes() && t.scalar_type() == input.scalar_type() && t.device() == input.device(),
+              "batch_norm: expected ", name, " like the input, ", input.sizes(), " of type ", input.scalar_type(),
+              " on ", input.device(), ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+}
+
+}  // namespace
+
+int64_t sets_of(const Tensor& input, SetSize set_size) {
+  return set_size.has_value() ? divide_up(input.size(0), *set_size) : 1;
+}
+
+void check_set_size(SetSize set_size) {
+  TORCH_CHECK_VALUE(set_size.value_or(1) > 0, "batch_norm: set_size should be positive, got ", *set_size);
+}
+
 void check_input(const Tensor& input) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_floating(input.scalar_type()), "\"batch_norm\" not implemented for '",
                               input.scalar_type(), "'");
@@ -56,25 +75,31 @@ void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& 
               " for an input of type ", input.scalar_type(), ", got ", t->scalar_type());
 }
 
-void check_statistics(const char* name, const Tensor& t, const Tensor& input) {
+void check_statistics(const char* name, const Tensor& t, const Tensor& input, SetSize set_size) {
+  const int64_t values = sets_of(input, set_size) * input.size(1);
   TORCH_CHECK(
-      t.scalar_type() == at::kDouble && t.numel() == input.size(1) && t.is_contiguous() && t.device() == input.device(),
-      "batch_norm_backward: ", name, " should hold ", input.size(1), " values of type Double on ", input.device(),
-      ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+      t.scalar_type() == at::kDouble && t.numel() == values && t.is_contiguous() && t.device() == input.device(),
+      "batch_norm: ", name, " should hold ", values, " values of type Double on ", input.device(), ", got ", t.sizes(),
+      " of type ", t.scalar_type(), " on ", t.device());
 }
 
-void check_like_input(const char* name, const Tensor& t, const Tensor& input) {
-  TORCH_CHECK(t.sizes() == input.sizes() && t.scalar_type() == input.scalar_type() && t.device() == input.device(),
-              "batch_norm: expected ", name, " like the input, ", input.sizes(), " of type ", input.scalar_type(),
-              " on ", input.device(), ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+void check_branches(const OptionalTensor& mask, const Activation& activation, const Tensor& input) {
+  if (!mask.has_value()) {
+    return;
+  }
+  const int64_t bytes = mask_bytes(input.numel());
+  TORCH_CHECK(has_branches(activation), "batch_norm_backward: ", name_of(activation), " takes no mask");
+  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == bytes && mask->is_contiguous() &&
+                  mask->device() == input.device(),
+              "batch_norm_backward: mask should hold ", bytes, " values of type Byte on ", input.device(), ", got ",
+              mask->sizes(), " of type ", mask->scalar_type(), " on ", mask->device());
 }
-
-}  // namespace
 
 void check_inputs(const Arguments& a) {
   check_input(a.input);
+  check_set_size(a.set_size);
   if (a.training) {
-    c10::SymInt count = a.input.sym_size(0);
+    c10::SymInt count = a.set_size.has_value() ? a.input.sym_size(0).min(*a.set_size) : a.input.sym_size(0);
     for (const c10::SymInt& size : a.input.sym_sizes().slice(2)) {
       count *= size;
     }
@@ -121,21 +146,58 @@ void check_running_statistics(const Arguments& a, bool tracked) {
 
 void check_inputs(const BackwardArguments& a) {
   check_input(a.input);
+  check_set_size(a.set_size);
   check_like_input("dy", a.dy, a.input);
   check_per_channel("weight", a.weight, a.input);
   check_per_channel("bias", a.bias, a.input);
-  check_statistics("mean", a.mean, a.input);
-  check_statistics("invstd", a.invstd, a.input);
+  check_statistics("mean", a.mean, a.input, a.set_size);
+  check_statistics("invstd", a.invstd, a.input, a.set_size);
   check_residual(a.residual, a.input);
-  if (a.mask.has_value()) {
-    const Tensor& mask = *a.mask;
-    const int64_t bytes = mask_bytes(a.input.numel());
-    TORCH_CHECK(has_branches(a.activation), "batch_norm_backward: ", name_of(a.activation), " takes no mask");
-    TORCH_CHECK(mask.scalar_type() == at::kByte && mask.numel() == bytes && mask.is_contiguous() &&
-                    mask.device() == a.input.device(),
-                "batch_norm_backward: mask should hold ", bytes, " values of type Byte on ", a.input.device(), ", got ",
-                mask.sizes(), " of type ", mask.scalar_type(), " on ", mask.device());
-  }
+  check_branches(a.mask, a.activation, a.input);
+}
+
+void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size) {
+  const int64_t sets = sets_of(input, set_size);
+  TORCH_CHECK(counts.scalar_type() == at::kDouble && counts.numel() == sets && counts.is_contiguous() &&
+                  counts.device() == input.device(),
+              "batch_norm: count should hold ", sets, " values of type Double on ", input.device(), ", got ",
+              counts.sizes(), " of type ", counts.scalar_type(), " on ", counts.device());
+}
+
+void check_inputs(const MergeArguments& a) {
+  TORCH_CHECK(a.means.dim() == 1 || a.means.dim() == 2,
+              "batch_norm_merge_stats: mean should have sizes (rows, C) or (C,), got ", a.means.sizes());
+  const int64_t c = a.means.size(-1);
+  const int64_t rows = a.means.dim() == 1 ? 1 : a.means.size(0);
+  const auto check = [&](const char* name, const Tensor& t, int64_t values) {
+    TORCH_CHECK(
+        t.scalar_type() == at::kDouble && t.numel() == values && t.is_contiguous() && t.device() == a.means.device(),
+        "batch_norm_merge_stats: ", name, " should hold ", values, " values of type Double on ", a.means.device(),
+        ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+  };
+  check("count", a.counts, rows);
+  check("mean", a.means, rows * c);
+  check("m2", a.m2s, rows * c);
+  TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm_merge_stats: eps must be non-negative, but got ", a.eps);
+  TORCH_CHECK_VALUE(a.running_mean.has_value() == a.running_var.has_value(),
+                    "running_mean and running_var must either both be None or neither be None");
+  const auto check_running = [&](const char* name, const OptionalTensor& t, int64_t values, bool of_type) {
+    TORCH_CHECK(!t.has_value() || (of_type && t->numel() == values && t->device() == a.means.device()),
+                "batch_norm_merge_stats: ", name, " should hold ", values, " values on ", a.means.device(), ", got ",
+                t->sizes(), " of type ", t->scalar_type(), " on ", t->device());
+  };
+  const auto floating = [](const OptionalTensor& t) { return t.has_value() && is_floating(t->scalar_type()); };
+  check_running("running_mean", a.running_mean, c, floating(a.running_mean));
+  check_running("running_var", a.running_var, c, floating(a.running_var));
+  check_running("num_batches_tracked", a.num_batches_tracked, 1,
+                a.num_batches_tracked.has_value() && a.num_batches_tracked->scalar_type() == at::kLong);
+  TORCH_CHECK_VALUE(!a.running_mean.has_value() || a.momentum.has_value() || a.num_batches_tracked.has_value(),
+                    "batch_norm_merge_stats: a cumulative average needs num_batches_tracked");
+}
+
+void check_with_mask(bool with_mask, const OptionalTensor& residual, const Activation& activation) {
+  TORCH_CHECK(!with_mask || residual.has_value(), "batch_norm_forward: without a residual there is no mask");
+  TORCH_CHECK(!with_mask || has_branches(activation), "batch_norm_forward: ", name_of(activation), " has no mask");
 }
 
 void check_residual(const OptionalTensor& residual, const Tensor& input) {
@@ -144,14 +206,16 @@ void check_residual(const OptionalTensor& residual, const Tensor& input) {
   }
 }
 
-View view_as_problem(const Tensor& input) {
+View view_as_problem(const Tensor& input, SetSize set_size) {
   const Tensor t = rows_of_channels(input) ? input : input.contiguous(memory_format(input));
   const Layout layout = t.is_contiguous() ? Layout::Planar : Layout::Interleaved;
   int64_t s = 1;
   for (const int64_t size : t.sizes().slice(2)) {
     s *= size;
   }
-  return {t, problem_of(layout, dtype_of(t), t.size(0), t.size(1), s)};
+  const int64_t n = t.size(0);
+  const int64_t per_set = std::max<int64_t>(std::min(set_size.value_or(n), n), 1);
+  return {t, problem_of(layout, dtype_of(t), n, t.size(1), s, per_set)};
 }
 
 Tensor empty_like(const View& view) {
@@ -178,8 +242,15 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-Tensor empty_statistics(const Tensor& input) {
-  return at::empty({input.size(1)}, input.options().dtype(at::kDouble).memory_format(std::nullopt));
+Tensor empty_mask(const Tensor& input) {
+  const auto options = input.options().dtype(at::kByte).memory_format(std::nullopt);
+  return at::empty({mask_bytes(input.numel())}, options);
+}
+
+Tensor empty_statistics(const Tensor& input, SetSize set_size) {
+  const auto sizes =
+      set_size.has_value() ? std::vector{sets_of(input, set_size), input.size(1)} : std::vector{input.size(1)};
+  return at::empty(sizes, input.options().dtype(at::kDouble).memory_format(std::nullopt));
 }
 
 }  // namespace bn::ops

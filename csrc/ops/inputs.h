@@ -7,8 +7,19 @@
 namespace bn::ops {
 
 // Throws what torch throws for the same mistake. Nothing has been written by then.
+void check_input(const Tensor& input);
+void check_set_size(SetSize set_size);
+void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& input);
+// A value of float64 for each statistic set and channel.
+void check_statistics(const char* name, const Tensor& t, const Tensor& input, SetSize set_size);
+void check_branches(const OptionalTensor& mask, const Activation& activation, const Tensor& input);
 void check_inputs(const Arguments& a);
 void check_inputs(const BackwardArguments& a);
+void check_inputs(const MergeArguments& a);
+// The values that the statistics of each set are of.
+void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size);
+// Whether a forward can write the branches of its activation.
+void check_with_mask(bool with_mask, const OptionalTensor& residual, const Activation& activation);
 // Throws what would go wrong once the first of the running statistics is written. `tracked`: whether autograd, which
 // refuses some, sees the writes.
 void check_running_statistics(const Arguments& a, bool tracked);
@@ -22,7 +33,7 @@ struct View {
 
 // The input itself if it is dense with its channels second or last, else a copy in the memory format that torch
 // would give its output.
-View view_as_problem(const Tensor& input);
+View view_as_problem(const Tensor& input, SetSize set_size = std::nullopt);
 
 // An uninitialized tensor of the same layout, its strides as torch would have them.
 Tensor empty_like(const View& view);
@@ -32,8 +43,14 @@ Tensor laid_out_like(const Tensor& tensor, const View& view);
 
 DType dtype_of(const Tensor& tensor);
 
+// An uninitialized mask for the elements of the input.
+Tensor empty_mask(const Tensor& input);
+
 // Statistics are kept in double precision: a C-sized tensor costs nothing, and the backward gets the mean
 // with the digits that float loses when it is far larger than the deviation.
-Tensor empty_statistics(const Tensor& input);
+Tensor empty_statistics(const Tensor& input, SetSize set_size);
+
+// The number of statistic sets.
+int64_t sets_of(const Tensor& input, SetSize set_size);
 
 }  // namespace bn::ops

@@ -4,6 +4,7 @@
 #include "ops/inputs.h"
 
 #include <ATen/OpMathType.h>
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
 // batch_norm_forward and batch_norm_backward for any backend: check, view as a problem, allocate, run. A backend has
@@ -33,6 +34,19 @@ inline void bump_version(const OptionalTensor& t) {
   }
 }
 
+inline void count_batch(const Tensor& num_batches_tracked) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    num_batches_tracked.add_(1);
+  }
+  bump_version(num_batches_tracked);
+}
+
+// A mask that is read.
+inline uint8_t* bits_of(const OptionalTensor& mask) {
+  return mask.has_value() ? const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>()) : nullptr;
+}
+
 // A tensor of the input's sizes, or none, in the layout of the view.
 class Operand {
  public:
@@ -49,30 +63,32 @@ template <class Backend>
 FourTensors run_forward(const Arguments& a, bool with_mask) {
   check_inputs(a);
   check_residual(a.residual, a.input);
-  TORCH_CHECK(!with_mask || a.residual.has_value(), "batch_norm_forward: without a residual there is no mask");
-  TORCH_CHECK(!with_mask || has_branches(a.activation), "batch_norm_forward: ", name_of(a.activation), " has no mask");
-  const View x = view_as_problem(a.input);
+  check_with_mask(with_mask, a.residual, a.activation);
+  const View x = view_as_problem(a.input, a.set_size);
   Tensor output = empty_like(x);
-  Tensor mean = empty_statistics(a.input);
-  Tensor invstd = empty_statistics(a.input);
-  Tensor mask = with_mask ? at::empty({mask_bytes(a.input.numel())}, a.input.options().dtype(at::kByte)) : Tensor();
+  Tensor mean = empty_statistics(a.input, a.set_size);
+  Tensor invstd = empty_statistics(a.input, a.set_size);
+  Tensor mask = with_mask ? empty_mask(a.input) : Tensor();
   const bool counts = a.training && a.num_batches_tracked.has_value();
   if (a.input.numel() == 0) {
     mean.zero_();
     invstd.zero_();
     if (counts) {
-      a.num_batches_tracked->add_(1);
+      count_batch(*a.num_batches_tracked);
     }
     return {output, mean, invstd, mask};
   }
   const Operand r(a.residual, x);
-  Backend::forward({x.problem, x.tensor.const_data_ptr(), per_channel(a.weight), per_channel(a.bias),
+  const bool merges = a.training && a.running_mean.has_value() && !x.problem.one_set();
+  const Tensor m2 = merges ? empty_statistics(a.input, a.set_size) : Tensor();
+  Backend::forward({x.problem, Stages::All, x.tensor.const_data_ptr(), per_channel(a.weight), per_channel(a.bias),
                     a.training ? per_channel_to_write(a.running_mean) : per_channel(a.running_mean),
                     a.training ? per_channel_to_write(a.running_var) : per_channel(a.running_var),
                     counts ? a.num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr, a.training,
                     counts && !a.momentum.has_value(), a.momentum.value_or(0), a.eps,
                     Epilogue{a.activation, r.data(), with_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr},
-                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>()},
+                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>(),
+                    merges ? m2.mutable_data_ptr<double>() : nullptr},
                    a.input);
   if (a.training) {
     bump_version(a.num_batches_tracked);
@@ -94,9 +110,10 @@ FourTensors batch_norm_forward(const Tensor& input,
                                const OptionalTensor& residual,
                                int64_t activation,
                                double activation_param,
+                               SetSize set_size,
                                bool with_mask) {
   return run_forward<Backend>({input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
-                               momentum, eps, residual, numbered_activation(activation, activation_param)},
+                               momentum, eps, residual, numbered_activation(activation, activation_param), set_size},
                               with_mask);
 }
 
@@ -113,7 +130,8 @@ FourTensors batch_norm_forward_evaluation(const Tensor& input,
                                           bool with_mask) {
   return run_forward<Backend>(
       {input, weight, bias, running_mean, running_var, /*num_batches_tracked=*/std::nullopt, /*training=*/false,
-       /*momentum=*/std::nullopt, eps, residual, numbered_activation(activation, activation_param)},
+       /*momentum=*/std::nullopt, eps, residual, numbered_activation(activation, activation_param),
+       /*set_size=*/std::nullopt},
       with_mask);
 }
 
@@ -129,12 +147,13 @@ FourTensors batch_norm_backward(const Tensor& dy,
                                 const OptionalTensor& mask,
                                 int64_t activation_number,
                                 double activation_param,
+                                SetSize set_size,
                                 std::array<bool, 4> output_mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
-  check_inputs(
-      BackwardArguments{dy, input, weight, bias, mean, invstd, training, residual, mask, activation, output_mask});
+  check_inputs(BackwardArguments{dy, input, weight, bias, mean, invstd, training, residual, mask, activation, set_size,
+                                 output_mask});
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;
-  const View x = view_as_problem(input);
+  const View x = view_as_problem(input, set_size);
   const Operand g(dy, x);
   const auto parameter =
       mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type()));
@@ -155,15 +174,18 @@ FourTensors batch_norm_backward(const Tensor& dy,
     dresidual.copy_(dy);
   }
   const Operand r(residual, x);
-  Backend::backward({x.problem, g.data(), x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
-                     mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
-                     Epilogue{activation, r.data(),
-                              mask.has_value() ? const_cast<uint8_t*>(mask->const_data_ptr<uint8_t>()) : nullptr},
-                     wants_dx ? dx.mutable_data_ptr() : nullptr,
-                     wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
-                     wants_dweight ? per_channel_to_write(dweight) : PerChannel{},
-                     wants_dbias ? per_channel_to_write(dbias) : PerChannel{}},
-                    input);
+  const bool merges = (wants_dweight || wants_dbias) && !x.problem.one_set();
+  const Tensor sum_dz = merges ? empty_statistics(input, set_size) : Tensor();
+  const Tensor sum_dz_xmu = merges ? empty_statistics(input, set_size) : Tensor();
+  Backend::backward(
+      {x.problem, Stages::All, g.data(), x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
+       mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
+       Epilogue{activation, r.data(), bits_of(mask)}, wants_dx ? dx.mutable_data_ptr() : nullptr,
+       wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
+       wants_dweight ? per_channel_to_write(dweight) : PerChannel{},
+       wants_dbias ? per_channel_to_write(dbias) : PerChannel{}, merges ? sum_dz.mutable_data_ptr<double>() : nullptr,
+       merges ? sum_dz_xmu.mutable_data_ptr<double>() : nullptr, /*counts=*/nullptr},
+      input);
   return {dx, dweight, dbias, dresidual};
 }
 

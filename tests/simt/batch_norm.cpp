@@ -22,7 +22,7 @@ Limits limits_of(const Device& device) {
 }
 
 bn::Problem in_one_form(const bn::Problem& p) {
-  return bn::problem_of(p.layout, p.dtype, p.n, p.c, p.s);
+  return bn::problem_of(p.layout, p.dtype, p.n, p.c, p.s, p.per_set);
 }
 
 template <class Args, class Launch>
@@ -46,8 +46,8 @@ const char* plan_and_launch(Args args, const Device& device, const Launch& launc
 extern "C" {
 
 // The sizes of the structures that ctypes mirrors, in the order of MIRRORED in batch_norm.py.
-int64_t bn_sizes[] = {sizeof(Device),       sizeof(bn::Problem),     sizeof(bn::PerChannel),  sizeof(bn::Activation),
-                      sizeof(bn::Epilogue), sizeof(bn::ForwardArgs), sizeof(bn::BackwardArgs)};
+int64_t bn_sizes[] = {sizeof(Device),       sizeof(bn::Problem),     sizeof(bn::PerChannel),   sizeof(bn::Activation),
+                      sizeof(bn::Epilogue), sizeof(bn::ForwardArgs), sizeof(bn::BackwardArgs), sizeof(bn::MergeArgs)};
 
 const char* batch_norm_forward(const bn::ForwardArgs& args, const Device& device) {
   return plan_and_launch(args, device, bn::cuda::batch_norm_forward);
@@ -55,6 +55,10 @@ const char* batch_norm_forward(const bn::ForwardArgs& args, const Device& device
 
 const char* batch_norm_backward(const bn::BackwardArgs& args, const Device& device) {
   return plan_and_launch(args, device, bn::cuda::batch_norm_backward);
+}
+
+const char* batch_norm_merge_rows(const bn::MergeArgs& args) {
+  return bn::simt::error_of([&] { bn::cuda::batch_norm_merge_rows(args, nullptr); });
 }
 
 // Writes the plan's strategy and team, as "resident cluster".

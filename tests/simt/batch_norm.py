@@ -14,7 +14,8 @@ from torch import Tensor
 
 from bn_ext import activation
 
-SOURCES = "plan.cpp", "forward.cu", "backward.cu"
+SOURCES = "plan.cpp", "forward.cu", "backward.cu", "merge_rows.cu"
+ALL, REDUCE, APPLY = range(3)  # Stages of csrc/core/pass.h
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
 
 # The structures of csrc/core/arguments.h and csrc/core/pass.h.
@@ -32,7 +33,14 @@ class Device(ctypes.Structure):
 
 
 class Problem(ctypes.Structure):
-    _fields_ = [("layout", c_int), ("dtype", c_int), ("n", c_int64), ("c", c_int64), ("s", c_int64)]
+    _fields_ = [
+        ("layout", c_int),
+        ("dtype", c_int),
+        ("n", c_int64),
+        ("c", c_int64),
+        ("s", c_int64),
+        ("per_set", c_int64),
+    ]
 
 
 class Wants(ctypes.Structure):
@@ -50,6 +58,7 @@ class Pass(ctypes.Structure):
         ("training", c_bool),
         ("wants", Wants),
         ("chain", Chain),
+        ("stages", c_int),
     ]
 
 
@@ -68,6 +77,7 @@ class Epilogue(ctypes.Structure):
 class ForwardArgs(ctypes.Structure):
     _fields_ = [
         ("problem", Problem),
+        ("stages", c_int),
         ("x", c_void_p),
         ("weight", PerChannel),
         ("bias", PerChannel),
@@ -82,12 +92,14 @@ class ForwardArgs(ctypes.Structure):
         ("y", c_void_p),
         ("mean", c_void_p),
         ("invstd", c_void_p),
+        ("m2", c_void_p),
     ]
 
 
 class BackwardArgs(ctypes.Structure):
     _fields_ = [
         ("problem", Problem),
+        ("stages", c_int),
         ("dy", c_void_p),
         ("x", c_void_p),
         ("weight", PerChannel),
@@ -100,11 +112,32 @@ class BackwardArgs(ctypes.Structure):
         ("dresidual", c_void_p),
         ("dweight", PerChannel),
         ("dbias", PerChannel),
+        ("sum_dz", c_void_p),
+        ("sum_dz_xmu", c_void_p),
+        ("counts", c_void_p),
+    ]
+
+
+class MergeArgs(ctypes.Structure):
+    _fields_ = [
+        ("rows", c_int64),
+        ("c", c_int64),
+        ("counts", c_void_p),
+        ("means", c_void_p),
+        ("m2s", c_void_p),
+        ("running_mean", PerChannel),
+        ("running_var", PerChannel),
+        ("num_batches_tracked", c_void_p),
+        ("momentum", c_double),
+        ("eps", c_double),
+        ("count", c_void_p),
+        ("mean", c_void_p),
+        ("invstd", c_void_p),
     ]
 
 
 # As the sizes in batch_norm.cpp. Work is not among them.
-MIRRORED = (Device, Problem, PerChannel, Activation, Epilogue, ForwardArgs, BackwardArgs)
+MIRRORED = (Device, Problem, PerChannel, Activation, Epilogue, ForwardArgs, BackwardArgs, MergeArgs)
 
 
 def check_sizes(library: ctypes.CDLL) -> None:
@@ -134,11 +167,11 @@ def empty_mask(x: Tensor) -> Tensor:
     return torch.full((-(-x.numel() // 32) * 4,), 0xA5, dtype=torch.uint8)
 
 
-def problem_of(x: Tensor) -> Problem:
+def problem_of(x: Tensor, set_size: int | None = None) -> Problem:
     """The problem of a tensor that is dense in one of the two layouts."""
     n, c, s = x.size(0), x.size(1), x[0, 0].numel()
     assert x.is_contiguous() or x.movedim(1, -1).is_contiguous()
-    return Problem(not x.is_contiguous(), DTYPES.index(x.dtype), n, c, s)
+    return Problem(not x.is_contiguous(), DTYPES.index(x.dtype), n, c, s, min(set_size or n, n))
 
 
 def per_channel(t: Tensor | None) -> PerChannel:
@@ -154,6 +187,12 @@ def like(t: Tensor) -> Tensor:
     return torch.empty_like(t).fill_(torch.nan)
 
 
+def statistics(x: Tensor, set_size: int | None, number: int) -> Tensor:
+    """Space for this many statistics of each set and channel, full of NaN."""
+    sets = [] if set_size is None else [-(-x.size(0) // set_size)]
+    return torch.full((number, *sets, x.size(1)), torch.nan, dtype=torch.float64)
+
+
 class Kernels:
     """The backend, compiled for the model. Files under ``include`` replace files of ``csrc``."""
 
@@ -167,6 +206,7 @@ class Kernels:
         check_sizes(self.library)
         self.library.batch_norm_forward.argtypes = [POINTER(ForwardArgs), POINTER(Device)]
         self.library.batch_norm_backward.argtypes = [POINTER(BackwardArgs), POINTER(Device)]
+        self.library.batch_norm_merge_rows.argtypes = [POINTER(MergeArgs)]
 
     def configure(self, seed: int = 0, preempt: int = 0) -> None:
         """The order of threads from here on (model.h)."""
@@ -195,13 +235,15 @@ class Kernels:
         eps: float = 1e-5,
         batches: Tensor | None = None,
         tail: Tail = NOTHING,
+        set_size: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, (mean, invstd) = like(x), torch.full((2, x.size(1)), torch.nan, dtype=torch.float64)
+        y, (mean, invstd, m2) = like(x), statistics(x, set_size, 3)
         of_channels = map(per_channel, (weight, bias, running_mean, running_var))
         cumulative = momentum is None and batches is not None
         how = address(batches), training, cumulative, momentum or 0, eps, tail.epilogue()
-        rest = *how, *map(address, (y, mean, invstd))
-        self.library.batch_norm_forward(ForwardArgs(problem_of(x), address(x), *of_channels, *rest), device)
+        rest = *how, *map(address, (y, mean, invstd, m2))
+        problem = problem_of(x, set_size)
+        self.library.batch_norm_forward(ForwardArgs(problem, ALL, address(x), *of_channels, *rest), device)
         return y, mean, invstd
 
     def backward(
@@ -216,6 +258,7 @@ class Kernels:
         training: bool = True,
         wanted: Sequence[bool] = (True, True, True, False),
         tail: Tail = NOTHING,
+        set_size: int | None = None,
     ) -> tuple[Tensor | None, ...]:
         """The wanted gradients, in the order of autograd: of input, weight, bias and residual."""
         of_parameter = x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -223,16 +266,90 @@ class Kernels:
         gradients = [like(t) if w else None for t, w in zip((x, parameter, parameter, x), wanted, strict=True)]
         dx, dweight, dbias, dresidual = gradients
         inputs = (
-            problem_of(x),
+            problem_of(x, set_size),
+            ALL,
             address(dy),
             address(x),
             *map(per_channel, (weight, bias)),
             address(mean),
             address(invstd),
         )
-        outputs = address(dx), address(dresidual), per_channel(dweight), per_channel(dbias)
+        sums = statistics(x, set_size, 2)
+        outputs = address(dx), address(dresidual), per_channel(dweight), per_channel(dbias), *map(address, sums)
         self.library.batch_norm_backward(BackwardArgs(*inputs, training, tail.epilogue(), *outputs), device)
         return tuple(gradients)
+
+    def stats(self, device: Device, x: Tensor, set_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """The mean and m2 of each set and channel."""
+        mean, m2 = statistics(x, set_size, 2)
+        nothing = PerChannel()
+        rest = None, True, False, 0, 0, NOTHING.epilogue(), None, address(mean), None, address(m2)
+        args = ForwardArgs(problem_of(x, set_size), REDUCE, address(x), nothing, nothing, nothing, nothing, *rest)
+        self.library.batch_norm_forward(args, device)
+        return mean, m2
+
+    def merge_stats(
+        self,
+        counts: Tensor,
+        means: Tensor,
+        m2s: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        batches: Tensor | None = None,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The count, mean and invstd of all rows; ``batches`` asks for a cumulative average."""
+        c = means.size(-1)
+        count, (mean, invstd) = torch.full((), torch.nan).double(), torch.full((2, c), torch.nan, dtype=torch.float64)
+        rows = (
+            counts.numel(),
+            c,
+            *map(address, (counts, means, m2s)),
+            per_channel(running_mean),
+            per_channel(running_var),
+        )
+        results = map(address, (count, mean, invstd))
+        self.library.batch_norm_merge_rows(MergeArgs(*rows, address(batches), momentum, eps, *results))
+        return count, mean, invstd
+
+    def elemt(
+        self,
+        device: Device,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        invstd: Tensor,
+        set_size: int | None = None,
+        tail: Tail = NOTHING,
+    ) -> Tensor:
+        """The output, normalized with these statistics."""
+        y, nothing = like(x), PerChannel()
+        of_channels = *map(per_channel, (weight, bias)), nothing, nothing
+        rest = None, True, False, 0, 0, tail.epilogue(), *map(address, (y, mean, invstd)), None
+        args = ForwardArgs(problem_of(x, set_size), APPLY, address(x), *of_channels, *rest)
+        self.library.batch_norm_forward(args, device)
+        return y
+
+    def backward_stage(
+        self,
+        device: Device,
+        inputs: Sequence[Tensor | None],
+        sums: Tensor,
+        counts: Tensor | None = None,
+        outputs: Sequence[Tensor | None] = (None, None),
+        set_size: int | None = None,
+        tail: Tail = NOTHING,
+    ) -> None:
+        """The reduction of dy, x, weight, bias, mean and invstd to the two sums; or with counts the gradients, dx and
+        dresidual, that follow from these."""
+        dy, x, weight, bias, mean, invstd = inputs
+        tensors = *map(address, (dy, x)), *map(per_channel, (weight, bias)), *map(address, (mean, invstd))
+        results = *map(address, outputs), PerChannel(), PerChannel(), *map(address, sums), address(counts)
+        stages = REDUCE if counts is None else APPLY
+        args = BackwardArgs(problem_of(x, set_size), stages, *tensors, True, tail.epilogue(), *results)
+        self.library.batch_norm_backward(args, device)
 
 
 class _BatchNorm(torch.autograd.Function):

@@ -29,8 +29,9 @@ struct Block {
   std::span<Block> cluster;
   Group* groups[3];  // by Scope
   SharedMemory memory;
-  int running;               // threads that have not returned
-  Thread* waiter = nullptr;  // the first one at a barrier
+  int running;                // threads that have not returned
+  Thread* waiter = nullptr;   // the first one at a barrier
+  bool arrived_last = false;  // the answer of last_to_arrive
 
   Group& group(Scope scope) const { return *groups[static_cast<int>(scope)]; }
 };

@@ -47,6 +47,17 @@ BN_DEVICE void sync_blocks(unsigned* counter, unsigned arrivals, Site site = Sit
   sync();
 }
 
+BN_DEVICE bool last_to_arrive(unsigned* counter, unsigned arrivals, Site site = Site::current()) {
+  simt::Block& own = *simt::residents->running().block;
+  const auto sync = [site] { simt::residents->arrive(simt::Scope::Block, "last_to_arrive", site); };
+  sync();
+  if (thread() == 0) {
+    own.arrived_last = ++*counter == arrivals;
+  }
+  sync();
+  return own.arrived_last;
+}
+
 template <class T>
 BN_DEVICE T load_written(const T* p) {
   simt::residents->yield();
