@@ -344,9 +344,10 @@ def test_residual_that_torch_would_broadcast_or_promote(activation, change, devi
     mine = batch_norm(input, None, None, a.weight, a.bias, True, residual=residual, activation=activation)
     normalized = torch.nn.functional.batch_norm(input, None, None, a.weight, a.bias, True)
     theirs = bn_ext.activation.apply(normalized + residual, activation, None)
-    torch.testing.assert_close(mine, theirs)
+    as_float = {"rtol": 1.3e-6, "atol": 1e-5}  # the normalized values are that, whatever the residual is
+    torch.testing.assert_close(mine, theirs, **as_float)
     dy = torch.randn_like(theirs)
-    torch.testing.assert_close(*(torch.autograd.grad(y, (input, residual), dy) for y in (mine, theirs)))
+    torch.testing.assert_close(*(torch.autograd.grad(y, (input, residual), dy) for y in (mine, theirs)), **as_float)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,10 @@ def broadcast(x: Tensor) -> Tensor:
 class Call:
     """A decomposed call in training, with what it writes to."""
 
-    def __init__(self, x: Tensor, momentum: float | None, weight: torch.dtype, activation: str) -> None:
-        self.arguments = x, torch.ones(x.size(1), dtype=weight), None
+    def __init__(
+        self, x: Tensor, momentum: float | None, weight: torch.dtype, activation: str, recorded: bool = False
+    ) -> None:
+        self.arguments = x, torch.ones(x.size(1), dtype=weight, requires_grad=recorded), None
         self.running = torch.full((x.size(1),), 3.0), torch.full((x.size(1),), 2.0)
         self.counter = torch.tensor(1)
         self.options = True, momentum, 1e-5, broadcast(x), activation
@@ -43,6 +45,7 @@ CALLS: dict[str, Callable[..., Call]] = {
     "of one type": lambda x: Call(x, 0.5, x.dtype, "silu"),
     "of mixed types": lambda x: Call(x.to(BFLOAT), 0.5, BFLOAT, "silu"),
     "with a cumulative average": lambda x: Call(x, None, x.dtype, "relu"),
+    "that is recorded": lambda x: Call(x, 0.5, x.dtype, "silu", recorded=True),
 }
 every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 

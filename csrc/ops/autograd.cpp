@@ -167,8 +167,8 @@ bool saves_inference(const Arguments& a) {
          (kept(a).residual && is_inference(a.residual));
 }
 
-// Why torch's own operators answer a call, with a result or an error; null if kernels do.
-const char* obstacle(const Arguments& a, bool recorded) {
+// Why torch's own operators answer a call, with a result or an error; null if kernels normalize.
+const char* obstacle(const Arguments& a) {
   const bool on_device = a.input.is_cpu() || a.input.is_meta() || (a.input.is_cuda() && compiled_for_gpus());
   if (!on_device) {
     return "there are no kernels for this device";
@@ -179,14 +179,19 @@ const char* obstacle(const Arguments& a, bool recorded) {
   if (a.input.dim() < 2) {
     return "the input has fewer than two dimensions";
   }
+  if (any_of(a, has_tangent)) {
+    return "an input has a tangent of forward-mode AD";
+  }
+  return nullptr;
+}
+
+// Why kernels normalize, and torch's own operators do the rest; null if kernels do all.
+const char* obstacle_behind(const Arguments& a, bool recorded) {
   if (a.num_batches_tracked.has_value() && a.num_batches_tracked->scalar_type() != at::kLong) {
     return "the counter of batches is not int64";
   }
   if (a.residual.has_value() && !is_like(*a.residual, a.input)) {
     return "the residual differs from the input in sizes, dtype, device or layout";
-  }
-  if (any_of(a, has_tangent)) {
-    return "an input has a tangent of forward-mode AD";
   }
   if (recorded && saves_inference(a)) {
     return "autograd saves no tensor that was made in inference mode";
@@ -201,19 +206,30 @@ void check_saved(const Arguments& a) {
               "Inference tensors cannot be saved for backward: clone input and weight");
 }
 
+bool is_recorded(const Arguments& a) {
+  return at::GradMode::is_enabled() && any_of(a, requires_grad);
+}
+
+Tensor by_kernels(const Arguments& a) {
+  return is_recorded(a) ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
+                        : std::get<0>(call_forward(a, /*with_mask=*/false));
+}
+
 Tensor batch_norm(const Arguments& a) {
   TORCH_CHECK_TYPE(a.input.defined(), "batch_norm(): argument 'input' must be Tensor, not NoneType");
-  const bool recorded = at::GradMode::is_enabled() && any_of(a, requires_grad);
+  const bool recorded = is_recorded(a);
   if (recorded) {
     check_saved(a);
   }
-  if (const char* reason = obstacle(a, recorded)) {
+  if (const char* reason = obstacle(a)) {
     return decomposed(a, reason);
+  }
+  if (const char* reason = obstacle_behind(a, recorded)) {
+    return decomposed(a, reason, by_kernels);
   }
   check_inputs(a);  // here too: fake kernels have other words for some mistakes
   check_running_statistics(a, recorded);
-  return recorded ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
-                  : std::get<0>(call_forward(a, /*with_mask=*/false));
+  return by_kernels(a);
 }
 
 // Under functorch's transforms, which the C++ autograd function does not know.

@@ -105,8 +105,9 @@ inline bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
 using FallbackObserver = void (*)(const Tensor& input, const char* reason);
 inline std::atomic<FallbackObserver> fallback_observer = nullptr;
 
-// batch_norm by standard operators: for transforms that have to see through it, for devices without kernels.
-Tensor decomposed(const Arguments& a, const char* reason);
+// batch_norm by standard operators: for transforms that have to see through it, for devices without kernels. `kernels`,
+// if given, normalizes: a call without residual and activation, which gets copies of the running statistics to write.
+Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(const Arguments&) = nullptr);
 
 // batch_norm_backward by standard operators, which can be differentiated again.
 FourTensors decomposed_backward(const BackwardArguments& a, double eps, const char* reason);

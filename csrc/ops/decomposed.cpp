@@ -139,6 +139,17 @@ Normalized by_torch(const Arguments& a, double momentum) {
   return a.training ? Normalized{output, mean, var} : Normalized{output};
 }
 
+Normalized by_kernels(const Arguments& a, Tensor (*kernels)(const Arguments&)) {
+  const bool cumulative = a.training && a.num_batches_tracked.has_value() && !a.momentum.has_value();
+  const auto mean = a.training ? copied(a.running_mean) : a.running_mean;
+  const auto var = a.training ? copied(a.running_var) : a.running_var;
+  const auto counter =
+      cumulative ? OptionalTensor(a.num_batches_tracked->to(at::kLong, false, /*copy=*/true)) : std::nullopt;
+  const Tensor output =
+      kernels({a.input, a.weight, a.bias, mean, var, counter, a.training, a.momentum, a.eps, std::nullopt, {}, a.set_size});
+  return a.training ? Normalized{output, mean, var} : Normalized{output};
+}
+
 // In the batch's own statistics, by operators that have derivatives of every order, where torch's batch norm has wrong
 // ones: from the third order on, in forward mode from the second. The mean is taken off in double precision.
 Tensor by_primitives(const Arguments& a) {
@@ -225,7 +236,7 @@ void tell(const Tensor& input, const char* reason) {
 
 }  // namespace
 
-Tensor decomposed(const Arguments& a, const char* reason) {
+Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(const Arguments&)) {
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
     check_inputs(a);
   }
@@ -243,10 +254,12 @@ Tensor decomposed(const Arguments& a, const char* reason) {
   const auto momentum = [&] {
     return cumulative ? factor : at::zeros({}, a.input.options().dtype(at::kDouble)).add(a.momentum.value_or(0));
   };
-  Normalized n = a.set_size.has_value() ? by_sets(a, momentum())
-                 : cumulative           ? converted(a, factor)
-                                        : by_torch(a, a.momentum.value_or(0));
-  if (a.training && !a.set_size.has_value() && a.input.dim() >= 2 && (in_functorch() || any_of(a, has_tangent))) {
+  Normalized n = kernels != nullptr       ? by_kernels(a, kernels)
+                 : a.set_size.has_value() ? by_sets(a, momentum())
+                 : cumulative             ? converted(a, factor)
+                                          : by_torch(a, a.momentum.value_or(0));
+  const bool torchs = kernels == nullptr && a.training && !a.set_size.has_value() && a.input.dim() >= 2;
+  if (torchs && (in_functorch() || any_of(a, has_tangent))) {
     n.output = by_primitives(a);
   }
   const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
