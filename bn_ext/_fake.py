@@ -151,7 +151,6 @@ def _applied(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: int, with_mask: bool
 ) -> tuple[Tensor, Tensor | None]:
     if with_mask:
-        _check(residual is not None, "without a residual there is no mask")
         _check(_C.keeps_mask(activations.NAMES[activation]), f"{activations.NAMES[activation]} has no mask")
     _check_per_channel(input, weight=weight, bias=bias)
     _check_like(input, residual=residual)
@@ -161,7 +160,7 @@ def _applied(
 @torch.library.register_fake("bn_ext::batch_norm_backward")
 def _batch_norm_backward(
     dy: Tensor,
-    input: Tensor,
+    input: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
@@ -174,13 +173,19 @@ def _batch_norm_backward(
     set_size: int | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _check_backward(dy, input, weight, bias, residual, mask, activation)
-    _check_statistics(input, set_size, mean=mean, invstd=invstd)
-    accumulated = torch.float64 if input.dtype == torch.float64 else torch.float32
+    like = dy if input is None else input
+    unneeded = not training and not output_mask[1] and (activations.NAMES[activation] == "identity" or mask is not None)
+    _check(
+        input is not None or unneeded,
+        "input is needed in training, for the gradient of weight, and for z without a mask",
+    )
+    _check_backward(dy, like, weight, bias, residual, mask, activation)
+    _check_statistics(like, set_size, mean=mean, invstd=invstd)
+    accumulated = torch.float64 if like.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
     wants_dx, *wants_parameters, wants_dresidual = output_mask
-    dx, dresidual = (_empty_like(input) if wanted else None for wanted in (wants_dx, wants_dresidual))
-    dweight, dbias = (input.new_empty(input.size(1), dtype=dtype) if wanted else None for wanted in wants_parameters)
+    dx, dresidual = (_empty_like(like) if wanted else None for wanted in (wants_dx, wants_dresidual))
+    dweight, dbias = (like.new_empty(like.size(1), dtype=dtype) if wanted else None for wanted in wants_parameters)
     return dx, dweight, dbias, dresidual
 
 

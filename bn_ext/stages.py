@@ -175,8 +175,7 @@ def elemt(
         The output, and the branches of the activation, as bytes of eight, where the chain keeps them, else None.
 
     Raises:
-        RuntimeError: a size, dtype or device that does not fit the input; branches without a residual, or of an
-            activation that has none.
+        RuntimeError: a size, dtype or device that does not fit the input; branches of an activation that has none.
         ValueError: an unknown activation, or a parameter that it does not take.
 
     Example:

@@ -44,10 +44,11 @@ TORCH_LIBRARY(bn_ext, m) {
       "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
       tags);
 
-  // Gradients with respect to input, weight, bias and residual; None for those not in output_mask. The residual
-  // is needed where there was one, unless there is a mask.
+  // Gradients with respect to input, weight, bias and residual; None for those not in output_mask. An activation needs
+  // input and residual, or a mask. The gradient of the weight needs the input, and so does training. Without an input
+  // dy is in the input's layout.
   m.def(
-      "batch_norm_backward(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
+      "batch_norm_backward(Tensor dy, Tensor? input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd, "
       "bool training, Tensor? residual, Tensor? mask, int activation, float activation_param, int? set_size, "
       "bool[4] output_mask) -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
       tags);

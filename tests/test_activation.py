@@ -219,13 +219,23 @@ def test_gradient_is_that_of_the_output(layout, types: Types, residual: bool, de
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", MASKED, ids=str)
 @pytest.mark.parametrize("types", [DOUBLE, FLOAT], ids=str)
-def test_mask(activation: str, types: Types, layout, shape, device: str) -> None:
-    """A bit an element in the order of memory, and none beyond them, whatever was there before."""
-    a = Problem(shape, layout, types, residual=True, activation=activation).arguments(device)
+@pytest.mark.parametrize("training", [True, False])
+@with_and_without_residual
+def test_mask(activation: str, types: Types, layout, shape, training: bool, residual: bool, device: str) -> None:
+    """A bit an element in the order of memory, and none beyond them, whatever was there before. All else is the same
+    without a mask."""
+    mode = MODES[0 if training else 2]
+    a = Problem(shape, layout, types, mode, residual=residual, activation=activation).arguments(device)
+    behind = a.eps, a.residual, NAMES.index(activation), a.param
+    if training:
+        call = partial(OPS.batch_norm_forward, a.input, a.weight, a.bias, None, None, None, 0.1, *behind, None)
+    else:
+        running = a.running_mean, a.running_var
+        call = partial(OPS.batch_norm_forward.evaluation, a.input, a.weight, a.bias, *running, *behind)
     with filled_memory():
-        output, _, _, mask = OPS.batch_norm_forward(
-            a.input, a.weight, a.bias, None, None, None, 0.1, a.eps, a.residual, NAMES.index(activation), a.param, True
-        )
+        output, *statistics, mask = call(True)
+    for one, other in zip((output, *statistics), call(False)[:3], strict=True):
+        assert torch.equal(one, other)
     assert mask.numel() == (a.input.numel() + 31) // 32 * 4
     bits = (mask[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
     stored = output if output.is_contiguous() else output.movedim(1, -1)
@@ -245,65 +255,6 @@ def test_large_values_that_overflow_a_sum(device: str) -> None:
     ours, torchs = run_ours(a, backward=True), run_torch(replace(a, dy=a.dy), backward=True)
     torch.testing.assert_close(ours.dresidual, torchs.dresidual)
     assert torch.isfinite(ours.dbias).all() == torch.isfinite(torchs.dbias).all()
-
-
-# ---------------------------------------------------------------------------------------------- what is kept
-
-
-class Kept:
-    """Bytes of the tensors that autograd keeps, but for those given."""
-
-    def __init__(self, *known: Tensor | None) -> None:
-        self.known = {t.untyped_storage().data_ptr() for t in known if t is not None}
-        self.bytes: dict[int, int] = {}
-
-    def pack(self, t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in self.known:
-            self.bytes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    def __enter__(self) -> Kept:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.hooks.__exit__(*error)
-
-
-@every_activation
-@with_and_without_residual
-@pytest.mark.parametrize("training", [True, False])
-def test_nothing_of_the_input_s_size_is_kept(activation: str, residual: bool, training: bool, device: str) -> None:
-    a = Problem((8, 16, 32, 32), residual=residual, activation=activation).arguments(device)
-    leaves = [t.requires_grad_() for t in (a.input, a.weight, a.bias, a.residual) if t is not None]
-    with Kept(*leaves) as kept:
-        output = batch_norm(
-            a.input,
-            a.running_mean,
-            a.running_var,
-            a.weight,
-            a.bias,
-            training,
-            residual=a.residual,
-            activation=activation,
-        )
-    mask = output.numel() // 8 if residual and activation in STRAIGHT else 0
-    assert sum(kept.bytes.values()) == mask + 2 * 8 * 16, "mask and statistics are all that may be kept"
-
-
-def test_residual_is_kept_only_where_z_is_needed(device: str) -> None:
-    for activation in NAMES:
-        a = Problem((4, 8, 6, 6), residual=True, activation=activation).arguments(device)
-        input, residual = a.input.requires_grad_(), a.residual.requires_grad_() * 1
-        output = batch_norm(input, None, None, training=True, residual=residual, activation=activation)
-        with torch.no_grad():
-            residual.mul_(2)
-        if activation == "identity" or activation in STRAIGHT:
-            output.sum().backward()
-        else:
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                output.sum().backward()
 
 
 # ---------------------------------------------------------------------------------------------- derivatives

@@ -39,7 +39,7 @@ MUTABLE = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_ba
 NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}"
 FUSED = "Tensor? residual, int activation, float activation_param"
 OF_SETS = "int? set_size"
-READ = "Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
+READ = "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
 BEHIND = "Tensor? residual, Tensor? mask, int activation, float activation_param"
 SCHEMAS = {
     "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
@@ -49,15 +49,17 @@ SCHEMAS = {
     "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
     f"Tensor running_var, float eps, {FUSED}, bool with_mask) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
-    "batch_norm_backward": f"(Tensor dy, {READ}, bool training, {BEHIND}, {OF_SETS}, bool[4] output_mask) "
+    "batch_norm_backward": f"(Tensor dy, Tensor? input, {READ}, bool training, {BEHIND}, {OF_SETS}, "
+    "bool[4] output_mask) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "batch_norm_stats": f"(Tensor input, {OF_SETS}=None) -> (Tensor count, Tensor mean, Tensor m2)",
     "batch_norm_merge_stats": f"(Tensor count, Tensor mean, Tensor m2, {MUTABLE}, float? momentum, float eps) "
     "-> (Tensor count, Tensor mean, Tensor invstd)",
-    "batch_norm_elemt": f"({READ}, {FUSED}, {OF_SETS}, bool with_mask) -> (Tensor output, Tensor mask)",
-    "batch_norm_backward_reduce": f"(Tensor dy, {READ}, {BEHIND}, {OF_SETS}) -> (Tensor sum_dz, Tensor sum_dz_xmu)",
-    "batch_norm_backward_elemt": f"(Tensor dy, {READ}, Tensor sum_dz, Tensor sum_dz_xmu, Tensor count, {BEHIND}, "
-    f"{OF_SETS}, bool[2] output_mask) -> (Tensor dx, Tensor dresidual)",
+    "batch_norm_elemt": f"(Tensor input, {READ}, {FUSED}, {OF_SETS}, bool with_mask) -> (Tensor output, Tensor mask)",
+    "batch_norm_backward_reduce": f"(Tensor dy, Tensor input, {READ}, {BEHIND}, {OF_SETS}) "
+    "-> (Tensor sum_dz, Tensor sum_dz_xmu)",
+    "batch_norm_backward_elemt": f"(Tensor dy, Tensor input, {READ}, Tensor sum_dz, Tensor sum_dz_xmu, Tensor count, "
+    f"{BEHIND}, {OF_SETS}, bool[2] output_mask) -> (Tensor dx, Tensor dresidual)",
 }
 
 
@@ -143,6 +145,17 @@ def test_opcheck_lower_operators(problem: Problem, device: str) -> None:
     torch.library.opcheck(*forward_call(problem, device))
     mask = (True, problem.weight, problem.bias, problem.residual)
     torch.library.opcheck(OPS.batch_norm_backward.default, backward_arguments(problem, device, mask))
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("layout", [contiguous, channels_last])
+def test_opcheck_backward_without_input(layout, activation: str, device: str) -> None:
+    problem = Problem((3, 4, 2, 3), layout, FLOAT, EVALUATION, activation=activation)
+    forward, arguments = forward_call(problem, device)
+    _, mean, invstd, mask = forward(*arguments[:-1], activation == "relu")
+    a = problem.arguments(device)
+    behind = None, mask, *numbered(problem), None, [True, False, True, False]
+    torch.library.opcheck(OPS.batch_norm_backward.default, (a.dy, None, a.weight, a.bias, mean, invstd, False, *behind))
 
 
 def test_opcheck_cumulative_average(device: str) -> None:
@@ -288,7 +301,11 @@ UNFIT: dict[str, Callable[[dict], list[dict]]] = {
     "eps": lambda given: [{"eps": -1.0}],
     "activation": lambda given: [{"activation": -1}, {"activation": len(NAMES)}],
     "activation without bits": lambda given: [{"activation": NAMES.index("silu")}],
-    "mask without a residual": lambda given: [{"with_mask": True, "residual": None}],
+    "no input, which is needed": lambda given: [
+        {"input": None, "training": True},
+        {"input": None, "training": False},  # for dweight
+        {"input": None, "training": False, "mask": None, "output_mask": [True, False, True, True]},
+    ],
     "strided statistics": lambda given: [{"mean": torch.stack([given["mean"]] * 2, 1)[:, 0]}],
 }
 

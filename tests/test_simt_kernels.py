@@ -27,12 +27,13 @@ from problems import (
     run_reference,
     run_torch,
 )
-from simt.batch_norm import Chain, Device, Kernels, Wants, batch_norm, empty_mask, problem_of
+from simt.batch_norm import Chain, Device, Kernels, Tail, Wants, batch_norm, empty_mask, problem_of
 from simt.batch_norm import Pass as Call
 from simt.build import sanitized
 from simt.passes import (
     BRANCHES,
     DEVICES,
+    ROOMY,
     WAYS,
     Masked,
     Pass,
@@ -266,17 +267,21 @@ PARAMS = {"leaky_relu": 0.2, "elu": 0.7, "celu": 0.7}
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_activations(name: str, types: Types, shape, layout, device, kernels: Kernels) -> None:
-    """As torch's operators, each with a tensor for its result; in training and evaluation, one with a residual."""
+    """As torch's operators, each with a tensor for its result; in training and evaluation, one with a residual; with
+    and without a mask."""
     slack = 1 if name in BRANCHES else 2  # exp and its like have their own error in the last place
     odd = (NAMES.index(name) + len(shape) + types.input.itemsize // 2) % 2 == 1
     for mode, residual in zip((MODES[0], MODES[2]), (odd, not odd)):
         fused = {"residual": residual, "activation": name, "activation_param": PARAMS.get(name)}
         a = Problem(shape, layout, types, mode, **fused).arguments("cpu")
         results = [together(kernels, device, a)]
-        if name in BRANCHES and residual:
+        if name in BRANCHES:
             mask = empty_mask(a.input)
             results.append(together(kernels, device, a, mask))
-            assert torch.equal(results[0].dresidual, results[1].dresidual), "the backward finds another z"
+            for one, other in zip(results[0][:3], results[1][:3], strict=True):
+                assert torch.equal(one, other), "the forward depends on the mask"
+            assert not residual or torch.equal(results[0].dresidual, results[1].dresidual), "there is another z"
+            assert mode.training or torch.equal(results[0].dx, results[1].dx), "there is another z"
             z = together(kernels, device, replace(a, activation=None)).output
             if types in (FLOAT, DOUBLE) or name in ("relu", "leaky_relu"):  # rounded, it could reach the other branches
                 assert torch.equal(bits_of(mask, a.input), BRANCHES[name](z))
@@ -314,6 +319,32 @@ def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, m
             some = together(kernels, device, a, mask, wanted)
             expected = every._replace(**{part: None for part, want in zip(Result._fields[3:], wanted) if not want})
             assert_same_bits(some, expected)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("types", [FLOAT, DOUBLE], ids=str)
+def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kernels: Kernels) -> None:
+    """Rows of 7 values: those of 8 channels are whole bytes of a mask, those of 4 channels are whole packs."""
+    a = Problem((67, 8, 7), types=types, residual=residual, activation="relu").arguments("cpu")
+    with_mask, without = (
+        kernels.forward(ROOMY, a.input, None, None, a.weight, a.bias, tail=Tail("relu", 0, a.residual, mask))
+        for mask in (empty_mask(a.input), None)
+    )
+    assert all(map(torch.equal, with_mask, without))
+
+
+@ways
+@pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("name", ["identity", "relu", "relu6"])
+def test_a_frozen_layer_needs_no_input(name: str, residual: bool, shape, layout, device, kernels: Kernels) -> None:
+    """In evaluation, for all gradients but the weight's, the backward does without x: a mask tells the branch of z."""
+    a = Problem(shape, layout, mode=MODES[2], residual=residual, activation=name).arguments("cpu")
+    mask = empty_mask(a.input) if name in BRANCHES else None
+    for dx, dbias, dresidual in itertools.product((False, True), (False, True), {False, residual and mask is not None}):
+        wanted = dx, False, dbias, dresidual
+        if any(wanted):
+            without = together(kernels, device, a, mask, wanted, reads_x=False)
+            assert_same_bits(without, together(kernels, device, a, mask, wanted))
 
 
 def test_a_twin_of_another_size_is_found(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_the_stages_are_the_fused_operators(
     """Bit by bit on the CPU, but for what torch computes there: square roots in float64 for sets that stay apart, and
     sums over sets. On a GPU sums may be cut in another way."""
     a = Problem(shape, layout, types, residual=residual, activation=activation).arguments(device)
-    keeps_branches = residual and activation == "relu" and types != FLOAT
+    keeps_branches = activation == "relu" and types != FLOAT
     whole, parts = fused(a, set_size), composed(a, set_size, keeps_branches)
     assert whole.keys() == parts.keys()
     for name, one in whole.items():
@@ -333,8 +333,6 @@ def test_what_does_not_fit_together(device: str) -> None:
         merge_stats(stats(x), running, running, momentum=None)
     with pytest.raises(ValueError, match="eps must be non-negative"):
         merge_stats(stats(x), eps=-1)
-    with pytest.raises(RuntimeError, match="without a residual there is no mask"):
-        elemt(x, statistics, chain=Chain(activation="relu", keeps_branches=True))
     with pytest.raises(RuntimeError, match="silu has no mask"):
         elemt(x, statistics, chain=Chain(x, "silu", keeps_branches=True))
     with pytest.raises(ValueError, match="did you mean 'relu'"):

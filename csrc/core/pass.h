@@ -56,12 +56,12 @@ BN_HD constexpr bool dresidual_is_dy(ActivationKind activation) {
   return activation == ActivationKind::Identity;
 }
 
-// The chain of a backward. Only an activation makes it read anything: the mask if one bit per element tells the branch
-// of z, otherwise the residual.
-inline Chain backward_chain(ActivationKind activation, bool residual) {
-  const bool reads = residual && activation != ActivationKind::Identity;
-  const bool bits = has_branches({activation});
-  return {activation, reads && !bits, reads && bits};
+// The chain of a backward. Only an activation makes it read anything. Where one bit per element tells the branch of z,
+// a mask is read if it spares a tensor: the residual, or the input of a frozen layer, which has constant statistics and
+// no gradient of its weight.
+inline Chain backward_chain(ActivationKind activation, bool residual, bool frozen = false) {
+  const bool curved = activation != ActivationKind::Identity && !has_branches({activation});
+  return {activation, residual && curved, (residual || frozen) && has_branches({activation})};
 }
 
 struct Pass {
@@ -117,9 +117,11 @@ struct Pass {
   // a sum do not depend on what else is wanted.
   int most_held() const { return forward() ? 1 : 2; }
 
-  // Whether a pass with this activation and residual may write a mask. Channels are cut by this, not by chain.mask, so
-  // that the bits of the statistics do not depend on whether a mask is kept.
-  bool may_write_mask() const { return forward() && chain.residual && has_branches({chain.activation}); }
+  // Whether channels are cut for the bytes of a mask. Where it reduces, chain.mask does not matter, so that the
+  // bits of the statistics do not depend on whether a mask is kept.
+  bool may_write_mask() const {
+    return forward() && has_branches({chain.activation}) && (chain.residual || (chain.mask && !reduces()));
+  }
 
  private:
   bool forward() const { return direction == Direction::Forward; }

@@ -243,7 +243,7 @@ template <class A>
 void backward(const BackwardArgs& args, const Kernels& kernels) {
   const Pass pass = pass_of(args);
   const bool reduces = pass.reduces();
-  const bool reduces_dy_alone = pass.reduce_reads() == Traffic{1, false};
+  const bool reduces_dz_alone = pass.reduce_reads().tensors == 1;
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
   const Partial partial(plan, reduces);
   const Coefficients<A, 5> coefficients(plan);
@@ -260,7 +260,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   };
 
   const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
-    kernels.gradient_sums(tile, args.dy, reduces_dy_alone ? nullptr : args.x, args.epilogue, of_forward(set),
+    kernels.gradient_sums(tile, args.dy, reduces_dz_alone ? nullptr : args.x, args.epilogue, of_forward(set),
                           partial.first(set, chunk), partial.second(set, chunk));
   };
   const auto add_chunks = [&](int64_t set, int64_t begin, int64_t end) {

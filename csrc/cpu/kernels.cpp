@@ -102,8 +102,9 @@ const Acc<T>* of_tile(const Tile& tile, const void* coefficients) {
   return static_cast<const Acc<T>*>(coefficients) + tile.c0;
 }
 
-template <bool kAdds, template <class> class Rows, class T, class Functor>
-void normalize_and_add(
+// kMore: there is a residual, a mask, or both.
+template <bool kMore, template <class> class Rows, class T, class Functor>
+void normalize_and_more(
     const Tile& tile, const T* x, const Epilogue& epilogue, const CoefficientArrays& arrays, T* y, bool bypass_cache) {
   const auto* residual = static_cast<const T*>(epilogue.residual);
   uint8_t* const mask = epilogue.mask;
@@ -113,10 +114,10 @@ void normalize_and_add(
   Rows<T>{tile}.template map<3>(coefficients,
                                 [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
                                   Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
-                                  if constexpr (kAdds) {
+                                  if (kMore && residual != nullptr) {
                                     z = z + at.read(residual);
                                   }
-                                  if constexpr (kAdds && Gradient<T, Functor>::kActivated) {
+                                  if constexpr (kMore && Gradient<T, Functor>::kActivated) {
                                     if (mask != nullptr) {
                                       at.write(mask, functor.branch(z));
                                     }
@@ -133,8 +134,8 @@ void normalize(const Tile& tile,
                const CoefficientArrays& arrays,
                void* y,
                bool bypass_cache) {
-  const auto run = epilogue.residual != nullptr ? normalize_and_add<true, Rows, T, Functor>
-                                                : normalize_and_add<false, Rows, T, Functor>;
+  const bool more = epilogue.residual != nullptr || epilogue.mask != nullptr;
+  const auto run = more ? normalize_and_more<true, Rows, T, Functor> : normalize_and_more<false, Rows, T, Functor>;
   run(tile, static_cast<const T*>(x), epilogue, arrays, static_cast<T*>(y), bypass_cache);
   fence();
 }
@@ -159,7 +160,7 @@ void gradient_sums(const Tile& tile,
     if (x != nullptr) {
       rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted, scratch);
     } else {
-      rows.sums(e, SumTerm<T>{static_cast<const T*>(dy)}, coefficients, sum, sum_shifted, scratch);
+      rows.sums(e, SumTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted, scratch);
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
       sum_dz[tile.c0 + c] += sum[c];

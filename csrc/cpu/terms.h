@@ -97,17 +97,19 @@ struct GradientTerm {
   }
 };
 
-// u = value; there is no w.
-template <class T>
+// u = dz, which is made of dy and a mask, or of dy alone; there is no w.
+template <class T, class Functor>
 struct SumTerm {
-  static constexpr int kCoefficients = 1;
-  const T* value;
+  static constexpr int kCoefficients = GradientTerm<T, Functor>::kCoefficients;
+  Gradient<T, Functor> gradient;
 
   template <class Place>
-  void add(const Place& at, const Vec<T> (&)[1], Vec<T>& sum, Vec<T>&) const {
-    sum = sum + at.keep(at.read(value));
+  void add(const Place& at, const Vec<T> (&k)[kCoefficients], Vec<T>& sum, Vec<T>&) const {
+    sum = sum + at.keep(gradient.behind(at, Vec<T>(0), k));
   }
-  Pair exact(int64_t i, const Acc<T> (&)[1]) const { return {static_cast<double>(value[i]), 0}; }
+  Pair exact(int64_t i, const Acc<T> (&k)[kCoefficients]) const {
+    return {gradient.behind(Single<T>{i}, Acc<T>(0), k), 0};
+  }
 };
 
 // The sums of one channel of a block, element by element in double precision.

@@ -33,16 +33,28 @@ FourTensors call_forward(const Arguments& a, bool with_mask) {
                                       number, a.activation.param, with_mask);
 }
 
-FourTensors call_backward(const BackwardArguments& a) {
+FourTensors call_backward(const BackwardArguments& a, Layout layout) {
   static const auto op = operator_of<decltype(batch_norm_backward<void>)>("bn_ext::batch_norm_backward", "");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
-  return op.call(a.dy, a.input, a.weight, a.bias, a.mean, a.invstd, a.training, a.residual, a.mask,
-                 static_cast<int64_t>(a.activation.kind), a.activation.param, a.set_size, a.output_mask);
+  return op.call(a.input.has_value() ? a.dy : laid_out(a.dy, layout), a.input, a.weight, a.bias, a.mean, a.invstd,
+                 a.training, a.residual, a.mask, static_cast<int64_t>(a.activation.kind), a.activation.param,
+                 a.set_size, a.output_mask);
 }
 
-// What the backward reads besides dy and the input.
-Chain kept(const Arguments& a) {
-  return backward_chain(a.activation.kind, a.residual.has_value());
+// What the backward reads besides dy and values per channel.
+struct Kept {
+  bool input;
+  bool residual;
+  bool mask;
+  bool z;  // is computed again, for which the bias is kept
+};
+
+Kept kept(const Arguments& a) {
+  const bool wants_dweight = a.weight.has_value() && a.weight->requires_grad();
+  const bool frozen = !a.training && !wants_dweight;
+  const Chain chain = backward_chain(a.activation.kind, a.residual.has_value(), frozen);
+  return {needs_input(a.training, wants_dweight, a.activation, chain.mask), chain.residual, chain.mask,
+          a.activation.kind != ActivationKind::Identity && !chain.mask};
 }
 
 // What a backward has to know besides tensors. Autograd keeps values by name, in a table that small calls would feel:
@@ -51,6 +63,7 @@ struct Call {
   bool biased;
   bool added;
   bool training;
+  Layout layout;
   double eps;
   Activation activation;
   SetSize set_size;
@@ -59,6 +72,7 @@ struct Call {
     return {double(biased),
             double(added),
             double(training),
+            double(layout),
             eps,
             double(activation.kind),
             activation.param,
@@ -68,9 +82,10 @@ struct Call {
     return {v[0] != 0,
             v[1] != 0,
             v[2] != 0,
-            v[3],
-            {static_cast<ActivationKind>(v[4]), v[5]},
-            v[6] != 0 ? SetSize(v[6]) : std::nullopt};
+            static_cast<Layout>(v[3]),
+            v[4],
+            {static_cast<ActivationKind>(v[5]), v[6]},
+            v[7] != 0 ? SetSize(v[7]) : std::nullopt};
   }
 };
 
@@ -85,13 +100,14 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                         const OptionalTensor& bias,
                         const OptionalTensor& residual,
                         const Arguments& a) {
-    const Chain keep = kept(a);
+    const Kept keep = kept(a);
     const auto [output, mean, invstd, mask] = call_forward(a, keep.mask);
-    const bool activated = a.activation.kind != ActivationKind::Identity;
-    ctx->save_for_backward({input, weight.value_or(Tensor()), activated ? bias.value_or(Tensor()) : Tensor(), mean,
-                            invstd, keep.residual ? *residual : Tensor(), mask});
+    const Layout layout = output.is_contiguous() ? Layout::Planar : Layout::Interleaved;
+    ctx->save_for_backward({keep.input ? input : Tensor(), weight.value_or(Tensor()),
+                            keep.z ? bias.value_or(Tensor()) : Tensor(), mean, invstd,
+                            keep.residual ? *residual : Tensor(), mask});
     ctx->saved_data["call"] =
-        Call{bias.has_value(), residual.has_value(), a.training, a.eps, a.activation, a.set_size}.packed();
+        Call{bias.has_value(), residual.has_value(), a.training, layout, a.eps, a.activation, a.set_size}.packed();
     return output;
   }
 
@@ -102,8 +118,9 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     }
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
-    const OptionalTensor weight = optional(1), bias = optional(2), residual = optional(5), mask = optional(6);
-    const auto [biased, added, training, eps, activation, set_size] =
+    const OptionalTensor input = optional(0), weight = optional(1), bias = optional(2), residual = optional(5),
+                         mask = optional(6);
+    const auto [biased, added, training, layout, eps, activation, set_size] =
         Call::unpacked(ctx->saved_data["call"].toDoubleVector());
     // Autograd numbers the tensors that are there.
     size_t edge = 0;
@@ -114,18 +131,18 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool wants_dresidual = wants(added);
     const bool passes_on = dresidual_is_dy(activation.kind);
     const BackwardArguments a{
-        dy,       saved[0],   weight,   bias,
+        dy,       input,      weight,   bias,
         saved[3], saved[4],   training, residual,
         mask,     activation, set_size, {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
     // Whatever has to see through the gradient gets it by standard operators.
     const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
-    const bool transformed = in_functorch() || has_tangent(dy) || has_tangent(a.input) || tangent(weight) ||
-                             tangent(bias) || tangent(residual);
+    const bool transformed =
+        in_functorch() || has_tangent(dy) || tangent(input) || tangent(weight) || tangent(bias) || tangent(residual);
     const char* reason = transformed ? "a transform of torch.func or forward-mode AD differentiates its gradient"
                          : at::GradMode::is_enabled() ? "its gradient may be differentiated again"
                                                       : nullptr;
     const auto [dx, dweight, dbias, dresidual] =
-        reason == nullptr ? call_backward(a) : decomposed_backward(a, eps, reason);
+        reason == nullptr ? call_backward(a, layout) : decomposed_backward(a, eps, layout, reason);
     return {dx, dweight, dbias, wants_dresidual && passes_on ? dy : dresidual, Tensor()};
   }
 };
@@ -162,9 +179,9 @@ bool is_inference(const OptionalTensor& t) {
 // Autograd saves no tensor that was made in inference mode. Of separate calls the activation saves its own input, and
 // the addition nothing, so that only a normalization with gradients has to refuse.
 bool saves_inference(const Arguments& a) {
-  const bool activated = a.activation.kind != ActivationKind::Identity;
-  return a.input.is_inference() || is_inference(a.weight) || (activated && is_inference(a.bias)) ||
-         (kept(a).residual && is_inference(a.residual));
+  const Kept keep = kept(a);
+  return (keep.input && a.input.is_inference()) || is_inference(a.weight) || (keep.z && is_inference(a.bias)) ||
+         (keep.residual && is_inference(a.residual));
 }
 
 // Why torch's own operators answer a call, with a result or an error; null if kernels normalize.

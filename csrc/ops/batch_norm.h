@@ -1,6 +1,7 @@
 #pragma once
 
 #include "core/activation.h"
+#include "core/problem.h"
 
 #include <ATen/core/Tensor.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
@@ -48,7 +49,7 @@ struct Arguments {
 // What batch_norm_backward takes.
 struct BackwardArguments {
   const Tensor& dy;
-  const Tensor& input;
+  const OptionalTensor& input;
   const OptionalTensor& weight;
   const OptionalTensor& bias;
   const Tensor& mean;
@@ -59,6 +60,9 @@ struct BackwardArguments {
   Activation activation;
   SetSize set_size;
   std::array<bool, 4> output_mask;
+
+  // Has the sizes, the dtype and the layout of the input: without an input dy has them.
+  const Tensor& like() const { return input.has_value() ? *input : dy; }
 };
 
 // What batch_norm_merge_stats takes.
@@ -72,6 +76,11 @@ struct MergeArguments {
   std::optional<double> momentum;
   double eps;
 };
+
+// Whether a backward needs the input: for the statistics, for dweight, and for z where no mask tells its branch.
+inline bool needs_input(bool training, bool wants_dweight, const Activation& activation, bool mask) {
+  return training || wants_dweight || (activation.kind != ActivationKind::Identity && !mask);
+}
 
 // Throws ValueError for a name that is none, or a parameter that the activation does not take.
 Activation activation_of(const Name& name, const Param& param);
@@ -109,7 +118,8 @@ inline std::atomic<FallbackObserver> fallback_observer = nullptr;
 // if given, normalizes: a call without residual and activation, which gets copies of the running statistics to write.
 Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(const Arguments&) = nullptr);
 
-// batch_norm_backward by standard operators, which can be differentiated again.
-FourTensors decomposed_backward(const BackwardArguments& a, double eps, const char* reason);
+// batch_norm_backward by standard operators, which can be differentiated again. `layout`, the input's, is the order of
+// a mask's bits.
+FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout layout, const char* reason);
 
 }  // namespace bn::ops

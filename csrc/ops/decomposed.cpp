@@ -145,8 +145,8 @@ Normalized by_kernels(const Arguments& a, Tensor (*kernels)(const Arguments&)) {
   const auto var = a.training ? copied(a.running_var) : a.running_var;
   const auto counter =
       cumulative ? OptionalTensor(a.num_batches_tracked->to(at::kLong, false, /*copy=*/true)) : std::nullopt;
-  const Tensor output =
-      kernels({a.input, a.weight, a.bias, mean, var, counter, a.training, a.momentum, a.eps, std::nullopt, {}, a.set_size});
+  const Tensor output = kernels(
+      {a.input, a.weight, a.bias, mean, var, counter, a.training, a.momentum, a.eps, std::nullopt, {}, a.set_size});
   return a.training ? Normalized{output, mean, var} : Normalized{output};
 }
 
@@ -207,12 +207,16 @@ Tensor activated(const Tensor& z, const Activation& activation) {
   __builtin_unreachable();
 }
 
-// The bits of a mask as a tensor like the input, of type Bool.
-Tensor branches(const Tensor& mask, const Tensor& input) {
-  const View x = view_as_problem(input);
+// The bits of a mask as a tensor like dy, of type Bool; `layout` is the input's.
+Tensor branches(const Tensor& mask, const Tensor& dy, Layout layout) {
   const Tensor bit = at::arange(8, mask.options());
-  const Tensor bits = mask.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, input.numel());
-  return bits.as_strided(x.tensor.sizes(), x.tensor.strides()).to(at::kBool);
+  const Tensor bits = mask.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, dy.numel());
+  std::vector<int64_t> sizes = dy.sizes().vec();
+  if (layout == Layout::Planar) {
+    return bits.view(sizes).to(at::kBool);
+  }
+  std::rotate(sizes.begin() + 1, sizes.begin() + 2, sizes.end());
+  return bits.view(sizes).movedim(-1, 1).to(at::kBool);
 }
 
 // Whether torch can add the residual, before it has normalized anything.
@@ -275,22 +279,25 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
   return output;
 }
 
-FourTensors decomposed_backward(const BackwardArguments& a, double eps, const char* reason) {
-  tell(a.input, reason);
-  const auto type = at::toOpMathType(a.input.scalar_type());
-  const auto [others, per_channel] = dimensions(a.input);
-  // The mean is taken off in double precision, as a constant: no derivative knows of it.
-  Tensor xmu = (a.input.to(at::kDouble) - spread(a.mean, a.input, a.set_size)).to(type);
-  Tensor invstd = spread(a.invstd.to(type), a.input, a.set_size);
-  if (a.training) {
-    xmu = xmu - average(xmu, a.set_size);
-    invstd = average(xmu.square(), a.set_size).add(eps).rsqrt();
+FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout layout, const char* reason) {
+  tell(a.dy, reason);
+  const auto type = at::toOpMathType(a.dy.scalar_type());
+  const auto [others, per_channel] = dimensions(a.dy);
+  Tensor invstd = spread(a.invstd.to(type), a.dy, a.set_size);
+  Tensor x_hat;
+  if (a.input.has_value()) {
+    // The mean is taken off in double precision, as a constant: no derivative knows of it.
+    Tensor xmu = (a.input->to(at::kDouble) - spread(a.mean, a.dy, a.set_size)).to(type);
+    if (a.training) {
+      xmu = xmu - average(xmu, a.set_size);
+      invstd = average(xmu.square(), a.set_size).add(eps).rsqrt();
+    }
+    x_hat = xmu * invstd;
   }
-  const Tensor x_hat = xmu * invstd;
   const activation::Any function{{}, a.activation};
   Tensor dz = a.dy.to(type);
   if (a.mask.has_value()) {
-    dz = function.gradient_on(branches(*a.mask, a.input), dz);
+    dz = function.gradient_on(branches(*a.mask, a.dy, layout), dz);
   } else if (a.activation.kind != ActivationKind::Identity) {
     Tensor z = a.weight.has_value() ? x_hat * a.weight->to(type).view(per_channel) : x_hat;
     z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
@@ -301,10 +308,10 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, const ch
   const auto dx = [&] {
     Tensor centred = a.training ? dz - average(dz, a.set_size) - x_hat * average(dz * x_hat, a.set_size) : dz;
     centred = centred * invstd;
-    return (a.weight.has_value() ? centred * a.weight->to(type).view(per_channel) : centred).to(a.input.scalar_type());
+    return (a.weight.has_value() ? centred * a.weight->to(type).view(per_channel) : centred).to(a.dy.scalar_type());
   };
   return {wants_dx ? dx() : Tensor(), wants_dweight ? (dz * x_hat).sum(others) : Tensor(),
-          wants_dbias ? dz.sum(others) : Tensor(), wants_dresidual ? dz.to(a.input.scalar_type()) : Tensor()};
+          wants_dbias ? dz.sum(others) : Tensor(), wants_dresidual ? dz.to(a.dy.scalar_type()) : Tensor()};
 }
 
 }  // namespace bn::ops

@@ -145,15 +145,19 @@ void check_running_statistics(const Arguments& a, bool tracked) {
 }
 
 void check_inputs(const BackwardArguments& a) {
-  check_input(a.input);
+  const Tensor& input = a.like();
+  check_input(input);
   check_set_size(a.set_size);
-  check_like_input("dy", a.dy, a.input);
-  check_per_channel("weight", a.weight, a.input);
-  check_per_channel("bias", a.bias, a.input);
-  check_statistics("mean", a.mean, a.input, a.set_size);
-  check_statistics("invstd", a.invstd, a.input, a.set_size);
-  check_residual(a.residual, a.input);
-  check_branches(a.mask, a.activation, a.input);
+  TORCH_CHECK(a.input.has_value() || !needs_input(a.training, a.output_mask[1], a.activation, a.mask.has_value()),
+              "batch_norm_backward: input is needed in training, for the gradient of weight, and for an activation "
+              "without a mask");
+  check_like_input("dy", a.dy, input);
+  check_per_channel("weight", a.weight, input);
+  check_per_channel("bias", a.bias, input);
+  check_statistics("mean", a.mean, input, a.set_size);
+  check_statistics("invstd", a.invstd, input, a.set_size);
+  check_residual(a.residual, input);
+  check_branches(a.mask, a.activation, input);
 }
 
 void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size) {
@@ -195,8 +199,7 @@ void check_inputs(const MergeArguments& a) {
                     "batch_norm_merge_stats: a cumulative average needs num_batches_tracked");
 }
 
-void check_with_mask(bool with_mask, const OptionalTensor& residual, const Activation& activation) {
-  TORCH_CHECK(!with_mask || residual.has_value(), "batch_norm_forward: without a residual there is no mask");
+void check_with_mask(bool with_mask, const Activation& activation) {
   TORCH_CHECK(!with_mask || has_branches(activation), "batch_norm_forward: ", name_of(activation), " has no mask");
 }
 
@@ -227,6 +230,10 @@ Tensor laid_out_like(const Tensor& tensor, const View& view) {
   const Tensor& t = view.tensor;
   const bool same = rows_of_channels(t) ? rows_of_channels(tensor) : tensor.is_contiguous(memory_format(t));
   return same ? tensor : empty_like(view).copy_(tensor);
+}
+
+Tensor laid_out(const Tensor& tensor, Layout layout) {
+  return layout == Layout::Planar ? tensor.contiguous() : tensor.movedim(1, -1).contiguous().movedim(-1, 1);
 }
 
 DType dtype_of(const Tensor& tensor) {

@@ -19,7 +19,7 @@ void check_inputs(const MergeArguments& a);
 // The values that the statistics of each set are of.
 void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size);
 // Whether a forward can write the branches of its activation.
-void check_with_mask(bool with_mask, const OptionalTensor& residual, const Activation& activation);
+void check_with_mask(bool with_mask, const Activation& activation);
 // Throws what would go wrong once the first of the running statistics is written. `tracked`: whether autograd, which
 // refuses some, sees the writes.
 void check_running_statistics(const Arguments& a, bool tracked);
@@ -40,6 +40,9 @@ Tensor empty_like(const View& view);
 
 // `tensor`, of the same sizes, in the same layout: itself or a copy.
 Tensor laid_out_like(const Tensor& tensor, const View& view);
+
+// `tensor`, of an input's sizes, in the order of memory of the input's layout: itself or a copy.
+Tensor laid_out(const Tensor& tensor, Layout layout);
 
 DType dtype_of(const Tensor& tensor);
 

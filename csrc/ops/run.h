@@ -63,7 +63,7 @@ template <class Backend>
 FourTensors run_forward(const Arguments& a, bool with_mask) {
   check_inputs(a);
   check_residual(a.residual, a.input);
-  check_with_mask(with_mask, a.residual, a.activation);
+  check_with_mask(with_mask, a.activation);
   const View x = view_as_problem(a.input, a.set_size);
   Tensor output = empty_like(x);
   Tensor mean = empty_statistics(a.input, a.set_size);
@@ -137,7 +137,7 @@ FourTensors batch_norm_forward_evaluation(const Tensor& input,
 
 template <class Backend>
 FourTensors batch_norm_backward(const Tensor& dy,
-                                const Tensor& input,
+                                const OptionalTensor& input,
                                 const OptionalTensor& weight,
                                 const OptionalTensor& bias,
                                 const Tensor& mean,
@@ -150,18 +150,20 @@ FourTensors batch_norm_backward(const Tensor& dy,
                                 SetSize set_size,
                                 std::array<bool, 4> output_mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
-  check_inputs(BackwardArguments{dy, input, weight, bias, mean, invstd, training, residual, mask, activation, set_size,
-                                 output_mask});
+  const BackwardArguments a{dy,       input,    weight, bias,       mean,     invstd,
+                            training, residual, mask,   activation, set_size, output_mask};
+  check_inputs(a);
+  const Tensor& like = a.like();
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;
-  const View x = view_as_problem(input, set_size);
+  const View x = view_as_problem(like, set_size);
   const Operand g(dy, x);
   const auto parameter =
-      mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(input.scalar_type()));
+      mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(like.scalar_type()));
   Tensor dx = wants_dx ? empty_like(x) : Tensor();
-  Tensor dweight = wants_dweight ? at::empty({input.size(1)}, parameter) : Tensor();
-  Tensor dbias = wants_dbias ? at::empty({input.size(1)}, parameter) : Tensor();
+  Tensor dweight = wants_dweight ? at::empty({like.size(1)}, parameter) : Tensor();
+  Tensor dbias = wants_dbias ? at::empty({like.size(1)}, parameter) : Tensor();
   Tensor dresidual = wants_dresidual ? empty_like(x) : Tensor();
-  if (input.numel() == 0) {
+  if (like.numel() == 0) {
     for (const Tensor& sum : {dweight, dbias}) {
       if (sum.defined()) {
         sum.zero_();
@@ -175,17 +177,17 @@ FourTensors batch_norm_backward(const Tensor& dy,
   }
   const Operand r(residual, x);
   const bool merges = (wants_dweight || wants_dbias) && !x.problem.one_set();
-  const Tensor sum_dz = merges ? empty_statistics(input, set_size) : Tensor();
-  const Tensor sum_dz_xmu = merges ? empty_statistics(input, set_size) : Tensor();
+  const Tensor sum_dz = merges ? empty_statistics(like, set_size) : Tensor();
+  const Tensor sum_dz_xmu = merges ? empty_statistics(like, set_size) : Tensor();
   Backend::backward(
-      {x.problem, Stages::All, g.data(), x.tensor.const_data_ptr(), per_channel(weight), per_channel(bias),
-       mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
+      {x.problem, Stages::All, g.data(), input.has_value() ? x.tensor.const_data_ptr() : nullptr, per_channel(weight),
+       per_channel(bias), mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
        Epilogue{activation, r.data(), bits_of(mask)}, wants_dx ? dx.mutable_data_ptr() : nullptr,
        wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
        wants_dweight ? per_channel_to_write(dweight) : PerChannel{},
        wants_dbias ? per_channel_to_write(dbias) : PerChannel{}, merges ? sum_dz.mutable_data_ptr<double>() : nullptr,
        merges ? sum_dz_xmu.mutable_data_ptr<double>() : nullptr, /*counts=*/nullptr},
-      input);
+      like);
   return {dx, dweight, dbias, dresidual};
 }
 

@@ -105,7 +105,7 @@ TwoTensors batch_norm_elemt(const Tensor& input,
   check_statistics("mean", mean, input, set_size);
   check_statistics("invstd", invstd, input, set_size);
   check_residual(residual, input);
-  check_with_mask(with_mask, residual, activation);
+  check_with_mask(with_mask, activation);
   const View x = view_as_problem(input, set_size);
   Tensor output = empty_like(x);
   Tensor mask = with_mask ? empty_mask(input) : Tensor();

@@ -259,6 +259,8 @@ class Kernels:
         wanted: Sequence[bool] = (True, True, True, False),
         tail: Tail = NOTHING,
         set_size: int | None = None,
+        *,
+        reads_x: bool = True,
     ) -> tuple[Tensor | None, ...]:
         """The wanted gradients, in the order of autograd: of input, weight, bias and residual."""
         of_parameter = x.new_empty(x.size(1), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -269,7 +271,7 @@ class Kernels:
             problem_of(x, set_size),
             ALL,
             address(dy),
-            address(x),
+            address(x if reads_x else None),
             *map(per_channel, (weight, bias)),
             address(mean),
             address(invstd),

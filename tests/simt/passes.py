@@ -78,7 +78,12 @@ BRANCHES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def together(
-    kernels: Kernels, device: Device, a: Arguments, mask: Tensor | None = None, wanted: Sequence[bool] | None = None
+    kernels: Kernels,
+    device: Device,
+    a: Arguments,
+    mask: Tensor | None = None,
+    wanted: Sequence[bool] | None = None,
+    **of_backward: Any,
 ) -> Result:
     """A forward and a backward by the kernels. If there is a mask, the forward fills it, and the backward reads it in
     place of the residual."""
@@ -89,7 +94,7 @@ def together(
         tail = tail._replace(residual=None)
     inputs = a.dy, a.input, a.weight, a.bias, *statistics, a.training
     wanted = wanted or (True, True, True, a.residual is not None)
-    return Result(y, *running, *kernels.backward(device, *inputs, wanted, tail))
+    return Result(y, *running, *kernels.backward(device, *inputs, wanted, tail, **of_backward))
 
 
 def bits_of(mask: Tensor, like: Tensor) -> Tensor:
