@@ -18,14 +18,14 @@ In a shell, ``python -m bn_ext`` says what is built and what runs, and checks re
 
 from bn_ext import activation, functional, stages
 from bn_ext._fallback import set_warn_fallback
-from bn_ext.checkpoint import checkpoint_contexts
 from bn_ext.functional import plan
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.folding.fold import fold
 from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.graph.report import report
-from bn_ext.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from bn_ext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from bn_ext.tools.compare import compare
+from bn_ext.train import checkpoint_contexts
 
 __all__ = [
     "BatchNorm1d",

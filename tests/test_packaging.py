@@ -83,6 +83,16 @@ def test_a_wheel_requires_the_torch_that_it_was_built_against(sources: Path, tmp
     assert required(metadata.read_text()) == [SETUP["needed_torch"](torch.__version__)]
 
 
+def test_a_wheel_has_every_module_of_the_package(sources: Path, tmp_path: Path) -> None:
+    run = run_setup(sources, "build_py", "--build-lib", str(tmp_path))
+    assert run.returncode == 0, run.stderr
+    there, built = (
+        {str(path.relative_to(folder)) for path in folder.glob("**/*.py")}
+        for folder in (sources / "bn_ext", tmp_path / "bn_ext")
+    )
+    assert built == there
+
+
 def required(metadata: str) -> list[str]:
     return [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
 

@@ -20,7 +20,7 @@ from bn_ext.graph.conversion import classes
 from bn_ext.graph.conversion.forwards import WithActivation
 from bn_ext.graph.folding.fold import THE_MODEL, Fold, folds
 from bn_ext.graph.fusion.installed import fusions
-from bn_ext.modules import BatchNormAct
+from bn_ext.nn.activated import BatchNormAct
 
 if TYPE_CHECKING:
     from bn_ext.graph.fusion.rewrite import Fusion

@@ -23,7 +23,7 @@ from bn_ext.graph.conversion.classes import is_batch_norm, is_ours
 from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.graph.report import report
-from bn_ext.modules import _FusedForward
+from bn_ext.nn.base import FusedForward
 from bn_ext.tools.comparison import COMPILED, COMPILED_OURS, CONVERTED, FUSED, TORCH, WITHOUT, Comparison, Row
 from bn_ext.tools.judge import Judge
 from bn_ext.tools.machine import Others, described, name_of, where
@@ -185,7 +185,7 @@ def _first(input: Any, *_: Any, **__: Any) -> Any:
 def _by_torch(model: nn.Module) -> nn.Module:
     """With torch's classes, or torch's operators in the calls of ours that torch's classes have no arguments for."""
     for module in model.modules():
-        if isinstance(module, _FusedForward) and type(module).__module__ == _FusedForward.__module__:
+        if isinstance(module, FusedForward) and type(module).__module__.startswith("bn_ext.nn."):
             module.forward = partial(_separately, module)  # type: ignore[method-assign]
     return revert(model)
 

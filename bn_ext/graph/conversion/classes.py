@@ -9,28 +9,29 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bn_ext import modules
 from bn_ext.graph.conversion import forwards
 from bn_ext.graph.conversion.forwards import full_name
+from bn_ext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_ext.nn.base import Ours
 
 
-class LazyBatchNorm1d(modules.Ours, nn.LazyBatchNorm1d):
-    cls_to_become = modules.BatchNorm1d  # type: ignore[assignment]
+class LazyBatchNorm1d(Ours, nn.LazyBatchNorm1d):
+    cls_to_become = BatchNorm1d  # type: ignore[assignment]
 
 
-class LazyBatchNorm2d(modules.Ours, nn.LazyBatchNorm2d):
-    cls_to_become = modules.BatchNorm2d  # type: ignore[assignment]
+class LazyBatchNorm2d(Ours, nn.LazyBatchNorm2d):
+    cls_to_become = BatchNorm2d  # type: ignore[assignment]
 
 
-class LazyBatchNorm3d(modules.Ours, nn.LazyBatchNorm3d):
-    cls_to_become = modules.BatchNorm3d  # type: ignore[assignment]
+class LazyBatchNorm3d(Ours, nn.LazyBatchNorm3d):
+    cls_to_become = BatchNorm3d  # type: ignore[assignment]
 
 
 # :func:`counterpart` adds to these.
 _OURS: dict[type, type] = {
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
     nn.LazyBatchNorm1d: LazyBatchNorm1d,
     nn.LazyBatchNorm2d: LazyBatchNorm2d,
     nn.LazyBatchNorm3d: LazyBatchNorm3d,
@@ -42,7 +43,7 @@ class UnlikeError(Exception):
     """Why a class or a module has no counterpart of ours."""
 
 
-class Counterpart(modules.Ours):
+class Counterpart(Ours):
     """A class of ours made from another's, whose instances differ from the other's in forward and repr alone."""
 
     _original: ClassVar[type[nn.Module]] = nn.Module
@@ -64,9 +65,9 @@ def _blank(original: type) -> nn.Module:
 
 # The class of ours whose forward replaces theirs, by patterns of full names, so that no package is imported.
 _RECOGNIZED: dict[str, type[nn.Module]] = {
-    "torch.nn.modules.batchnorm.BatchNorm1d": modules.BatchNorm1d,
-    "torch.nn.modules.batchnorm.BatchNorm2d": modules.BatchNorm2d,
-    "torch.nn.modules.batchnorm.BatchNorm3d": modules.BatchNorm3d,
+    "torch.nn.modules.batchnorm.BatchNorm1d": BatchNorm1d,
+    "torch.nn.modules.batchnorm.BatchNorm2d": BatchNorm2d,
+    "torch.nn.modules.batchnorm.BatchNorm3d": BatchNorm3d,
     "timm.layers.norm_act.BatchNormAct2d": forwards.BatchNormAct2d,
     "timm.layers.norm_act.FrozenBatchNormAct2d": forwards.FrozenBatchNormAct2d,
     "torchvision.ops.misc.FrozenBatchNorm2d": forwards.FrozenBatchNorm2d,
@@ -105,7 +106,7 @@ def is_batch_norm(module: nn.Module) -> bool:
 
 
 def is_ours(module: nn.Module) -> bool:
-    return isinstance(module, modules.Ours)
+    return isinstance(module, Ours)
 
 
 def original(cls: type) -> type[nn.Module] | None:

@@ -10,7 +10,7 @@ from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext.functional import EXPORTED, exporting, finished, operator
 from bn_ext.graph.folding.layers import altered
-from bn_ext.modules import _FusedForward
+from bn_ext.nn.base import FusedForward
 
 # The operator's activations by the full names of modules, so that no package is imported.
 _ACTIVATIONS: dict[str, activations.Name] = {
@@ -61,7 +61,7 @@ class WithActivation(nn.Module):
         return name, getattr(act, activations.PARAMETERS[name]) if name in activations.PARAMETERS else None
 
 
-class BatchNormAct2d(WithActivation, _FusedForward):
+class BatchNormAct2d(WithActivation, FusedForward):
     def forward(self, x: Tensor) -> Tensor:
         if not is_scripting():
             if isinstance(x, Proxy):

@@ -17,13 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from bn_ext import modules
 from bn_ext.graph.arguments import check_model
 from bn_ext.graph.folding.layers import absorbed, rest
 from bn_ext.graph.folding.nodes import Nodes
 from bn_ext.graph.folding.pairs import Judgement, Pair
 from bn_ext.graph.folding.trace import trace
 from bn_ext.graph.folding.watch import Watch, located, tensors
+from bn_ext.nn.activated import BatchNormAct
 
 Model = TypeVar("Model", bound=nn.Module | ExportedProgram)
 _FOLDS = "_bn_ext_folds"
@@ -111,7 +111,7 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
     for name, module in model.named_modules():
         if any(is_lazy(tensor) for tensor in tensors(module)):
             raise ValueError(f"fold: {name or 'the model'} is not initialized, call the model first")
-        if module.training and (module is model or isinstance(module, (_BatchNorm, modules.BatchNormAct))):
+        if module.training and (module is model or isinstance(module, (_BatchNorm, BatchNormAct))):
             instead = " or fold the program that it was made of" if isinstance(model, GraphModule) else ""
             raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first{instead}")
     folded = _twin(model)

@@ -15,8 +15,9 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bn_ext import activation as activations
-from bn_ext import modules
 from bn_ext.functional import finished, operator
+from bn_ext.nn import BatchNorm2d
+from bn_ext.nn.activated import BatchNormAct
 
 # The rank of a layer's output in which dimension 1, which a batch norm normalizes, holds the layer's channels. A linear
 # layer takes inputs of any rank, a convolution a single example too.
@@ -42,7 +43,7 @@ _RANKS: dict[Any, tuple[int, ...]] = {
 }
 _ANY_RANK = (2, 3, 4, 5)
 _TORCHS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-_OURS = (modules.BatchNorm2d.forward, modules.BatchNormAct.forward)
+_OURS = (BatchNorm2d.forward, BatchNormAct.forward)
 # Forwards of other packages, by the full name of their class: a batch norm that never uses statistics of the batch, and
 # one that is followed by the modules ``drop`` and ``act``.
 _FROZEN = re.compile(r"(torchvision\.ops|detectron2\.layers|transformers\.models|bn_ext\.graph)\..*FrozenBatchNorm2d")
@@ -182,7 +183,7 @@ def rest(module: Any, layer: LayerCall, plain: bool, folded: str) -> nn.Module:
     if _of_others(module, _WITH_ACTIVATION):
         return nn.Sequential(OrderedDict(drop=module.drop, act=module.act))
     rank = layer.rank if len(ranks(module)) > 1 else None
-    if isinstance(module, modules.BatchNormAct):
+    if isinstance(module, BatchNormAct):
         return Rest(folded, rank, module.activation, module.activation_param)
     return nn.Identity() if plain and rank is None else Rest(folded, rank, None, None)
 

@@ -18,7 +18,7 @@ from bn_ext import activation as activations
 from bn_ext.functional import has_kernels, operator
 from bn_ext.graph.fusion.effects import alike, between, memory, name_of, only_computes, value, writes
 from bn_ext.graph.fusion.spelling import activation_of, call_of, passes_through, reader
-from bn_ext.modules import Ours
+from bn_ext.nn.base import Ours
 
 _ARGUMENTS = tuple(argument.name for argument in operator.default._schema.arguments)
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

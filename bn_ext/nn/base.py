@@ -1,0 +1,72 @@
+"""The bases of all modules: one operator call in the place of torch's forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.jit import is_scripting
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from bn_ext import activation as activations
+from bn_ext._fallback import fell_back
+from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, operator
+
+
+class Ours(torch.nn.Module):
+    """A module of ours, or one that will become ours: its repr says so."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, (super().extra_repr(), "bn_ext")))
+
+
+class FusedForward(Ours, _NormBase):
+    """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
+
+    def _traced(self, input: Any, **options: Any) -> Any:
+        """Records a call of this module in a torch.fx graph. torch.fx by itself does so for torch.nn's modules only."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), given)
+
+    def _fused(
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        activation: activations.Name | None,
+        activation_param: float | None,
+    ) -> Tensor:
+        if not is_scripting():
+            check(input, activation, activation_param)
+            residual = as_tensor(residual, input)
+            if exporting():
+                fell_back(input, EXPORTED)
+                return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
+        self._check_input_dim(input)
+        running_mean, running_var = self.running_mean, self.running_var
+        num_batches_tracked: Tensor | None = None
+        momentum: float | None = self.momentum
+        if not self.training:
+            training = running_mean is None and running_var is None
+        else:
+            training = True
+            if self.track_running_stats:
+                num_batches_tracked = self.num_batches_tracked
+            else:
+                running_mean = running_var = None
+        if num_batches_tracked is None and momentum is None:
+            momentum = 0.0
+        return operator(
+            input,
+            self.weight,
+            self.bias,
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            training,
+            momentum,
+            self.eps,
+            residual,
+            activation,
+            activation_param,
+        )

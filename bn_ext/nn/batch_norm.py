@@ -1,0 +1,103 @@
+"""The batch norms: torch's own in everything but the forward call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.jit import is_scripting
+
+from bn_ext import activation as activations
+from bn_ext.nn.base import FusedForward
+
+
+class _FusedBatchNorm(FusedForward):
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        activation: activations.Name | None = None,
+        activation_param: float | None = None,
+    ) -> Tensor:
+        if not is_scripting():  # noqa: SIM102, which would have TorchScript compile what is inside
+            if isinstance(input, Proxy):
+                return self._traced(input, residual=residual, activation=activation, activation_param=activation_param)
+        return self._fused(input, residual, activation, activation_param)
+
+
+class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
+    """:class:`torch.nn.BatchNorm1d` on fused kernels, and what follows the normalization in the same pass.
+
+    The call takes a residual and an activation, as :class:`BatchNorm2d` does.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
+
+    Shape:
+        - input, residual, output: (N, C) or (N, C, L).
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNorm1d(8)
+        >>> x, residual = torch.randn(2, 4, 8, 5)
+        >>> bn(x, residual, activation="relu").shape
+        torch.Size([4, 8, 5])
+    """
+
+
+class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
+    """:class:`torch.nn.BatchNorm2d` on fused kernels, and what follows the normalization in the same pass.
+
+    ``module(input, residual, activation="relu", activation_param=None)`` gives
+    ``activation(batch_norm(input) + residual)``; each of the three is optional, as in
+    :func:`bn_ext.functional.batch_norm`. They belong to the call, so that torch's class in the place of this one raises
+    TypeError where it would drop them.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: added to the variance.
+        momentum: weight of a batch in the running statistics, or None for their cumulative average.
+        affine: whether there are a weight and a bias.
+        track_running_stats: whether there are running statistics, by which evaluation normalizes. Without them it
+            normalizes by the statistics of its own batch.
+        device, dtype: of parameters and buffers.
+
+    Shape:
+        - input, residual, output: (N, C, H, W), of any strides.
+
+    Raises:
+        ValueError: in a call, an input of another rank; in training, one value per channel, or ``eps`` not positive; an
+            unknown activation, or a parameter for one that has none.
+        RuntimeError: in a call, other than ``num_features`` channels; a dtype or device that does not fit the input.
+        NotImplementedError: in a call, an input that is not of a floating dtype.
+
+    Example:
+        >>> bn = bn_ext.BatchNorm2d(8)
+        >>> x, residual = torch.randn(2, 4, 8, 5, 5)
+        >>> bn(x, residual, activation="relu").shape
+        torch.Size([4, 8, 5, 5])
+    """
+
+
+class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
+    """:class:`torch.nn.BatchNorm3d` on fused kernels, and what follows the normalization in the same pass.
+
+    The call takes a residual and an activation, as :class:`BatchNorm2d` does.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
+
+    Shape:
+        - input, residual, output: (N, C, D, H, W), of any strides.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+
+    Example:
+        >>> bn = bn_ext.BatchNorm3d(8)
+        >>> x, residual = torch.randn(2, 4, 8, 2, 5, 5)
+        >>> bn(x, residual, activation="relu").shape
+        torch.Size([4, 8, 2, 5, 5])
+    """
