@@ -26,7 +26,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m bench.expect --page README.md
 
 cuda-check: $(VENV)/tools
-	MAX_JOBS=$(JOBS) $(BIN)/python -m tests.cuda_check
+	MAX_JOBS=$(JOBS) $(BIN)/python -m tests.support.cuda_check
 
 # All phases together take about 20 minutes. In commands of no more than eight, each of which builds what is not built:
 #   make gpu PHASES="core"

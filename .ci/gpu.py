@@ -90,12 +90,12 @@ def bench(part: str, seconds: float) -> Step:
 
 def sanitizer(tool: str, seconds: float) -> Step:
     options = ["--kernel-name", "kns=batch_norm_kernel", "--report-api-errors", "no", "--error-exitcode", "1"]
-    command = ["compute-sanitizer", *options, "--tool", tool, sys.executable, "tests/sanitize.py"]
+    command = ["compute-sanitizer", *options, "--tool", tool, sys.executable, "tests/support/sanitize.py"]
     return Step(tool, seconds, command)
 
 
 def phases() -> dict[str, list[Step]]:
-    tests = "tests/test_gpu.py"
+    tests = "tests/cuda/test_gpu.py"
     smoke = [f"{tests}::{name}" for name in ("test_results", "test_graph_of_a_training_step")]
     profile = [sys.executable, "-m", "bench.traffic", str(FOLDER / "profile.csv"), "--within", "{seconds}"]
     return {
@@ -126,7 +126,7 @@ def attempt(step: Step, until: float, log: Path) -> tuple[int, str]:
     """The command's status and how it ended, its output at the end of the log."""
     left = max(until - time.monotonic(), 1.0)
     command = [part.format(seconds=left - GRACE) if part.startswith("{seconds") else part for part in step.command]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **step.environment}
     with log.open("ab") as file:
         process = subprocess.Popen(

@@ -223,7 +223,7 @@ def test_unpickled_by_another_process(cls: type, tmp_path: Path) -> None:
     root = Path(bn_ext.__file__).parent.parent
     ran = subprocess.run(
         [sys.executable, str(Path(lookalikes.__file__)), str(file)],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"},
+        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'support'}"},
         capture_output=True,
         text=True,
         check=False,

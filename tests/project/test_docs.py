@@ -17,7 +17,7 @@ from torch import nn
 import bn_ext
 import bn_ext.graph
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PLACES = {
     "bn_ext": (bn_ext, bn_ext.__all__),
     "bn_ext.graph": (bn_ext.graph, bn_ext.graph.__all__),
@@ -172,7 +172,8 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_found() -> None:
-    here = "`tests/test_docs.py` `tests/test_docs.py::test_links_between_documents` `csrc/core` `other/file.h`"
+    page = "tests/project/test_docs.py"
+    here = f"`{page}` `{page}::test_links_between_documents` `csrc/core` `other/file.h`"
     assert unknown_places(here) == []
-    gone = "`csrc/core/none.h` `tests/test_docs.py::test_none`"
-    assert unknown_places(gone) == ["csrc/core/none.h", "tests/test_docs.py::test_none"]
+    gone = f"`csrc/core/none.h` `{page}::test_none`"
+    assert unknown_places(gone) == ["csrc/core/none.h", f"{page}::test_none"]

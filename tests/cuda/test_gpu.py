@@ -193,8 +193,8 @@ ONE_OF_EACH_TEAM = {plan_of(p, "forward").team: number for number, p in reversed
 
 @pytest.mark.parametrize("way", ONE_OF_EACH_TEAM.values(), ids=ONE_OF_EACH_TEAM)
 def test_first_call_in_a_capture(way: int) -> None:
-    here = Path(__file__).parent
-    path = [str(here), str(here.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here, tests = Path(__file__).parents[:2]
+    path = [str(here), str(tests / "support"), str(tests.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
     command = [sys.executable, "-c", FIRST_CALL, str(way)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+OPS = Path(__file__).parents[1] / "ops"
 ACTIVATIONS = [f"test_activation.py::{name}" for name in ("test_types", "test_shapes", "test_mask")]
 CORE = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py", *ACTIVATIONS]
 AVAILABLE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
@@ -27,7 +27,7 @@ def test_level(level: str) -> None:
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
         return subprocess.run(
-            command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=OPS, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
 
     used = python("-c", "import bn_ext._C; print(bn_ext._C.instruction_set())")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the examples are no part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the examples are no part of the installed package
 
 import agreement
 import digits
@@ -23,7 +23,7 @@ import speed
 import stacks
 import training
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = {"train-images": (60, 28, 28), "train-labels": (60,), "t10k-images": (20, 28, 28), "t10k-labels": (20,)}
 TRAIN_IMAGES = "train-images-idx3-ubyte"
 TRAIN_LABELS = "train-labels-idx1-ubyte"

@@ -1,6 +1,6 @@
 """Compiles every CUDA file for every architecture, without a GPU, and prints what each kernel takes of one.
 
-    python -m tests.cuda_check
+    python -m tests.support.cuda_check
 
 Fails where a file does not compile or a kernel takes more than the launch plans count on.
 """
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 ARCHITECTURES = ("sm_75", "sm_80", "sm_90", "sm_100", "sm_120")
 INCLUDES = ["-Icsrc", *(f"-isystem={path}" for path in include_paths())]

@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
 from bench import (
     gpu,
@@ -31,7 +31,7 @@ from bench import (
 )
 from bn_ext.tools import timing
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SHAPE = "2x4x5x5"
 CASE = (SHAPE, "contiguous", "float32", "bn")
 MACHINE = {

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-OBJECTS = sorted(Path(__file__).parents[1].glob("build/temp*/*/csrc/cpu/kernels.o"))
+OBJECTS = sorted(Path(__file__).parents[2].glob("build/temp*/*/csrc/cpu/kernels.o"))
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm, of binutils")

@@ -1,6 +1,7 @@
 """Every plan once, for a tool of compute-sanitizer to look at: forward and backward, in training and evaluation.
 
-compute-sanitizer --kernel-name kns=batch_norm_kernel --error-exitcode 1 --tool memcheck python tests/sanitize.py
+compute-sanitizer --kernel-name kns=batch_norm_kernel --error-exitcode 1 --tool memcheck \
+    python tests/support/sanitize.py
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ every_small_way = pytest.mark.parametrize("problem", SMALL, ids=str)
 
 
 def on(device: str) -> Iterator[ModuleType]:
-    """tests/test_gpu.py with another device in the place of the GPU, on which every stream is the only one."""
+    """tests/cuda/test_gpu.py with another device in the place of the GPU, on which every stream is the only one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(problems, "NO_GPU", None)
         patch.delitem(sys.modules, "test_gpu", raising=False)

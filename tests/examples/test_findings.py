@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))  # the examples are no part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the examples are no part of the installed package
 
 import picture
 import report

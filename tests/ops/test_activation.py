@@ -42,7 +42,7 @@ from bn_ext.activation import DEFAULTS, NAMES, PARAMETERS
 from bn_ext.functional import batch_norm
 
 OPS = torch.ops.bn_ext
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 check = partial(check, slack=2.0)  # of thousands of problems some are off by chance
 # Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]

@@ -11,7 +11,7 @@ from torch import nn
 
 import bn_ext
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "quickstart.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
 def test_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,8 @@ import pytest
 import torch
 
 LONGEST = float(os.environ.get("BN_EXT_TESTS_LONGEST", "100"))  # seconds for a test
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = (ROOT, ROOT / "tests", ROOT / "tests" / "support")  # of modules that tests import
 BEGUN = os.environ.get("BN_EXT_TESTS_BEGUN")
 FAILURE = pytest.StashKey[str]()
 stderr = 2
@@ -84,7 +85,7 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 
 def is_ours(module: str) -> bool:
-    return any((folder / name).exists() for folder in (ROOT, ROOT / "tests") for name in (module, f"{module}.py"))
+    return any((folder / name).exists() for folder in FOLDERS for name in (module, f"{module}.py"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

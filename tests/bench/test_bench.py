@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
 from bench import cpu, expect, heap, measure, memory, networks, peers, problems, record, report, training
 
@@ -238,6 +238,6 @@ def test_make_bench_ends_where_a_process_fails(tmp_path: Path) -> None:
     for done in ("tools", "built"):
         (tmp_path / done).touch()
     make = ["make", "bench", f"VENV={tmp_path}", f"BIN={tmp_path}"]
-    run = subprocess.run(make, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    run = subprocess.run(make, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
     assert run.returncode != 0
     assert calls.read_text().splitlines()[-1].endswith("-heap-2.json"), "nothing runs after it"

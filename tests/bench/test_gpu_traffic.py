@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # bench is no part of the installed package
+sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
 from bench import traffic
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 STUB = """\
 class cuda:
     poisoned = False
@@ -43,7 +43,7 @@ def session(tmp_path: Path):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_stub.py").write_text(TESTS)
     (tmp_path / "tests" / "test_missing.py").write_text("import no_such_package.part\ndef test(): pass\n")
-    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])
+    path = os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests" / "support")])
     environment = {**os.environ, "PYTHONPATH": path, "BN_EXT_TESTS_BEGUN": "", "BN_EXT_TESTS_LONGEST": "2"}
 
     def run(*options: str, begun: Path | None = None) -> tuple[int, str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from setuptools.command.build_ext import customize_compiler, new_compiler
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SETUP = runpy.run_path(str(ROOT / "setup.py"))
 PRODUCTS = (
     "bn_ext/_C.so",
