@@ -31,13 +31,13 @@ except ModuleNotFoundError as error:
     ) from None
 
 ROOT = Path(__file__).parent
-KERNELS = "csrc/cpu/kernels.cpp"
+KERNELS = "csrc/cpu/kernels/kernels.cpp"
 HEADERS = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h"))
-ON_GPU = "csrc/ops/batch_norm_cuda.cpp"
+ON_GPU = "csrc/ops/cuda.cpp"
 SOURCES = sorted(
     str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.cpp") if str(p.relative_to(ROOT)) not in (KERNELS, ON_GPU)
 )
-GPU_SOURCES = [ON_GPU, *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))]
+GPU_SOURCES = [ON_GPU, *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/**/*.cu"))]
 
 OLDEST_TORCH = "torch>=2.11"
 OLDEST_GCC = 11

@@ -3,7 +3,7 @@ from typing import Literal
 def activations() -> list[tuple[str, str | None, float | None]]:
     """Name, parameter's name and parameter's default of each activation; None for both where it has no parameter."""
 
-def keeps_mask(activation: str) -> bool:
+def keeps_branches(activation: str) -> bool:
     """Whether the gradient of an activation behind a residual needs no more than one bit an element."""
 
 def instruction_set() -> str:
@@ -26,7 +26,7 @@ class Pass:
         layout: ``"planar"`` (channels second) or ``"interleaved"`` (channels last).
         direction: ``"forward"`` (training), ``"inference"`` or ``"backward"`` (of training, with every gradient).
         activation: one of :data:`bn_ext.activation.NAMES`.
-        residual: whether there is one. Training then keeps a mask, if the activation has two branches.
+        residual: whether there is one. Training then keeps branch bits, if the activation has two branches.
         set_size: images of a statistic set; all unless given.
 
     Raises:
@@ -51,7 +51,7 @@ class Pass:
 
     @property
     def reduce_reads(self) -> tuple[int, bool]:
-        """The number of tensors that the reduction reads, and whether it reads a mask."""
+        """The number of tensors that the reduction reads, and whether it reads branch bits."""
 
     @property
     def apply_reads(self) -> tuple[int, bool]:
@@ -59,7 +59,7 @@ class Pass:
 
     @property
     def writes(self) -> tuple[int, bool]:
-        """The number of tensors written, and whether a mask is."""
+        """The number of tensors written, and whether branch bits are."""
 
     @property
     def holds(self) -> int:
@@ -144,7 +144,7 @@ class LaunchPlan:
     @property
     def tensors_held(self) -> int: ...
     @property
-    def zeroed_mask(self) -> bool: ...
+    def zeroed_branches(self) -> bool: ...
     @property
     def shared_bytes(self) -> int: ...
     @property

@@ -65,14 +65,14 @@ def _check_statistics(input: Tensor, set_size: int | None, **tensors: Tensor) ->
         _check(t.is_contiguous(), f"{name} should be contiguous")
 
 
-def _check_branches(input: Tensor, mask: Tensor | None, activation: int) -> None:
-    _check_values(input, "mask", mask, _mask_bytes(input), torch.uint8)
-    _check(mask is None or mask.is_contiguous(), "mask should be contiguous")
-    takes = mask is None or _C.keeps_mask(activations.NAMES[activation])
-    _check(takes, f"{activations.NAMES[activation]} takes no mask")
+def _check_branches(input: Tensor, branches: Tensor | None, activation: int) -> None:
+    _check_values(input, "branches", branches, _branch_bytes(input), torch.uint8)
+    _check(branches is None or branches.is_contiguous(), "branches should be contiguous")
+    takes = branches is None or _C.keeps_branches(activations.NAMES[activation])
+    _check(takes, f"{activations.NAMES[activation]} takes no branches")
 
 
-def _mask_bytes(input: Tensor) -> int:
+def _branch_bytes(input: Tensor) -> int:
     return (input.numel() + 31) // 32 * 4
 
 
@@ -100,7 +100,7 @@ def _batch_norm_forward(
     activation: int,
     activation_param: float,
     set_size: int | None,
-    with_mask: bool,
+    with_branches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     _check_input(input, activation)
     torch._check_value(eps > 0, lambda: f"batch_norm eps must be positive during training, but got {eps}")
@@ -108,7 +108,7 @@ def _batch_norm_forward(
     torch._check_value(several, lambda: f"Expected more than 1 value per channel when training, got {input.shape}")
     _check_values(input, "num_batches_tracked", num_batches_tracked, 1, torch.int64)
     _check((running_mean is None) == (running_var is None), "running_mean and running_var: both or none")
-    return _forward(input, weight, bias, running_mean, running_var, residual, activation, set_size, with_mask)
+    return _forward(input, weight, bias, running_mean, running_var, residual, activation, set_size, with_branches)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_forward.evaluation")
@@ -122,13 +122,13 @@ def _batch_norm_forward_evaluation(
     residual: Tensor | None,
     activation: int,
     activation_param: float,
-    with_mask: bool,
+    with_branches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     _check_input(input, activation)
     given = running_mean is not None and running_var is not None
     _check(given, "running_mean and running_var must be defined in evaluation mode")
     torch._check_value(eps >= 0, lambda: f"batch_norm eps must be non-negative, but got {eps}")
-    return _forward(input, weight, bias, running_mean, running_var, residual, activation, None, with_mask)
+    return _forward(input, weight, bias, running_mean, running_var, residual, activation, None, with_branches)
 
 
 def _forward(
@@ -140,21 +140,26 @@ def _forward(
     residual: Tensor | None,
     activation: int,
     set_size: int | None,
-    with_mask: bool,
+    with_branches: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     _check_per_channel(input, running_mean=running_mean, running_var=running_var)
-    output, mask = _applied(input, weight, bias, residual, activation, with_mask)
-    return output, _statistics(input, set_size), _statistics(input, set_size), mask
+    output, branches = _applied(input, weight, bias, residual, activation, with_branches)
+    return output, _statistics(input, set_size), _statistics(input, set_size), branches
 
 
 def _applied(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, activation: int, with_mask: bool
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: int,
+    with_branches: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    if with_mask:
-        _check(_C.keeps_mask(activations.NAMES[activation]), f"{activations.NAMES[activation]} has no mask")
+    if with_branches:
+        _check(_C.keeps_branches(activations.NAMES[activation]), f"{activations.NAMES[activation]} has no branches")
     _check_per_channel(input, weight=weight, bias=bias)
     _check_like(input, residual=residual)
-    return _empty_like(input), input.new_empty(_mask_bytes(input), dtype=torch.uint8) if with_mask else None
+    return _empty_like(input), input.new_empty(_branch_bytes(input), dtype=torch.uint8) if with_branches else None
 
 
 @torch.library.register_fake("bn_ext::batch_norm_backward")
@@ -167,19 +172,21 @@ def _batch_norm_backward(
     invstd: Tensor,
     training: bool,
     residual: Tensor | None,
-    mask: Tensor | None,
+    branches: Tensor | None,
     activation: int,
     activation_param: float,
     set_size: int | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     like = dy if input is None else input
-    unneeded = not training and not output_mask[1] and (activations.NAMES[activation] == "identity" or mask is not None)
+    unneeded = (
+        not training and not output_mask[1] and (activations.NAMES[activation] == "identity" or branches is not None)
+    )
     _check(
         input is not None or unneeded,
-        "input is needed in training, for the gradient of weight, and for z without a mask",
+        "input is needed in training, for the gradient of weight, and for z without a branches",
     )
-    _check_backward(dy, like, weight, bias, residual, mask, activation)
+    _check_backward(dy, like, weight, bias, residual, branches, activation)
     _check_statistics(like, set_size, mean=mean, invstd=invstd)
     accumulated = torch.float64 if like.dtype == torch.float64 else torch.float32
     dtype = accumulated if weight is None else weight.dtype
@@ -230,11 +237,11 @@ def _batch_norm_elemt(
     activation: int,
     activation_param: float,
     set_size: int | None,
-    with_mask: bool,
+    with_branches: bool,
 ) -> tuple[Tensor, Tensor | None]:
     _check_input(input, activation)
     _check_statistics(input, set_size, mean=mean, invstd=invstd)
-    return _applied(input, weight, bias, residual, activation, with_mask)
+    return _applied(input, weight, bias, residual, activation, with_branches)
 
 
 def _check_backward(
@@ -243,13 +250,13 @@ def _check_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    mask: Tensor | None,
+    branches: Tensor | None,
     activation: int,
 ) -> None:
     _check_input(input, activation)
     _check_per_channel(input, weight=weight, bias=bias)
     _check_like(input, dy=dy, residual=residual)
-    _check_branches(input, mask, activation)
+    _check_branches(input, branches, activation)
 
 
 @torch.library.register_fake("bn_ext::batch_norm_backward_reduce")
@@ -261,12 +268,12 @@ def _batch_norm_backward_reduce(
     mean: Tensor,
     invstd: Tensor,
     residual: Tensor | None,
-    mask: Tensor | None,
+    branches: Tensor | None,
     activation: int,
     activation_param: float,
     set_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    _check_backward(dy, input, weight, bias, residual, mask, activation)
+    _check_backward(dy, input, weight, bias, residual, branches, activation)
     _check_statistics(input, set_size, mean=mean, invstd=invstd)
     return _statistics(input, set_size), _statistics(input, set_size)
 
@@ -283,13 +290,13 @@ def _batch_norm_backward_elemt(
     sum_dz_xmu: Tensor,
     count: Tensor,
     residual: Tensor | None,
-    mask: Tensor | None,
+    branches: Tensor | None,
     activation: int,
     activation_param: float,
     set_size: int | None,
     output_mask: list[bool],
 ) -> tuple[Tensor | None, Tensor | None]:
-    _check_backward(dy, input, weight, bias, residual, mask, activation)
+    _check_backward(dy, input, weight, bias, residual, branches, activation)
     _check_statistics(input, set_size, mean=mean, invstd=invstd, sum_dz=sum_dz, sum_dz_xmu=sum_dz_xmu)
     _check_values(input, "count", count, _statistics(input, set_size)[..., :1].numel(), torch.float64)
     dx, dresidual = (_empty_like(input) if wanted else None for wanted in output_mask)

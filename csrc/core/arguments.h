@@ -41,7 +41,7 @@ struct Epilogue {
   const void* residual = nullptr;  // laid out as x, or null
   // A bit for each element, in the order of memory: the branch of the activation that z is on. A forward writes it, and
   // zeros behind the last one; a backward then needs no z. Or null.
-  uint8_t* mask = nullptr;
+  uint8_t* branches = nullptr;
 };
 
 // Normalize by the batch's own statistics and update the running ones (training), or by the running ones. A reduction
@@ -107,7 +107,7 @@ struct MergeArgs {
 };
 
 inline Chain chain_of(const Epilogue& e) {
-  return {e.activation.kind, e.residual != nullptr, e.mask != nullptr && has_branches(e.activation)};
+  return {e.activation.kind, e.residual != nullptr, e.branches != nullptr && has_branches(e.activation)};
 }
 
 // The pass of a call: which of its pointers are null.

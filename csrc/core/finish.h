@@ -1,8 +1,8 @@
 #pragma once
 
 #include "core/arguments.h"
-#include "core/normalize.h"
-#include "core/statistics.h"
+#include "core/coefficients.h"
+#include "core/moments.h"
 
 // The work that is done once per set and channel, between the reduction and the elements. Several blocks may compute
 // the coefficients of one channel; only the block with `writes` stores results for the caller. What sets share, running

@@ -9,12 +9,12 @@
 // A call without its pointers: what each of its stages reads, writes and holds. A plan follows from it.
 namespace bn {
 
-// The size of a mask for this many elements: whole words of 32 bits.
-BN_HD constexpr int64_t mask_bytes(int64_t elements) {
+// The size of the branch bits of this many elements: whole words of 32 bits.
+BN_HD constexpr int64_t branch_bytes(int64_t elements) {
   return divide_up(elements, 32) * 4;
 }
 
-BN_HD constexpr bool fills_mask(int64_t elements) {
+BN_HD constexpr bool fills_branch_words(int64_t elements) {
   return elements % 32 == 0;
 }
 
@@ -28,7 +28,7 @@ enum class Stages : int { All, Reduce, Apply };
 struct Chain {
   ActivationKind activation = ActivationKind::Identity;
   bool residual = false;  // is read
-  bool mask = false;      // a forward writes the mask, a backward reads it instead of z's inputs
+  bool branches = false;  // a forward writes the branches, a backward reads them instead of z's inputs
 
   bool operator==(const Chain&) const = default;
 };
@@ -43,10 +43,10 @@ struct Wants {
   bool operator==(const Wants&) const = default;
 };
 
-// A number of tensors, and whether the bits of a mask are moved too.
+// A number of tensors, and whether branch bits are moved too.
 struct Traffic {
   int tensors = 0;
-  bool mask = false;
+  bool branches = false;
 
   bool operator==(const Traffic&) const = default;
 };
@@ -57,8 +57,8 @@ BN_HD constexpr bool dresidual_is_dy(ActivationKind activation) {
 }
 
 // The chain of a backward. Only an activation makes it read anything. Where one bit per element tells the branch of z,
-// a mask is read if it spares a tensor: the residual, or the input of a frozen layer, which has constant statistics and
-// no gradient of its weight.
+// branch bits are read if they spare a tensor: the residual, or the input of a frozen layer, which has constant
+// statistics and no gradient of its weight.
 inline Chain backward_chain(ActivationKind activation, bool residual, bool frozen = false) {
   const bool curved = activation != ActivationKind::Identity && !has_branches({activation});
   return {activation, residual && curved, (residual || frozen) && has_branches({activation})};
@@ -110,17 +110,17 @@ struct Pass {
     if (stages == Stages::Reduce) {
       return {};
     }
-    return forward() ? Traffic{1, chain.mask} : Traffic{(wants.dx ? 1 : 0) + (wants.dresidual ? 1 : 0), false};
+    return forward() ? Traffic{1, chain.branches} : Traffic{(wants.dx ? 1 : 0) + (wants.dresidual ? 1 : 0), false};
   }
 
   // The most that a pass of this direction holds. Channels are cut by this number, not by holds(), so that the bits of
   // a sum do not depend on what else is wanted.
   int most_held() const { return forward() ? 1 : 2; }
 
-  // Whether channels are cut for the bytes of a mask. Where it reduces, chain.mask does not matter, so that the
-  // bits of the statistics do not depend on whether a mask is kept.
-  bool may_write_mask() const {
-    return forward() && has_branches({chain.activation}) && (chain.residual || (chain.mask && !reduces()));
+  // Whether channels are cut for the bytes of branch bits. Where it reduces, chain.branches does not matter, so that
+  // the bits of the statistics do not depend on whether branch bits are kept.
+  bool may_write_branches() const {
+    return forward() && has_branches({chain.activation}) && (chain.residual || (chain.branches && !reduces()));
   }
 
  private:
@@ -128,9 +128,9 @@ struct Pass {
 
   // The tensors and bits that dz is made of, and x if it is needed besides.
   Traffic reads_of_dz(bool with_x) const {
-    const bool needs_z = !chain.mask && chain.activation != ActivationKind::Identity;
+    const bool needs_z = !chain.branches && chain.activation != ActivationKind::Identity;
     const int for_dz = !needs_z ? 1 : chain.residual ? 3 : 2;
-    return {std::max(for_dz, with_x ? 2 : 1), chain.mask};
+    return {std::max(for_dz, with_x ? 2 : 1), chain.branches};
   }
 };
 

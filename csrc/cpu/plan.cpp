@@ -1,7 +1,7 @@
 #include "cpu/plan.h"
 
 #include "core/text.h"
-#include "cpu/kernels.h"
+#include "cpu/kernels/kernels.h"
 
 #include <numeric>
 
@@ -80,7 +80,7 @@ bool cut_into_bytes(const Problem& p, const Blocks& blocks, int64_t tile) {
   const bool planar = p.layout == Layout::Planar;
   const int64_t row = planar && !blocks.joined ? p.s : p.c * p.s;
   const int64_t part = planar ? blocks.joined ? tile * p.s : blocks.segment : tile;
-  return fills_mask(p.count() * p.c) && row % kByte == 0 && part % kByte == 0;
+  return fills_branch_words(p.count() * p.c) && row % kByte == 0 && part % kByte == 0;
 }
 
 }  // namespace

@@ -62,7 +62,7 @@ struct Plan {
   int threads;        // that take part
   bool split;         // all threads share every tile, with a barrier between the passes; else each has tiles of its own
   bool bypass_cache;  // of the output, which is not read again soon
-  bool whole_bytes;   // where a vector covers whole bytes of a mask, every run of vectors does: no byte is shared
+  bool whole_bytes;   // where a vector covers whole bytes of branch bits, every run of vectors does: no byte is shared
   int64_t ahead;      // elements from one that is written to the one whose input is fetched meanwhile; or 0
 
   bool operator==(const Plan&) const = default;

@@ -47,7 +47,7 @@ class Planner {
         problem_(pass.problem),
         limits_(limits),
         lanes_(static_cast<int>(kPackBytes / size_of(problem_.dtype))),
-        grain_(pass.may_write_mask() && problem_.c * problem_.s % kByte == 0 ? kByte : lanes_) {
+        grain_(pass.may_write_branches() && problem_.c * problem_.s % kByte == 0 ? kByte : lanes_) {
     plan_.sums = pass.reduces();
     plan_.sets = problem_.sets();
     plan_.tensors_held = plan_.sums ? pass.holds() : 0;
@@ -59,7 +59,7 @@ class Planner {
     } else {
       make_elementwise();
     }
-    plan_.zeroed_mask = pass_.writes().mask && !cut_into_bytes();
+    plan_.zeroed_branches = pass_.writes().branches && !cut_into_bytes();
     count_bytes();
     return plan_;
   }
@@ -76,9 +76,10 @@ class Planner {
     return width_of(channels) <= kThreadsOfTwo ? channels : 1;
   }
 
-  // Whether no row of a slab and no block's share ends within a byte of a mask, and the mask itself with the last row.
+  // Whether no row of a slab and no block's share ends within a byte of branch bits, and the last byte with the last
+  // row.
   bool cut_into_bytes() const {
-    return fills_mask(problem_.count() * problem_.c) && problem_.c * problem_.s % kByte == 0 &&
+    return fills_branch_words(problem_.count() * problem_.c) && problem_.c * problem_.s % kByte == 0 &&
            (plan_.channels == problem_.c || plan_.channels * problem_.s % kByte == 0) &&
            (plan_.team_blocks == 1 || plan_.share * lanes_ % kByte == 0);
   }
@@ -230,10 +231,10 @@ class Planner {
     const auto held_of = [&](int64_t bytes) {
       return static_cast<int64_t>(static_cast<double>(bytes) * std::min(held, 1.0));
     };
-    const int64_t mask = divide_up(values, kByte);
-    const auto bytes = [&](const Traffic& t) { return t.tensors * tensor + (t.mask ? mask : 0); };
+    const int64_t branches = divide_up(values, kByte);
+    const auto bytes = [&](const Traffic& t) { return t.tensors * tensor + (t.branches ? branches : 0); };
     const Traffic held_on_chip = pass_.spared_by_holding();
-    const int64_t spared = held_on_chip.tensors * held_of(tensor) + (held_on_chip.mask ? held_of(mask) : 0);
+    const int64_t spared = held_on_chip.tensors * held_of(tensor) + (held_on_chip.branches ? held_of(branches) : 0);
     plan_.bytes_moved = bytes(pass_.reduce_reads()) + bytes(pass_.apply_reads()) - spared + bytes(pass_.writes());
     const int64_t kept = plan_.tensors_held * held_of(tensor);
     const int64_t at_once = std::min<int64_t>(limits_.shared_per_multiprocessor / (plan_.shared_bytes + kReserved),
@@ -295,7 +296,7 @@ const char* name_of(Team team) {
 std::string to_string(const LaunchPlan& plan) {
   // All fields are named: a new one is an error here.
   const auto& [strategy, team, sums, channels, width, threads, active, sets, slabs, teams, team_blocks, share, held,
-               tensors_held, zeroed_mask, shared_bytes, workspace_bytes, bytes_moved, bytes_on_chip] = plan;
+               tensors_held, zeroed_branches, shared_bytes, workspace_bytes, bytes_moved, bytes_on_chip] = plan;
   return fields({{"strategy", name_of(strategy)},
                  {"team", name_of(team)},
                  {"sums", sums},
@@ -310,7 +311,7 @@ std::string to_string(const LaunchPlan& plan) {
                  {"share", share},
                  {"held", held},
                  {"tensors_held", tensors_held},
-                 {"zeroed_mask", zeroed_mask},
+                 {"zeroed_branches", zeroed_branches},
                  {"shared_bytes", shared_bytes},
                  {"workspace_bytes", workspace_bytes},
                  {"bytes_moved", bytes_moved},

@@ -83,12 +83,12 @@ struct LaunchPlan {
   int64_t teams = 0;
   int team_blocks = 1;
   int64_t share = 0;
-  int held = 0;              // packs that each thread keeps on chip ...
-  int tensors_held = 0;      // ... of each of the first tensors
-  bool zeroed_mask = false;  // bits are added to those of others in a byte: the mask has to be zero before
+  int held = 0;                  // packs that each thread keeps on chip ...
+  int tensors_held = 0;          // ... of each of the first tensors
+  bool zeroed_branches = false;  // bits are added to those of others in a byte: the branch bits have to be zero before
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;
-  int64_t bytes_moved = 0;    // to and from memory, were there no cache, bits of a mask included
+  int64_t bytes_moved = 0;    // to and from memory, were there no cache, branch bits included
   int64_t bytes_on_chip = 0;  // kept between the passes by all blocks that are there at the same time
 
   bool operator==(const LaunchPlan&) const = default;

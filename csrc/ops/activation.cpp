@@ -1,6 +1,6 @@
 #include "core/activation.h"
 
-#include "ops/batch_norm.h"
+#include "ops/operators.h"
 
 #include <c10/util/Exception.h>
 

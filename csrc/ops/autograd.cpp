@@ -1,7 +1,7 @@
 // The operator batch_norm: which way a call goes, and its gradient.
 
 #include "core/pass.h"
-#include "ops/run.h"
+#include "ops/fused.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -21,23 +21,24 @@ auto operator_of(const char* name, const char* overload) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
 }
 
-FourTensors call_forward(const Arguments& a, bool with_mask) {
+FourTensors call_forward(const Arguments& a, bool with_branches) {
   static const auto training = operator_of<decltype(batch_norm_forward<void>)>("bn_ext::batch_norm_forward", "");
   static const auto evaluation =
       operator_of<decltype(batch_norm_forward_evaluation<void>)>("bn_ext::batch_norm_forward", "evaluation");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto number = static_cast<int64_t>(a.activation.kind);
-  return a.training ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
-                                    a.momentum, a.eps, a.residual, number, a.activation.param, a.set_size, with_mask)
-                    : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual,
-                                      number, a.activation.param, with_mask);
+  return a.training
+             ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
+                             a.momentum, a.eps, a.residual, number, a.activation.param, a.set_size, with_branches)
+             : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual, number,
+                               a.activation.param, with_branches);
 }
 
 FourTensors call_backward(const BackwardArguments& a, Layout layout) {
   static const auto op = operator_of<decltype(batch_norm_backward<void>)>("bn_ext::batch_norm_backward", "");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(a.input.has_value() ? a.dy : laid_out(a.dy, layout), a.input, a.weight, a.bias, a.mean, a.invstd,
-                 a.training, a.residual, a.mask, static_cast<int64_t>(a.activation.kind), a.activation.param,
+                 a.training, a.residual, a.branches, static_cast<int64_t>(a.activation.kind), a.activation.param,
                  a.set_size, a.output_mask);
 }
 
@@ -45,7 +46,7 @@ FourTensors call_backward(const BackwardArguments& a, Layout layout) {
 struct Kept {
   bool input;
   bool residual;
-  bool mask;
+  bool branches;
   bool z;  // is computed again, for which the bias is kept
 };
 
@@ -53,15 +54,15 @@ Kept kept(const Arguments& a) {
   const bool wants_dweight = a.weight.has_value() && a.weight->requires_grad();
   const bool frozen = !a.training && !wants_dweight;
   const Chain chain = backward_chain(a.activation.kind, a.residual.has_value(), frozen);
-  return {needs_input(a.training, wants_dweight, a.activation, chain.mask), chain.residual, chain.mask,
-          a.activation.kind != ActivationKind::Identity && !chain.mask};
+  return {needs_input(a.training, wants_dweight, a.activation, chain.branches), chain.residual, chain.branches,
+          a.activation.kind != ActivationKind::Identity && !chain.branches};
 }
 
 // What a backward has to know besides tensors. Autograd keeps values by name, in a table that small calls would feel:
 // all of this is one.
 struct Call {
-  bool biased;
-  bool added;
+  bool has_bias;
+  bool has_residual;
   bool training;
   Layout layout;
   double eps;
@@ -69,14 +70,9 @@ struct Call {
   SetSize set_size;
 
   std::vector<double> packed() const {
-    return {double(biased),
-            double(added),
-            double(training),
-            double(layout),
-            eps,
-            double(activation.kind),
-            activation.param,
-            double(set_size.value_or(0))};
+    return {
+        double(has_bias), double(has_residual),        double(training), double(layout), eps, double(activation.kind),
+        activation.param, double(set_size.value_or(0))};
   }
   static Call unpacked(const std::vector<double>& v) {
     return {v[0] != 0,
@@ -101,11 +97,11 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                         const OptionalTensor& residual,
                         const Arguments& a) {
     const Kept keep = kept(a);
-    const auto [output, mean, invstd, mask] = call_forward(a, keep.mask);
+    const auto [output, mean, invstd, branches] = call_forward(a, keep.branches);
     const Layout layout = output.is_contiguous() ? Layout::Planar : Layout::Interleaved;
     ctx->save_for_backward({keep.input ? input : Tensor(), weight.value_or(Tensor()),
                             keep.z ? bias.value_or(Tensor()) : Tensor(), mean, invstd,
-                            keep.residual ? *residual : Tensor(), mask});
+                            keep.residual ? *residual : Tensor(), branches});
     ctx->saved_data["call"] =
         Call{bias.has_value(), residual.has_value(), a.training, layout, a.eps, a.activation, a.set_size}.packed();
     return output;
@@ -119,21 +115,21 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
     const OptionalTensor input = optional(0), weight = optional(1), bias = optional(2), residual = optional(5),
-                         mask = optional(6);
-    const auto [biased, added, training, layout, eps, activation, set_size] =
+                         branches = optional(6);
+    const auto [has_bias, has_residual, training, layout, eps, activation, set_size] =
         Call::unpacked(ctx->saved_data["call"].toDoubleVector());
     // Autograd numbers the tensors that are there.
     size_t edge = 0;
     const auto wants = [&](bool there) { return there && ctx->needs_input_grad(edge++); };
     const bool wants_dx = wants(true);
     const bool wants_dweight = wants(weight.has_value());
-    const bool wants_dbias = wants(biased);
-    const bool wants_dresidual = wants(added);
+    const bool wants_dbias = wants(has_bias);
+    const bool wants_dresidual = wants(has_residual);
     const bool passes_on = dresidual_is_dy(activation.kind);
     const BackwardArguments a{
         dy,       input,      weight,   bias,
         saved[3], saved[4],   training, residual,
-        mask,     activation, set_size, {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
+        branches, activation, set_size, {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
     // Whatever has to see through the gradient gets it by standard operators.
     const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
     const bool transformed =
@@ -229,7 +225,7 @@ bool is_recorded(const Arguments& a) {
 
 Tensor by_kernels(const Arguments& a) {
   return is_recorded(a) ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
-                        : std::get<0>(call_forward(a, /*with_mask=*/false));
+                        : std::get<0>(call_forward(a, /*with_branches=*/false));
 }
 
 Tensor batch_norm(const Arguments& a) {

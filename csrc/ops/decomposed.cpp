@@ -207,10 +207,10 @@ Tensor activated(const Tensor& z, const Activation& activation) {
   __builtin_unreachable();
 }
 
-// The bits of a mask as a tensor like dy, of type Bool; `layout` is the input's.
-Tensor branches(const Tensor& mask, const Tensor& dy, Layout layout) {
-  const Tensor bit = at::arange(8, mask.options());
-  const Tensor bits = mask.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, dy.numel());
+// Branch bits as a tensor like dy, of type Bool; `layout` is the input's.
+Tensor branches(const Tensor& branches, const Tensor& dy, Layout layout) {
+  const Tensor bit = at::arange(8, branches.options());
+  const Tensor bits = branches.unsqueeze(1).bitwise_right_shift(bit).bitwise_and(1).flatten().slice(0, 0, dy.numel());
   std::vector<int64_t> sizes = dy.sizes().vec();
   if (layout == Layout::Planar) {
     return bits.view(sizes).to(at::kBool);
@@ -296,8 +296,8 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout l
   }
   const activation::Any function{{}, a.activation};
   Tensor dz = a.dy.to(type);
-  if (a.mask.has_value()) {
-    dz = function.gradient_on(branches(*a.mask, a.dy, layout), dz);
+  if (a.branches.has_value()) {
+    dz = function.gradient_on(branches(*a.branches, a.dy, layout), dz);
   } else if (a.activation.kind != ActivationKind::Identity) {
     Tensor z = a.weight.has_value() ? x_hat * a.weight->to(type).view(per_channel) : x_hat;
     z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;

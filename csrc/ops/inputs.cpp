@@ -83,16 +83,16 @@ void check_statistics(const char* name, const Tensor& t, const Tensor& input, Se
       " of type ", t.scalar_type(), " on ", t.device());
 }
 
-void check_branches(const OptionalTensor& mask, const Activation& activation, const Tensor& input) {
-  if (!mask.has_value()) {
+void check_branches(const OptionalTensor& branches, const Activation& activation, const Tensor& input) {
+  if (!branches.has_value()) {
     return;
   }
-  const int64_t bytes = mask_bytes(input.numel());
-  TORCH_CHECK(has_branches(activation), "batch_norm_backward: ", name_of(activation), " takes no mask");
-  TORCH_CHECK(mask->scalar_type() == at::kByte && mask->numel() == bytes && mask->is_contiguous() &&
-                  mask->device() == input.device(),
-              "batch_norm_backward: mask should hold ", bytes, " values of type Byte on ", input.device(), ", got ",
-              mask->sizes(), " of type ", mask->scalar_type(), " on ", mask->device());
+  const int64_t bytes = branch_bytes(input.numel());
+  TORCH_CHECK(has_branches(activation), "batch_norm_backward: ", name_of(activation), " takes no branches");
+  TORCH_CHECK(branches->scalar_type() == at::kByte && branches->numel() == bytes && branches->is_contiguous() &&
+                  branches->device() == input.device(),
+              "batch_norm_backward: branches should hold ", bytes, " values of type Byte on ", input.device(), ", got ",
+              branches->sizes(), " of type ", branches->scalar_type(), " on ", branches->device());
 }
 
 void check_inputs(const Arguments& a) {
@@ -148,16 +148,16 @@ void check_inputs(const BackwardArguments& a) {
   const Tensor& input = a.like();
   check_input(input);
   check_set_size(a.set_size);
-  TORCH_CHECK(a.input.has_value() || !needs_input(a.training, a.output_mask[1], a.activation, a.mask.has_value()),
+  TORCH_CHECK(a.input.has_value() || !needs_input(a.training, a.output_mask[1], a.activation, a.branches.has_value()),
               "batch_norm_backward: input is needed in training, for the gradient of weight, and for an activation "
-              "without a mask");
+              "without branch bits");
   check_like_input("dy", a.dy, input);
   check_per_channel("weight", a.weight, input);
   check_per_channel("bias", a.bias, input);
   check_statistics("mean", a.mean, input, a.set_size);
   check_statistics("invstd", a.invstd, input, a.set_size);
   check_residual(a.residual, input);
-  check_branches(a.mask, a.activation, input);
+  check_branches(a.branches, a.activation, input);
 }
 
 void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size) {
@@ -199,8 +199,9 @@ void check_inputs(const MergeArguments& a) {
                     "batch_norm_merge_stats: a cumulative average needs num_batches_tracked");
 }
 
-void check_with_mask(bool with_mask, const Activation& activation) {
-  TORCH_CHECK(!with_mask || has_branches(activation), "batch_norm_forward: ", name_of(activation), " has no mask");
+void check_with_branches(bool with_branches, const Activation& activation) {
+  TORCH_CHECK(!with_branches || has_branches(activation), "batch_norm_forward: ", name_of(activation),
+              " has no branches");
 }
 
 void check_residual(const OptionalTensor& residual, const Tensor& input) {
@@ -249,9 +250,9 @@ DType dtype_of(const Tensor& tensor) {
   }
 }
 
-Tensor empty_mask(const Tensor& input) {
+Tensor empty_branches(const Tensor& input) {
   const auto options = input.options().dtype(at::kByte).memory_format(std::nullopt);
-  return at::empty({mask_bytes(input.numel())}, options);
+  return at::empty({branch_bytes(input.numel())}, options);
 }
 
 Tensor empty_statistics(const Tensor& input, SetSize set_size) {

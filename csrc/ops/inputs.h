@@ -1,7 +1,7 @@
 #pragma once
 
 #include "core/problem.h"
-#include "ops/batch_norm.h"
+#include "ops/operators.h"
 
 // From tensors to problems: what every backend does before its kernel.
 namespace bn::ops {
@@ -12,14 +12,14 @@ void check_set_size(SetSize set_size);
 void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& input);
 // A value of float64 for each statistic set and channel.
 void check_statistics(const char* name, const Tensor& t, const Tensor& input, SetSize set_size);
-void check_branches(const OptionalTensor& mask, const Activation& activation, const Tensor& input);
+void check_branches(const OptionalTensor& branches, const Activation& activation, const Tensor& input);
 void check_inputs(const Arguments& a);
 void check_inputs(const BackwardArguments& a);
 void check_inputs(const MergeArguments& a);
 // The values that the statistics of each set are of.
 void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size);
 // Whether a forward can write the branches of its activation.
-void check_with_mask(bool with_mask, const Activation& activation);
+void check_with_branches(bool with_branches, const Activation& activation);
 // Throws what would go wrong once the first of the running statistics is written. `tracked`: whether autograd, which
 // refuses some, sees the writes.
 void check_running_statistics(const Arguments& a, bool tracked);
@@ -46,8 +46,8 @@ Tensor laid_out(const Tensor& tensor, Layout layout);
 
 DType dtype_of(const Tensor& tensor);
 
-// An uninitialized mask for the elements of the input.
-Tensor empty_mask(const Tensor& input);
+// Uninitialized branch bits for the elements of the input.
+Tensor empty_branches(const Tensor& input);
 
 // Statistics are kept in double precision: a C-sized tensor costs nothing, and the backward gets the mean
 // with the digits that float loses when it is far larger than the deviation.

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "ops/run.h"
+#include "ops/fused.h"
 
 #include <ATen/ops/full.h>
 #include <ATen/ops/sum.h>
@@ -96,7 +96,7 @@ TwoTensors batch_norm_elemt(const Tensor& input,
                             int64_t activation_number,
                             double activation_param,
                             SetSize set_size,
-                            bool with_mask) {
+                            bool with_branches) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   check_input(input);
   check_set_size(set_size);
@@ -105,25 +105,26 @@ TwoTensors batch_norm_elemt(const Tensor& input,
   check_statistics("mean", mean, input, set_size);
   check_statistics("invstd", invstd, input, set_size);
   check_residual(residual, input);
-  check_with_mask(with_mask, activation);
+  check_with_branches(with_branches, activation);
   const View x = view_as_problem(input, set_size);
   Tensor output = empty_like(x);
-  Tensor mask = with_mask ? empty_mask(input) : Tensor();
+  Tensor branches = with_branches ? empty_branches(input) : Tensor();
   if (input.numel() > 0) {
     const Operand r(residual, x);
-    Backend::forward({.problem = x.problem,
-                      .stages = Stages::Apply,
-                      .x = x.tensor.const_data_ptr(),
-                      .weight = per_channel(weight),
-                      .bias = per_channel(bias),
-                      .training = true,
-                      .epilogue = {activation, r.data(), with_mask ? mask.mutable_data_ptr<uint8_t>() : nullptr},
-                      .y = output.mutable_data_ptr(),
-                      .mean = given(mean),
-                      .invstd = given(invstd)},
-                     input);
+    Backend::forward(
+        {.problem = x.problem,
+         .stages = Stages::Apply,
+         .x = x.tensor.const_data_ptr(),
+         .weight = per_channel(weight),
+         .bias = per_channel(bias),
+         .training = true,
+         .epilogue = {activation, r.data(), with_branches ? branches.mutable_data_ptr<uint8_t>() : nullptr},
+         .y = output.mutable_data_ptr(),
+         .mean = given(mean),
+         .invstd = given(invstd)},
+        input);
   }
-  return {output, mask};
+  return {output, branches};
 }
 
 template <class Backend>
@@ -134,13 +135,13 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
                                       const Tensor& mean,
                                       const Tensor& invstd,
                                       const OptionalTensor& residual,
-                                      const OptionalTensor& mask,
+                                      const OptionalTensor& branches,
                                       int64_t activation_number,
                                       double activation_param,
                                       SetSize set_size) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   check_inputs(BackwardArguments{
-      dy, input, weight, bias, mean, invstd, /*training=*/true, residual, mask, activation, set_size, {}});
+      dy, input, weight, bias, mean, invstd, /*training=*/true, residual, branches, activation, set_size, {}});
   Tensor sum_dz = empty_statistics(input, set_size);
   Tensor sum_dz_xmu = empty_statistics(input, set_size);
   if (input.numel() == 0) {
@@ -158,7 +159,7 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
                      .mean = mean.const_data_ptr<double>(),
                      .invstd = invstd.const_data_ptr<double>(),
                      .training = true,
-                     .epilogue = {activation, r.data(), bits_of(mask)},
+                     .epilogue = {activation, r.data(), bits_of(branches)},
                      .sum_dz = sum_dz.mutable_data_ptr<double>(),
                      .sum_dz_xmu = sum_dz_xmu.mutable_data_ptr<double>()},
                     input);
@@ -176,14 +177,14 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
                                      const Tensor& sum_dz_xmu,
                                      const Tensor& counts,
                                      const OptionalTensor& residual,
-                                     const OptionalTensor& mask,
+                                     const OptionalTensor& branches,
                                      int64_t activation_number,
                                      double activation_param,
                                      SetSize set_size,
                                      std::array<bool, 2> output_mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   check_inputs(BackwardArguments{
-      dy, input, weight, bias, mean, invstd, /*training=*/true, residual, mask, activation, set_size, {}});
+      dy, input, weight, bias, mean, invstd, /*training=*/true, residual, branches, activation, set_size, {}});
   check_statistics("sum_dz", sum_dz, input, set_size);
   check_statistics("sum_dz_xmu", sum_dz_xmu, input, set_size);
   check_counts(counts, input, set_size);
@@ -207,7 +208,7 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
                        .mean = mean.const_data_ptr<double>(),
                        .invstd = invstd.const_data_ptr<double>(),
                        .training = true,
-                       .epilogue = {activation, r.data(), bits_of(mask)},
+                       .epilogue = {activation, r.data(), bits_of(branches)},
                        .dx = wants_dx ? dx.mutable_data_ptr() : nullptr,
                        .dresidual = wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
                        .sum_dz = given(sum_dz),

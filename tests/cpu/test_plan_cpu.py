@@ -22,7 +22,7 @@ LAYOUTS = "planar", "interleaved"
 DIRECTIONS = "forward", "inference", "backward"
 SIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
-# csrc/cpu/kernels.h and plan.cpp.
+# csrc/cpu/kernels/kernels.h and plan.cpp.
 MOST_CHANNELS = {"planar": 64, "interleaved": 2048}
 SERIAL = 32768
 TASKS_PER_THREAD = 4

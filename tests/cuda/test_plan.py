@@ -323,7 +323,7 @@ def test_a_chain_moves_the_least_where_it_is_held(chain: Chain, gpu: str) -> Non
         assert least <= plan.bytes_moved < 2 * least
         plain = launch_plan(n, c, s, gpu=gpu, dtype=dtype, layout=layout, direction=chain.direction)
         assert (plan.strategy == "streaming") == (plain.strategy == "streaming")
-        assert not plan.zeroed_mask, "two blocks or threads far apart share a byte of the mask"
+        assert not plan.zeroed_branches, "two blocks or threads far apart share a byte of the mask"
 
 
 # The ends of the blocks of ResNet-50, add and ReLU: strategy, team, channels of a slab and, where it is not 1, bytes
@@ -379,7 +379,7 @@ def test_what_becomes_of_the_blocks_of_resnet_50() -> None:
 @pytest.mark.parametrize("dtype", TYPE_SIZES)
 def test_masks_are_zero_before_where_bytes_are_shared(dtype: str, layout: str) -> None:
     def zeroed(n: int, c: int, s: int, activation: str = "relu") -> bool:
-        return Chain("forward", activation, True, 3, 1).plan(n, c, s, dtype=dtype, layout=layout).zeroed_mask
+        return Chain("forward", activation, True, 3, 1).plan(n, c, s, dtype=dtype, layout=layout).zeroed_branches
 
     assert zeroed(2, 3, 5) and zeroed(600, 35, 1) and zeroed(3, 65, 49)
     assert zeroed(2, 8, 5), "ends within a word"

@@ -27,7 +27,7 @@ class Broken(NamedTuple):
 BROKEN = [
     Broken(
         "missing barrier",
-        "team_sums.h",
+        "kernel/team_sums.h",
         "gpu::thread(), mine[l]);\n    }\n    gpu::sync_block();",
         "gpu::thread(), mine[l]);\n    }",
         r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
@@ -35,7 +35,7 @@ BROKEN = [
     ),
     Broken(
         "missing barrier before the coefficients are read",
-        "kernel.h",
+        "kernel/kernel.h",
         "    gpu::sync_block();\n",
         "",
         r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
@@ -43,7 +43,7 @@ BROKEN = [
     ),
     Broken(
         "missing barrier of the cluster",
-        "team_sums.h",
+        "kernel/team_sums.h",
         "      gpu::sync_cluster();\n      sum_entries",
         "      sum_entries",
         "before a cluster barrier|which nothing wrote",
@@ -51,16 +51,16 @@ BROKEN = [
     ),
     Broken(
         "block that ends early",
-        "team_sums.h",
+        "kernel/team_sums.h",
         "      gpu::sync_cluster();\n    }\n  }\n\n private",
         "    }\n  }\n\n private",
         "returns its block's shared memory|has returned",
         2,
     ),
-    Broken("counter that is not set", "team_sums.h", "*arrivals_ = 0;", "", "deadlock: .*arrivals", 4),
+    Broken("counter that is not set", "kernel/team_sums.h", "*arrivals_ = 0;", "", "deadlock: .*arrivals", 4),
     Broken(
         "one arrival too many",
-        "team_sums.h",
+        "kernel/team_sums.h",
         "meetings_ * g_.team_blocks)",
         "meetings_ * g_.team_blocks + 1)",
         "deadlock: .* with 2 of 3 arrivals",
@@ -68,7 +68,7 @@ BROKEN = [
     ),
     Broken(
         "lanes that do not come",
-        "team_sums.h",
+        "kernel/team_sums.h",
         "    double sum = 0;\n",
         "    if (k >= channels) {\n      break;\n    }\n    double sum = 0;\n",
         "deadlock: .*shuffle_xor",
@@ -76,7 +76,7 @@ BROKEN = [
     ),
     Broken(
         "wrong lane mask",
-        "team_sums.h",
+        "kernel/team_sums.h",
         "shuffle_xor(gpu::kAllLanes,",
         "shuffle_xor(0x7fffffff,",
         "which `lanes` does not name|do not name the caller",
@@ -84,7 +84,7 @@ BROKEN = [
     ),
     Broken(
         "off by one",
-        "slab.h",
+        "kernel/slab.h",
         "rest < kLanes ? rest : kLanes",
         "rest < kLanes ? rest + 1 : kLanes",
         "heap-buffer-overflow",
@@ -92,7 +92,7 @@ BROKEN = [
     ),
     Broken(
         "unguarded tail",
-        "slab.h",
+        "kernel/slab.h",
         "i < packs_ ? channels_ * g_.s - position : 0",
         "channels_ * g_.s - position",
         "heap-buffer-overflow",
@@ -100,7 +100,7 @@ BROKEN = [
     ),
     Broken(
         "tile without room",
-        "kernel.h",
+        "kernel/kernel.h",
         "i + u < g_.held && j",
         "i + u <= g_.held && j",
         "out of bounds|which nothing wrote",
@@ -113,20 +113,22 @@ BROKEN = [
 WRONG = [
     Broken(
         "bits in another order",
-        "mask.h",
+        "kernel/branches.h",
         "bits <<= turn * kLanes",
         "bits <<= (kThreads - 1 - turn) * kLanes",
         "mask",
         0,
     ),
-    Broken("bits that do not meet", "mask.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "mask", 0),
-    Broken("a byte of others too", "slab.h", "whole_bytes(!plan.zeroed_mask)", "whole_bytes(true)", "mask", 1),
-    Broken("a mask of anything", "forward.cu", "if (plan.zeroed_mask)", "if (false)", "mask", 1),
-    Broken("no atomic", "mask.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
-    Broken("bits of the next word", "mask.h", "high != 0", "false", "mask", 1),
-    Broken("no residual", "forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),
-    Broken("no residual behind it", "backward.cu", "z = z + batch.tensor[2][u].get(l);", "", "dx", 0),
-    Broken("a gradient of a gradient", "kernel.h", "if (i + u >= g_.held)", "", "dx", 0),
+    Broken("bits that do not meet", "kernel/branches.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "mask", 0),
+    Broken(
+        "a byte of others too", "kernel/slab.h", "whole_bytes(!plan.zeroed_branches)", "whole_bytes(true)", "mask", 1
+    ),
+    Broken("a mask of anything", "passes/forward.cu", "if (plan.zeroed_branches)", "if (false)", "mask", 1),
+    Broken("no atomic", "kernel/branches.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
+    Broken("bits of the next word", "kernel/branches.h", "high != 0", "false", "mask", 1),
+    Broken("no residual", "passes/forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),
+    Broken("no residual behind it", "passes/backward.cu", "z = z + batch.tensor[2][u].get(l);", "", "dx", 0),
+    Broken("a gradient of a gradient", "kernel/kernel.h", "if (i + u >= g_.held)", "", "dx", 0),
 ]
 
 
@@ -140,7 +142,7 @@ def write_broken(broken: Broken, folder: Path, functor: str) -> None:
         source = (ROOT / "csrc" / name).read_text()
         changed = re.sub(right, lambda _, wrong=wrong: wrong, source)
         assert changed != source
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(changed)
 
 

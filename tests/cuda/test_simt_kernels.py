@@ -27,7 +27,7 @@ from problems import (
     run_reference,
     run_torch,
 )
-from simt.batch_norm import Chain, Device, Kernels, Tail, Wants, batch_norm, empty_mask, problem_of
+from simt.batch_norm import Chain, Device, Kernels, Tail, Wants, batch_norm, empty_branches, problem_of
 from simt.batch_norm import Pass as Call
 from simt.build import sanitized
 from simt.passes import (
@@ -276,7 +276,7 @@ def test_activations(name: str, types: Types, shape, layout, device, kernels: Ke
         a = Problem(shape, layout, types, mode, **fused).arguments("cpu")
         results = [together(kernels, device, a)]
         if name in BRANCHES:
-            mask = empty_mask(a.input)
+            mask = empty_branches(a.input)
             results.append(together(kernels, device, a, mask))
             for one, other in zip(results[0][:3], results[1][:3], strict=True):
                 assert torch.equal(one, other), "the forward depends on the mask"
@@ -312,7 +312,7 @@ def test_residuals_that_are_not_aligned(shape, layout, device, types: Types, ker
 @pytest.mark.parametrize("name", ["relu", "silu"])
 def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, mode, kernels: Kernels) -> None:
     a = Problem(shape, layout, mode=mode, residual=True, activation=name).arguments("cpu")
-    mask = empty_mask(a.input) if name == "relu" else None
+    mask = empty_branches(a.input) if name == "relu" else None
     every = together(kernels, device, a, mask)
     for wanted in itertools.product((False, True), repeat=4):
         if any(wanted):
@@ -326,11 +326,11 @@ def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, m
 def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kernels: Kernels) -> None:
     """Rows of 7 values: those of 8 channels are whole bytes of a mask, those of 4 channels are whole packs."""
     a = Problem((67, 8, 7), types=types, residual=residual, activation="relu").arguments("cpu")
-    with_mask, without = (
+    with_branches, without = (
         kernels.forward(ROOMY, a.input, None, None, a.weight, a.bias, tail=Tail("relu", 0, a.residual, mask))
-        for mask in (empty_mask(a.input), None)
+        for mask in (empty_branches(a.input), None)
     )
-    assert all(map(torch.equal, with_mask, without))
+    assert all(map(torch.equal, with_branches, without))
 
 
 @ways
@@ -339,7 +339,7 @@ def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kern
 def test_a_frozen_layer_needs_no_input(name: str, residual: bool, shape, layout, device, kernels: Kernels) -> None:
     """In evaluation, for all gradients but the weight's, the backward does without x: a mask tells the branch of z."""
     a = Problem(shape, layout, mode=MODES[2], residual=residual, activation=name).arguments("cpu")
-    mask = empty_mask(a.input) if name in BRANCHES else None
+    mask = empty_branches(a.input) if name in BRANCHES else None
     for dx, dbias, dresidual in itertools.product((False, True), (False, True), {False, residual and mask is not None}):
         wanted = dx, False, dbias, dresidual
         if any(wanted):

@@ -26,7 +26,7 @@ def test_every_epilogue() -> None:
     """No residual and ReLU; a residual with nothing, with a mask that is written as it is and one that is zeroed
     first, with an activation that has no mask; by blocks and by grids, and in evaluation."""
     plans = [(p, plan_of(p, "forward")) for p in WAYS if p.mode.training]
-    found = {(p.activation, p.residual, plan.team, plan.zeroed_mask) for p, plan in plans}
+    found = {(p.activation, p.residual, plan.team, plan.zeroed_branches) for p, plan in plans}
     assert ("relu", False, "block", False) in found
     assert (None, True, "block", False) in found
     assert found >= {("relu", True, "grid", zeroed) for zeroed in (False, True)}

@@ -40,22 +40,23 @@ NORM = f"Tensor input, Tensor? weight, Tensor? bias, {MUTABLE}"
 FUSED = "Tensor? residual, int activation, float activation_param"
 OF_SETS = "int? set_size"
 READ = "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
-BEHIND = "Tensor? residual, Tensor? mask, int activation, float activation_param"
+BEHIND = "Tensor? residual, Tensor? branches, int activation, float activation_param"
 SCHEMAS = {
     "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
     "float? activation_param=None, int? set_size=None) -> Tensor",
-    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}, {OF_SETS}, bool with_mask) "
-    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
+    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}, {OF_SETS}, bool with_branches) "
+    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor branches)",
     "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
-    f"Tensor running_var, float eps, {FUSED}, bool with_mask) "
-    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor mask)",
+    f"Tensor running_var, float eps, {FUSED}, bool with_branches) "
+    "-> (Tensor output, Tensor mean, Tensor invstd, Tensor branches)",
     "batch_norm_backward": f"(Tensor dy, Tensor? input, {READ}, bool training, {BEHIND}, {OF_SETS}, "
     "bool[4] output_mask) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
     "batch_norm_stats": f"(Tensor input, {OF_SETS}=None) -> (Tensor count, Tensor mean, Tensor m2)",
     "batch_norm_merge_stats": f"(Tensor count, Tensor mean, Tensor m2, {MUTABLE}, float? momentum, float eps) "
     "-> (Tensor count, Tensor mean, Tensor invstd)",
-    "batch_norm_elemt": f"(Tensor input, {READ}, {FUSED}, {OF_SETS}, bool with_mask) -> (Tensor output, Tensor mask)",
+    "batch_norm_elemt": f"(Tensor input, {READ}, {FUSED}, {OF_SETS}, bool with_branches) "
+    "-> (Tensor output, Tensor branches)",
     "batch_norm_backward_reduce": f"(Tensor dy, Tensor input, {READ}, {BEHIND}, {OF_SETS}) "
     "-> (Tensor sum_dz, Tensor sum_dz_xmu)",
     "batch_norm_backward_elemt": f"(Tensor dy, Tensor input, {READ}, Tensor sum_dz, Tensor sum_dz_xmu, Tensor count, "
@@ -92,20 +93,20 @@ def forward_call(problem: Problem, device: str) -> tuple[OpOverload, tuple]:
     """The operator of the forward below autograd, in training or evaluation, and its arguments."""
     arguments = *arguments_of(problem, device)[:-2], *numbered(problem)
     if problem.mode.training:
-        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:], None, has_mask(problem))
-    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:], has_mask(problem))
+        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:], None, has_branch_bits(problem))
+    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:], has_branch_bits(problem))
 
 
 def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, ...] = (True,) * 4) -> tuple:
     a = problem.arguments(device)
     forward, arguments = forward_call(problem, device)
     _, mean, invstd, mask = forward(*arguments)
-    kept = (None, mask) if has_mask(problem) else (a.residual, None)
+    kept = (None, mask) if has_branch_bits(problem) else (a.residual, None)
     fused = *kept, *numbered(problem), None
     return a.dy, a.input, a.weight, a.bias, mean, invstd, a.training, *fused, list(output_mask)
 
 
-def has_mask(problem: Problem) -> bool:
+def has_branch_bits(problem: Problem) -> bool:
     return problem.residual and problem.activation in STRAIGHT
 
 
@@ -295,7 +296,7 @@ UNFIT: dict[str, Callable[[dict], list[dict]]] = {
     "sizes of the residual": lambda given: [{"residual": given["input"].transpose(0, 1)}],
     "rank": lambda given: [{"input": given["input"].flatten(1)}],
     "one value a channel": lambda given: [
-        {"input": given["input"][:1, :, :1], "residual": None, "with_mask": False, "momentum": 0.1}
+        {"input": given["input"][:1, :, :1], "residual": None, "with_branches": False, "momentum": 0.1}
     ],
     "one of the statistics": lambda given: [{"running_var": None}],
     "eps": lambda given: [{"eps": -1.0}],
@@ -304,7 +305,7 @@ UNFIT: dict[str, Callable[[dict], list[dict]]] = {
     "no input, which is needed": lambda given: [
         {"input": None, "training": True},
         {"input": None, "training": False},  # for dweight
-        {"input": None, "training": False, "mask": None, "output_mask": [True, False, True, True]},
+        {"input": None, "training": False, "branches": None, "output_mask": [True, False, True, True]},
     ],
     "strided statistics": lambda given: [{"mean": torch.stack([given["mean"]] * 2, 1)[:, 0]}],
 }

@@ -1,6 +1,6 @@
-// The CUDA backend on the model of a GPU, for ctypes: what csrc/ops/batch_norm_cuda.cpp does around its kernels.
+// The CUDA backend on the model of a GPU, for ctypes: what csrc/ops/cuda.cpp does around its kernels.
 
-#include "cuda/batch_norm.h"
+#include "cuda/launch.h"
 #include "model.h"
 
 #include <vector>

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bn_ext import activation
 
-SOURCES = "plan.cpp", "forward.cu", "backward.cu", "merge_rows.cu"
+SOURCES = "plan.cpp", "passes/forward.cu", "passes/backward.cu", "passes/merge_rows.cu"
 ALL, REDUCE, APPLY = range(3)  # Stages of csrc/core/pass.h
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
 
@@ -163,7 +163,7 @@ class Tail(NamedTuple):
 NOTHING = Tail()
 
 
-def empty_mask(x: Tensor) -> Tensor:
+def empty_branches(x: Tensor) -> Tensor:
     return torch.full((-(-x.numel() // 32) * 4,), 0xA5, dtype=torch.uint8)
 
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from problems import Arguments, Problem, Result, channels_last, contiguous
-from simt.batch_norm import Device, Kernels, Tail, empty_mask
+from simt.batch_norm import Device, Kernels, Tail, empty_branches
 from torch import Tensor
 
 KIB = 1024
@@ -115,7 +115,7 @@ def masked(kernels: Kernels, device: Device, problem: Problem, seed: int = 0, na
     kernels.configure(seed, preempt=seed % 3 * 20)
     torch.manual_seed(0)
     a = replace(problem, residual=True, activation=name).arguments("cpu")
-    mask = empty_mask(a.input) if name in BRANCHES else None
+    mask = empty_branches(a.input) if name in BRANCHES else None
     result = together(kernels, device, a, mask)
     kernels.configure()
     return Masked(result, None if mask is None else bits_of(mask, a.input))

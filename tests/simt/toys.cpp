@@ -1,6 +1,6 @@
 // Small kernels to test the model with. Each is right, or wrong in the one way that it is named after.
 
-#include "cuda/gpu.h"
+#include "cuda/gpu/gpu.h"
 
 #include <string_view>
 

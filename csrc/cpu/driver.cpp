@@ -1,0 +1,325 @@
+#include "cpu/driver.h"
+
+#include "core/finish.h"
+#include "cpu/kernels/kernels.h"
+#include "cpu/last_cache.h"
+#include "cpu/plan.h"
+
+#include <ATen/Parallel.h>
+#include <ATen/Version.h>
+
+#include <cstring>
+#include <memory>
+#include <string>
+
+namespace bn::cpu {
+namespace {
+
+struct InstructionSet {
+  const char* name;
+  const Kernels& (*kernels)(Layout, DType, const Activation&);
+};
+
+InstructionSet choose_instruction_set() {
+#if defined(__x86_64__)
+  const std::string best = at::get_cpu_capability();
+  if (best == "AVX512") {
+    return {"AVX512", kernels_avx512};
+  }
+  if (best == "AVX2") {
+    return {"AVX2", kernels_avx2};
+  }
+#endif
+  return {"DEFAULT", kernels_default};
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet set = choose_instruction_set();
+  return set;
+}
+
+// Kept from call to call: to ask for it anew costs a small call more than its kernel.
+Scratch scratch_of_thread() {
+  struct alignas(Scratch::kAlignment) Memory {
+    std::byte bytes[Scratch::kBytes];
+  };
+  thread_local const std::unique_ptr<Memory> memory(new Memory);
+  return Scratch(memory->bytes);
+}
+
+template <class F>
+void parallel(int threads, int64_t tasks, const F& f) {
+  if (threads == 1) {
+    f(int64_t{0}, tasks);
+  } else {
+    at::parallel_for(0, tasks, 1, f);
+  }
+}
+
+// Runs reduce(tile, set, chunk), then finish(set, c0, c1), then apply(tile, set) over a problem: tile by tile while it
+// is in a thread's cache, or, where tiles are shared, pass by pass. The second pass goes backwards, to begin with what
+// the first one touched last.
+template <class Reduce, class Finish, class Apply>
+void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+  const int64_t channels = plan.blocks.c;
+  const auto tile = [&](int64_t set, int64_t t, int64_t chunk) {
+    const Blocks& blocks = plan.blocks_of(set);
+    return Tile{blocks,
+                set * plan.blocks.n,
+                t * plan.tile,
+                std::min((t + 1) * plan.tile, channels),
+                chunk * blocks.per_chunk,
+                std::min((chunk + 1) * blocks.per_chunk, blocks.count),
+                plan.ahead,
+                scratch_of_thread()};
+  };
+  const int64_t tiles = plan.tiles();
+  if (!plan.split) {
+    parallel(plan.threads, plan.sets * tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t set = i / tiles;
+        const int64_t t = i % tiles;
+        const int64_t chunks = plan.blocks_of(set).chunks;
+        for (int64_t chunk = 0; reduces && chunk < chunks; ++chunk) {
+          reduce(tile(set, t, chunk), set, chunk);
+        }
+        const Tile whole = tile(set, t, 0);
+        finish(set, whole.c0, whole.c1);
+        for (int64_t chunk = chunks - 1; applies && chunk >= 0; --chunk) {
+          apply(tile(set, t, chunk), set);
+        }
+      }
+    });
+    return;
+  }
+  // Tasks are numbered by set, chunk and tile. The last set may have fewer chunks.
+  const int64_t of_set = plan.blocks.chunks * tiles;
+  const int64_t tasks = (plan.sets - 1) * of_set + plan.last.chunks * tiles;
+  const auto for_task = [&](int64_t i, const auto& f) {
+    const int64_t set = i / of_set;
+    const int64_t chunk = i % of_set / tiles;
+    f(tile(set, i % tiles, chunk), set, chunk);
+  };
+  if (reduces) {
+    parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        for_task(i, reduce);
+      }
+    });
+  }
+  parallel(reduces ? plan.threads : 1, channels, [&](int64_t begin, int64_t end) {
+    for (int64_t set = 0; set < plan.sets; ++set) {
+      finish(set, begin, end);
+    }
+  });
+  if (applies) {
+    parallel(plan.threads, tasks, [&](int64_t begin, int64_t end) {
+      for (int64_t i = end - 1; i >= begin; --i) {
+        for_task(i, [&](const Tile& at, int64_t set, int64_t) { apply(at, set); });
+      }
+    });
+  }
+}
+
+// Arrays that live as long as one call.
+template <class T>
+std::unique_ptr<T[]> workspace(int64_t size) {
+  return std::unique_ptr<T[]>(new T[size]);
+}
+
+// Whether vectors at multiples of their width are aligned.
+bool streamable(const void* tensor) {
+  return reinterpret_cast<uintptr_t>(tensor) % 64 == 0;
+}
+
+// Two sums of each chunk, set and channel.
+class Partial {
+ public:
+  Partial(const Plan& plan, bool used)
+      : c_(plan.blocks.c),
+        chunks_(plan.blocks.chunks),
+        values_(workspace<double>(used ? 2 * plan.sets * chunks_ * c_ : 0)) {}
+
+  double* first(int64_t set, int64_t chunk) const { return values_.get() + 2 * (set * chunks_ + chunk) * c_; }
+  double* second(int64_t set, int64_t chunk) const { return first(set, chunk) + c_; }
+
+ private:
+  int64_t c_;
+  int64_t chunks_;
+  std::unique_ptr<double[]> values_;
+};
+
+// Coefficients of each set and channel.
+template <class A, int kArrays>
+class Coefficients {
+ public:
+  explicit Coefficients(const Plan& plan)
+      : c_(plan.blocks.c), size_(plan.sets * c_), values_(workspace<A>(kArrays * size_)) {}
+
+  A* array(int which, int64_t set) const { return values_.get() + which * size_ + set * c_; }
+
+ private:
+  int64_t c_;
+  int64_t size_;
+  std::unique_ptr<A[]> values_;
+};
+
+// The first value of a set in a channel.
+double first_value(const ForwardArgs& args, int64_t set, int64_t c) {
+  const Problem& p = args.problem;
+  return PerChannel{const_cast<void*>(args.x), p.dtype, p.s}.get(set * p.per_set * p.c + c, 0);
+}
+
+template <class A>
+void forward(const ForwardArgs& args, const Kernels& kernels) {
+  const Pass pass = pass_of(args);
+  const bool reduces = pass.reduces();
+  const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
+  const Partial partial(plan, reduces);
+  const Coefficients<A, 3> coefficients(plan);
+  double momentum = args.momentum;
+  if (reduces && args.num_batches_tracked != nullptr) {
+    const int64_t batches = ++*args.num_batches_tracked;
+    momentum = args.cumulative ? 1 / static_cast<double>(batches) : momentum;
+  }
+
+  if (args.epilogue.branches != nullptr &&
+      !(plan.whole_bytes && kernels.lanes % 8 == 0)) {  // bits are added to others'
+    std::memset(args.epilogue.branches, 0, branch_bytes(args.problem.count() * args.problem.c));
+  }
+
+  const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
+    kernels.moments(tile, args.x, partial.first(set, chunk), partial.second(set, chunk));
+  };
+  const auto merge_chunks = [&](int64_t set, int64_t begin, int64_t end) {
+    const Blocks& blocks = plan.blocks_of(set);
+    if (blocks.chunks == 1) {
+      return;
+    }
+    double* const mean = partial.first(set, 0);
+    double* const m2 = partial.second(set, 0);
+    auto count = static_cast<double>(blocks.values(0));
+    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
+      const auto of_chunk = static_cast<double>(blocks.values(chunk));
+      for (int64_t i = begin; i < end; ++i) {
+        const Moments all =
+            merge({count, mean[i], m2[i]}, {of_chunk, partial.first(set, chunk)[i], partial.second(set, chunk)[i]});
+        mean[i] = all.mean;
+        m2[i] = all.m2;
+      }
+      count += of_chunk;
+    }
+  };
+  const auto finish = [&](int64_t set, int64_t begin, int64_t end) {
+    if (reduces) {
+      merge_chunks(set, begin, end);
+    }
+    const auto count = static_cast<double>(args.problem.count_of(set));
+    for (int64_t i = begin; i < end; ++i) {
+      const Moments batch = reduces
+                                ? Moments{count, finite_or_zero(first_value(args, set, i)) + partial.first(set, 0)[i],
+                                          partial.second(set, 0)[i]}
+                                : Moments{};
+      const auto k = finish_forward<A>(args, set, i, batch, momentum, /*writes=*/true);
+      coefficients.array(0, set)[i] = k.shift;
+      coefficients.array(1, set)[i] = k.scale;
+      coefficients.array(2, set)[i] = k.offset;
+    }
+  };
+  const bool bypass_cache = plan.bypass_cache && streamable(args.y);
+  const auto apply = [&](const Tile& tile, int64_t set) {
+    kernels.normalize(tile, args.x, args.epilogue,
+                      {coefficients.array(0, set), coefficients.array(1, set), coefficients.array(2, set)}, args.y,
+                      bypass_cache);
+  };
+  run(plan, reduces, pass.applies(), reduce, finish, apply);
+  if (merges_sets(args)) {
+    for (int64_t i = 0; i < args.problem.c; ++i) {
+      merge_sets(args, i, momentum, [](const double* p) { return *p; });
+    }
+  }
+}
+
+template <class A>
+void backward(const BackwardArgs& args, const Kernels& kernels) {
+  const Pass pass = pass_of(args);
+  const bool reduces = pass.reduces();
+  const bool reduces_dz_alone = pass.reduce_reads().tensors == 1;
+  const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
+  const Partial partial(plan, reduces);
+  const Coefficients<A, 5> coefficients(plan);
+  for (int64_t set = 0; set < plan.sets; ++set) {
+    for (int64_t i = 0; i < args.problem.c; ++i) {
+      const auto k = repeat_forward<A>(args, set, i);
+      coefficients.array(0, set)[i] = k.shift;
+      coefficients.array(1, set)[i] = k.scale;
+      coefficients.array(2, set)[i] = k.offset;
+    }
+  }
+  const auto of_forward = [&](int64_t set) {
+    return CoefficientArrays{coefficients.array(0, set), coefficients.array(1, set), coefficients.array(2, set)};
+  };
+
+  const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
+    kernels.gradient_sums(tile, args.dy, reduces_dz_alone ? nullptr : args.x, args.epilogue, of_forward(set),
+                          partial.first(set, chunk), partial.second(set, chunk));
+  };
+  const auto add_chunks = [&](int64_t set, int64_t begin, int64_t end) {
+    for (int64_t chunk = 1; chunk < plan.blocks_of(set).chunks; ++chunk) {
+      for (int64_t i = begin; i < end; ++i) {
+        partial.first(set, 0)[i] += partial.first(set, chunk)[i];
+        partial.second(set, 0)[i] += partial.second(set, chunk)[i];
+      }
+    }
+  };
+  const auto finish = [&](int64_t set, int64_t begin, int64_t end) {
+    if (reduces) {
+      add_chunks(set, begin, end);
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const auto k = finish_backward<A>(args, set, i, reduces ? partial.first(set, 0)[i] : 0,
+                                        reduces ? partial.second(set, 0)[i] : 0, /*writes=*/true);
+      coefficients.array(3, set)[i] = k.slope;
+      coefficients.array(4, set)[i] = k.offset;
+    }
+  };
+  const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);
+  const auto apply = [&](const Tile& tile, int64_t set) {
+    CoefficientArrays arrays = of_forward(set);
+    if (pass.through_statistics()) {
+      arrays.slope = coefficients.array(3, set);
+      arrays.gradient_offset = coefficients.array(4, set);
+    }
+    kernels.input_gradient(tile, args.dy, args.x, args.epilogue, arrays, args.dx, args.dresidual, bypass_cache);
+  };
+  run(plan, reduces, pass.applies(), reduce, finish, apply);
+  if (merges_sets(args)) {
+    for (int64_t i = 0; i < args.problem.c; ++i) {
+      merge_sets(args, i, [](const double* p) { return *p; });
+    }
+  }
+}
+
+}  // namespace
+
+void batch_norm_forward(const ForwardArgs& args) {
+  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
+  args.problem.dtype == DType::Float64 ? forward<double>(args, kernels) : forward<float>(args, kernels);
+}
+
+void batch_norm_backward(const BackwardArgs& args) {
+  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
+  args.problem.dtype == DType::Float64 ? backward<double>(args, kernels) : backward<float>(args, kernels);
+}
+
+void batch_norm_merge_rows(const MergeArgs& args) {
+  for (int64_t c = 0; c < args.c; ++c) {
+    merge_rows(args, c);
+  }
+}
+
+const char* instruction_set() {
+  return chosen().name;
+}
+
+}  // namespace bn::cpu

@@ -1,0 +1,241 @@
+// Compiled once per instruction set, with BN_KERNELS naming the table it provides. Everything but that one
+// function has internal linkage: a symbol shared with another unit could run on a CPU that lacks this
+// unit's instructions.
+
+#include "cpu/kernels/kernels.h"
+
+#include "core/coefficients.h"
+#include "core/moments.h"
+#include "cpu/kernels/interleaved.h"
+#include "cpu/kernels/planar.h"
+
+#include <type_traits>
+
+namespace bn::cpu {
+namespace {
+
+// An array with a value for each channel of a tile. A small array is on the stack, where the compiler knows that no
+// other store changes it. A large array is in the scratch. The limit was not measured.
+template <class A, int64_t kMaxChannels>
+class ChannelArray {
+ public:
+  explicit ChannelArray(Scratch& scratch) {
+    if constexpr (!kOnStack) {
+      values_ = scratch.take<A[kMaxChannels]>();
+    }
+  }
+  operator A*() { return values_; }
+
+ private:
+  static constexpr bool kOnStack = kMaxChannels <= 64;
+  std::conditional_t<kOnStack, A[kMaxChannels], A*> values_;
+};
+
+// The doubles that a kernel takes of the scratch. Per channel: four in moments, two in gradient_sums, none in
+// input_gradient. Per lane, in sums or map: a value of each coefficient, and in sums two sums.
+template <class Rows>
+constexpr bool kFitsScratch = [] {
+  const auto bytes = [](int64_t per_channel, int64_t per_lane) {
+    return 8 * (per_channel * Rows::kMaxChannels + per_lane * Rows::kMaxLanes) + 10 * Scratch::kAlignment;
+  };
+  return std::max({bytes(4, 1 + 2), bytes(2, 3 + 2), bytes(0, 5)}) <= Scratch::kBytes;
+}();
+static_assert(kFitsScratch<Interleaved<double>> && kFitsScratch<Planar<double>>);
+
+// The shift of a block is the mean of the blocks before it: if the block is far from that mean, the variance is as
+// large. The shift of the first block is the mean of its first quarter, which takes a pass of its own: the squared
+// distance of that mean from the block's mean is at most three times the block's variance. If the mean is within one
+// deviation of zero, the shift is zero, because differences from zero are exact. Means are kept as distances from the
+// set's first value: if that value is like the others, their common offset costs no digits, and the mean of equal
+// values is exactly that value.
+template <template <class> class Rows, class T>
+void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
+  const auto* x = static_cast<const T*>(x_);
+  const Rows<T> rows{tile};
+  Scratch scratch = tile.scratch;
+  ChannelArray<double, Rows<T>::kMaxChannels> origin(scratch), sum(scratch), sum_sq(scratch);
+  ChannelArray<Acc<T>, Rows<T>::kMaxChannels> shift(scratch);
+  const Acc<T>* const about[] = {shift};
+  mean += tile.c0;
+  m2 += tile.c0;
+  for (int64_t c = 0; c < tile.channels(); ++c) {
+    origin[c] = finite_or_zero(static_cast<double>(x[tile.blocks.offset(tile.n0, tile.c0 + c, 0)]));
+    mean[c] = 0;
+    m2[c] = 0;
+  }
+  double count = 0;
+  const auto set_shift = [&](double so_far) {
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      const double at = origin[c] + mean[c];
+      shift[c] = at * at < m2[c] / so_far ? 0 : finite_or_zero(static_cast<Acc<T>>(at));
+    }
+  };
+  for (int64_t b = tile.b0; b < tile.b1; ++b) {
+    const Extent e = tile.extent(b);
+    const auto block_count = static_cast<double>(e.count());
+    set_shift(count);
+    if (b == tile.b0) {
+      rows.sums(e.quarter(), MomentTerm<T>{x}, about, sum, sum_sq, scratch);
+      const auto quarter_count = static_cast<double>(e.quarter().count());
+      for (int64_t c = 0; c < tile.channels(); ++c) {
+        const Moments quarter = shifted_moments(quarter_count, shift[c] - origin[c], sum[c], sum_sq[c]);
+        mean[c] = quarter.mean;
+        m2[c] = quarter.m2;
+      }
+      set_shift(quarter_count);
+      std::fill_n(m2, tile.channels(), 0.0);
+    }
+    rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq, scratch);
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      const Moments block = shifted_moments(block_count, shift[c] - origin[c], sum[c], sum_sq[c]);
+      const Moments all = merge({count, mean[c], m2[c]}, block);
+      mean[c] = all.mean;
+      m2[c] = all.m2;
+    }
+    count += block_count;
+  }
+}
+
+// Points to the coefficient of the tile's first channel.
+template <class T>
+const Acc<T>* of_tile(const Tile& tile, const void* coefficients) {
+  return static_cast<const Acc<T>*>(coefficients) + tile.c0;
+}
+
+// kMore: there is a residual, branch bits, or both.
+template <bool kMore, template <class> class Rows, class T, class Functor>
+void normalize_and_more(
+    const Tile& tile, const T* x, const Epilogue& epilogue, const CoefficientArrays& arrays, T* y, bool bypass_cache) {
+  const auto* residual = static_cast<const T*>(epilogue.residual);
+  uint8_t* const branches = epilogue.branches;
+  const auto functor = functor_of<Functor>(epilogue.activation);
+  const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                        of_tile<T>(tile, arrays.offset)};
+  Rows<T>{tile}.template map<3>(coefficients,
+                                [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
+                                  Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
+                                  if (kMore && residual != nullptr) {
+                                    z = z + at.read(residual);
+                                  }
+                                  if constexpr (kMore && Gradient<T, Functor>::kActivated) {
+                                    if (branches != nullptr) {
+                                      at.write(branches, functor.branch(z));
+                                    }
+                                  }
+                                  at.write(y, functor.value(z));
+                                },
+                                {bypass_cache || branches != nullptr, bypass_cache, tile.ahead});
+}
+
+template <template <class> class Rows, class T, class Functor>
+void normalize(const Tile& tile,
+               const void* x,
+               const Epilogue& epilogue,
+               const CoefficientArrays& arrays,
+               void* y,
+               bool bypass_cache) {
+  const bool more = epilogue.residual != nullptr || epilogue.branches != nullptr;
+  const auto run = more ? normalize_and_more<true, Rows, T, Functor> : normalize_and_more<false, Rows, T, Functor>;
+  run(tile, static_cast<const T*>(x), epilogue, arrays, static_cast<T*>(y), bypass_cache);
+  fence();
+}
+
+template <template <class> class Rows, class T, class Functor>
+void gradient_sums(const Tile& tile,
+                   const void* dy,
+                   const void* x,
+                   const Epilogue& epilogue,
+                   const CoefficientArrays& arrays,
+                   double* sum_dz,
+                   double* sum_dz_shifted) {
+  const Rows<T> rows{tile};
+  const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                        of_tile<T>(tile, arrays.offset)};
+  Scratch scratch = tile.scratch;
+  ChannelArray<double, Rows<T>::kMaxChannels> sum(scratch), sum_shifted(scratch);
+  std::fill_n(sum_dz + tile.c0, tile.channels(), 0.0);
+  std::fill_n(sum_dz_shifted + tile.c0, tile.channels(), 0.0);
+  for (int64_t b = tile.b0; b < tile.b1; ++b) {
+    const Extent e = tile.extent(b);
+    if (x != nullptr) {
+      rows.sums(e, GradientTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted, scratch);
+    } else {
+      rows.sums(e, SumTerm<T, Functor>{{dy, x, epilogue}}, coefficients, sum, sum_shifted, scratch);
+    }
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      sum_dz[tile.c0 + c] += sum[c];
+      sum_dz_shifted[tile.c0 + c] += sum_shifted[c];
+    }
+  }
+}
+
+template <template <class> class Rows, class T, class Functor>
+void input_gradient(const Tile& tile,
+                    const void* dy,
+                    const void* x,
+                    const Epilogue& epilogue,
+                    const CoefficientArrays& arrays,
+                    void* dx_,
+                    void* dresidual_,
+                    bool bypass_cache) {
+  const Gradient<T, Functor> gradient(dy, x, epilogue);
+  auto* const dx = static_cast<T*>(dx_);
+  auto* const dresidual = static_cast<T*>(dresidual_);
+  const Rows<T> rows{tile};
+  const Writes writes{bypass_cache, bypass_cache, tile.ahead};
+  const auto write = [=](const Spot<T>& at, const Vec<T>& dz, const auto& gradient_of) BN_INLINE {
+    if (Gradient<T, Functor>::kActivated && dresidual != nullptr) {
+      at.write(dresidual, dz);
+    }
+    if (!Gradient<T, Functor>::kActivated || dx != nullptr) {
+      at.write(dx, gradient_of(dz));
+    }
+  };
+  // The forward's offset comes last: without an activation it is not needed.
+  if (arrays.slope != nullptr) {
+    constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 5 : 4;
+    const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                          of_tile<T>(tile, arrays.slope), of_tile<T>(tile, arrays.gradient_offset),
+                                          of_tile<T>(tile, arrays.offset)};
+    rows.template map<kCoefficients>(
+        coefficients,
+        [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
+          const Vec<T> x = at.read(gradient.x);
+          write(at, gradient.behind(at, x, k),
+                [&](const Vec<T>& dz) { return bn::input_gradient(dz, x, k[0], k[1], k[2], k[3]); });
+        },
+        writes);
+  } else {
+    constexpr int kCoefficients = Gradient<T, Functor>::kActivated ? 3 : 2;
+    const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
+                                          of_tile<T>(tile, arrays.offset)};
+    rows.template map<kCoefficients>(
+        coefficients,
+        [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
+          const Vec<T> x = gradient.repeats_forward() ? at.read(gradient.x) : Vec<T>(0);
+          write(at, gradient.behind(at, x, k), [&](const Vec<T>& dz) { return dz * k[1]; });
+        },
+        writes);
+  }
+  fence();
+}
+
+template <template <class> class Rows, class T, class Functor>
+constexpr Kernels kKernels = {kWidth<T>, moments<Rows, T>, normalize<Rows, T, Functor>, gradient_sums<Rows, T, Functor>,
+                              input_gradient<Rows, T, Functor>};
+
+template <template <class> class Rows, class Functor>
+constexpr Kernels kOfDType[kDTypes] = {kKernels<Rows, double, Functor>, kKernels<Rows, float, Functor>,
+                                       kKernels<Rows, c10::Half, Functor>, kKernels<Rows, c10::BFloat16, Functor>};
+
+}  // namespace
+
+const Kernels& BN_KERNELS(Layout layout, DType dtype, const Activation& activation) {
+  return with_compiled(activation, [&](const auto& functor) -> const Kernels& {
+    using Functor = std::decay_t<decltype(functor)>;
+    const int i = static_cast<int>(dtype);
+    return layout == Layout::Planar ? kOfDType<Planar, Functor>[i] : kOfDType<Interleaved, Functor>[i];
+  });
+}
+
+}  // namespace bn::cpu

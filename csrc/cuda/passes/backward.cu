@@ -1,0 +1,163 @@
+#include "core/finish.h"
+#include "cuda/kernel/functor.h"
+#include "cuda/kernel/kernel.h"
+#include "cuda/launch.h"
+
+#include <algorithm>
+
+namespace bn::cuda {
+namespace {
+
+// dz, the gradient of the activation's input, replaces dy as soon as dy is read. dz is summed before it is rounded. It
+// is held and applied in the type of the tensors, in which the gradient of a residual is written.
+template <class T_, class Functor>
+class BackwardPass {
+ public:
+  using T = T_;
+  using A = Acc<T>;
+  using Reference = NormalizeCoefficients<A>;
+  struct Coefficients {
+    NormalizeCoefficients<A> forward;
+    GradientCoefficients<A> backward;
+  };
+  static constexpr const char* kName = "batch_norm_backward";
+  static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;
+  static constexpr bool kRounds = kIsAny<Functor> && !std::is_same_v<T, A>;
+  static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read by Any alone
+  static constexpr bool kRefersToChannels = true;
+  static constexpr int kHeld = 2;
+  // Not measured.
+  static constexpr int kSumBatch = batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
+  static constexpr int kApplyBatch = kSumBatch;
+
+  BackwardPass(const BackwardArgs& args, const Functor& activation) : args_(args), activation_(activation) {
+    const Pass pass = pass_of(args);
+    reduce_reads_ = pass.reduce_reads().tensors;
+    apply_reads_ = pass.apply_reads().tensors;
+    applies_ = pass.applies();
+    merges_sets_ = bn::merges_sets(args);
+    branches_ = pass.chain.branches ? args.epilogue.branches : nullptr;
+  }
+
+  BN_DEVICE const T* summed(int j) const { return tensor(j, reduce_reads_); }
+  BN_DEVICE const T* applied(int j, bool held) const { return held ? nullptr : tensor(j, apply_reads_); }
+  BN_DEVICE const uint8_t* summed_branches() const { return branches_; }
+  BN_DEVICE const uint8_t* applied_branches(bool held) const { return held ? nullptr : branches_; }
+  BN_DEVICE bool writes() const { return applies_; }
+  BN_HD bool merges_sets() const { return merges_sets_; }
+
+  BN_DEVICE void begin(const TeamSums&) const {}
+
+  BN_DEVICE Reference reference(int64_t set, int64_t c) const { return repeat_forward<A>(args_, set, c); }
+
+  // In lanes without an element dz is 0.
+  template <class Batch, class CoefficientsOf>
+  BN_DEVICE void prepare(Batch& batch, int u, int lanes, const CoefficientsOf& of_lane) const {
+    if constexpr (!kPlain) {
+      with_known(activation_, [&](const auto& known) {
+        Pack<T> dz = {};
+#pragma unroll
+        for (int l = 0; l < Pack<T>::kLanes; ++l) {
+          const A exact = l < lanes ? gradient(known, batch, u, l, forward_of(of_lane(l))) : 0;
+          dz.set(l, static_cast<T>(exact));
+          batch.exact[u][l] = exact;
+        }
+        batch.tensor[0][u] = dz;
+      });
+    }
+  }
+
+  template <class B, class Batch>
+  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, bool, const Reference& k) const {
+    const A dz = kRounds ? batch.exact[u][l] : batch.tensor[0][u].get(l);
+    return {static_cast<B>(dz), static_cast<B>(batch.tensor[1][u].get(l)) - static_cast<B>(k.shift)};
+  }
+
+  BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t, int64_t) const {}
+
+  BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
+    const bool summed = reduce_reads_ > 0;
+    const double sum = summed ? sums.sum(k) : 0;
+    const double product = summed ? sums.product(k) : 0;
+    return {repeat_forward<A>(args_, set, c), finish_backward<A>(args_, set, c, sum, product, sums.leads())};
+  }
+
+  BN_DEVICE void merge_sets(int64_t c) const {
+    bn::merge_sets(args_, c, [](const double* p) { return gpu::load_written(p); });
+  }
+
+  template <class Batch, class CoefficientsOf>
+  BN_DEVICE void write(
+      const Batch& batch, int u, const PackPlace& place, const CoefficientsOf& of_lane, const Geometry& g) const {
+    const Pack<T>& dz = batch.tensor[0][u];
+    if (args_.dx != nullptr) {
+      Pack<T> dx = {};
+#pragma unroll
+      for (int l = 0; l < Pack<T>::kLanes; ++l) {
+        const auto& [forward, backward] = of_lane(l);
+        const A x = batch.tensor[1][u].get(l);
+        dx.set(l, static_cast<T>(args_.training ? input_gradient(dz.get(l), x, forward.shift, forward.scale,
+                                                                 backward.slope, backward.offset)
+                                                : dz.get(l) * forward.scale));
+      }
+      store_pack(static_cast<T*>(args_.dx) + place.offset, dx, place.lanes, g.aligned);
+    }
+    if (args_.dresidual != nullptr) {
+      store_pack(static_cast<T*>(args_.dresidual) + place.offset, dz, place.lanes, g.aligned);
+    }
+  }
+
+ private:
+  static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const NormalizeCoefficients<A>& k) { return k; }
+  static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const Coefficients& k) { return k.forward; }
+
+  template <class Known, class Batch>
+  BN_DEVICE A gradient(const Known& known, const Batch& batch, int u, int l, const NormalizeCoefficients<A>& k) const {
+    const A dy = batch.tensor[0][u].get(l);
+    if constexpr (Known::kBranches) {
+      if (branches_ != nullptr) {
+        return known.gradient_on((batch.bits[u] >> l & 1) != 0, dy);
+      }
+    }
+    A z = normalize(batch.tensor[1][u].get(l), k.shift, k.scale, k.offset);
+    if constexpr (kTensors > 2) {
+      z = z + batch.tensor[2][u].get(l);
+    }
+    return activation::gradient(known, dy, z);
+  }
+
+  BN_DEVICE const T* tensor(int j, int read) const {
+    const void* const tensors[] = {args_.dy, args_.x, args_.epilogue.residual};
+    return j < read ? static_cast<const T*>(tensors[j]) : nullptr;
+  }
+
+  BackwardArgs args_;
+  Functor activation_;
+  int reduce_reads_;  // of dy, x and the residual, the first so many
+  int apply_reads_;
+  bool applies_;
+  bool merges_sets_;
+  const uint8_t* branches_;
+};
+
+}  // namespace
+
+void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {
+  const bool aligned =
+      packs_align(args.problem, plan, {args.dy, args.x, args.epilogue.residual, args.dx, args.dresidual});
+  const auto run = [&](const auto& activation) {
+    with_type(args.problem.dtype, [&](auto type) {
+      launch_batch_norm(BackwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation),
+                        args.problem, aligned, plan, workspace, stream);
+    });
+  };
+  const Pass pass = pass_of(args);
+  const bool reads_residual = std::max(pass.reduce_reads().tensors, pass.apply_reads().tensors) == 3;
+  if (reads_residual) {
+    run(activation::Any{{}, args.epilogue.activation});
+  } else {
+    with_compiled(args.epilogue.activation, run);
+  }
+}
+
+}  // namespace bn::cuda

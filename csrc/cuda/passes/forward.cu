@@ -1,0 +1,172 @@
+#include "core/finish.h"
+#include "cuda/kernel/functor.h"
+#include "cuda/kernel/kernel.h"
+#include "cuda/launch.h"
+
+namespace bn::cuda {
+namespace {
+
+template <class T_, class Functor>
+class ForwardPass {
+ public:
+  using T = T_;
+  using A = Acc<T>;
+  using Reference = A;
+  using Coefficients = NormalizeCoefficients<A>;
+  static constexpr const char* kName = "batch_norm_forward";
+  static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and there is no residual
+  static constexpr int kTensors = kPlain ? 1 : 2;
+  static constexpr int kHeld = 1;
+  static constexpr bool kRefersToChannels = false;
+  // Not measured.
+  static constexpr int kSumBatch = sizeof(T) == 2 ? 4 : 8;
+  static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
+
+  ForwardPass(const ForwardArgs& args, const Functor& activation)
+
+      : args_(args),
+        activation_(activation),
+        branches_(pass_of(args).writes().branches ? args.epilogue.branches : nullptr),
+        reduces_(pass_of(args).reduces()),
+        applies_(pass_of(args).applies()),
+        merges_sets_(bn::merges_sets(args)) {}
+
+  BN_DEVICE const T* summed(int j) const { return reduces_ && j == 0 ? x() : nullptr; }
+  BN_DEVICE const T* applied(int j, bool) const {
+    return j == 0 ? x() : static_cast<const T*>(args_.epilogue.residual);
+  }
+  BN_DEVICE const uint8_t* summed_branches() const { return nullptr; }
+  BN_DEVICE const uint8_t* applied_branches(bool) const { return nullptr; }
+  BN_DEVICE bool writes() const { return applies_; }
+  BN_HD bool merges_sets() const { return merges_sets_; }
+
+  // Counts the batch once, and sets the momentum in the blocks that will write running statistics.
+  BN_DEVICE void begin(const TeamSums& team) {
+    momentum_ = args_.momentum;
+    if (!reduces_ || args_.num_batches_tracked == nullptr) {
+      return;
+    }
+    if (args_.cumulative && team.leads()) {
+      momentum_ = team.broadcast([&] { return 1 / static_cast<double>(count_batch(team.teams())); });
+    } else if (!args_.cumulative && gpu::block() == 0 && gpu::thread() == 0) {
+      ++*args_.num_batches_tracked;
+    }
+  }
+
+  // One of the lane's own values, so that differences from it lose no digits. It is the middle one of three values, so
+  // that it is no single outlier.
+  template <class Batch>
+  BN_DEVICE A reference(const Batch& batch, const int (&lanes)[kSumBatch], int l) const {
+    const A x = batch.tensor[0][0].get(l);
+    const A y = l < lanes[1] ? batch.tensor[0][1].get(l) : x;
+    const A z = l < lanes[2] ? batch.tensor[0][2].get(l) : x;
+    const A low = x < y ? x : y;
+    const A high = x < y ? y : x;
+    return finite_or_zero(z < low ? low : z < high ? z : high);
+  }
+
+  template <class Batch, class ReferenceOf>
+  BN_DEVICE void prepare(Batch&, int, int, const ReferenceOf&) const {}
+
+  template <class B, class Batch>
+  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, bool there, A reference) const {
+    const B d = static_cast<B>(batch.tensor[0][u].get(l)) - static_cast<B>(reference);
+    return there ? Factors<B>{d, d} : Factors<B>{0, 0};
+  }
+
+  // Turns sums about the lane's reference into sums about the channel's origin.
+  BN_DEVICE void settle(double& sum, double& sum_sq, double count, A reference, int64_t set, int64_t c) const {
+    const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(set, c));
+    sum = moved.sum;
+    sum_sq = moved.sum_sq;
+  }
+
+  BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
+    const auto count = static_cast<double>(args_.problem.count_of(set));
+    const Moments batch = reduces_ ? shifted_moments(count, origin(set, c), sums.sum(k), sums.product(k)) : Moments{};
+    return finish_forward<A>(args_, set, c, batch, momentum_, sums.leads());
+  }
+
+  BN_DEVICE void merge_sets(int64_t c) const {
+    bn::merge_sets(args_, c, momentum_, [](const double* p) { return gpu::load_written(p); });
+  }
+
+  template <class Batch, class CoefficientsOf>
+  BN_DEVICE void write(
+      const Batch& batch, int u, const PackPlace& place, const CoefficientsOf& of_lane, const Geometry& g) const {
+    Pack<T> y = {};
+    uint32_t bits = 0;
+    with_known(activation_, [&](const auto& known) {
+#pragma unroll
+      for (int l = 0; l < Pack<T>::kLanes; ++l) {
+        const Coefficients& k = of_lane(l);
+        A z = normalize(batch.tensor[0][u].get(l), k.shift, k.scale, k.offset);
+        if constexpr (!kPlain) {
+          z = z + batch.tensor[1][u].get(l);
+        }
+        y.set(l, static_cast<T>(known.value(z)));
+        if constexpr (std::decay_t<decltype(known)>::kBranches) {
+          bits |= static_cast<uint32_t>(known.branch(z)) << l;
+        }
+      }
+    });
+    store_pack(static_cast<T*>(args_.y) + place.offset, y, place.lanes, g.aligned);
+    if (!kPlain && branches_ != nullptr) {
+      store_bits<Pack<T>::kLanes>(branches_, bits, place, g.whole_bytes);
+    }
+  }
+
+ private:
+  BN_DEVICE const T* x() const { return static_cast<const T*>(args_.x); }
+
+  // The set's first value in the channel. Its distance from the mean costs no digits that matter in double precision.
+  BN_DEVICE double origin(int64_t set, int64_t c) const {
+    const Problem& p = args_.problem;
+    return finite_or_zero(static_cast<double>(static_cast<A>(x()[(set * p.per_set * p.c + c) * p.s])));
+  }
+
+  // Returns the number of batches, this one included. The leaders of all teams have to read the counter before one of
+  // them increments it: each leader adds 1 to the upper 24 bits as it reads, and the last leader writes the new count.
+  // There is room for 2^24 teams and 2^40 batches.
+  BN_DEVICE int64_t count_batch(int64_t leaders) const {
+    constexpr int kCountBits = 40;
+    auto* const counter = reinterpret_cast<unsigned long long*>(args_.num_batches_tracked);
+    const unsigned long long seen = gpu::atomic_add(counter, 1ULL << kCountBits);
+    const auto batches = static_cast<int64_t>((seen & ((1ULL << kCountBits) - 1)) + 1);
+    if (static_cast<int64_t>(seen >> kCountBits) == leaders - 1) {
+      *args_.num_batches_tracked = batches;
+    }
+    return batches;
+  }
+
+  ForwardArgs args_;
+  Functor activation_;
+  uint8_t* branches_;
+  bool reduces_;
+  bool applies_;
+  bool merges_sets_;
+  double momentum_ = 0;
+};
+
+}  // namespace
+
+void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {
+  const bool aligned = packs_align(args.problem, plan, {args.x, args.epilogue.residual, args.y});
+  if (plan.zeroed_branches) {
+    gpu::set_to_zero(args.epilogue.branches, branch_bytes(args.problem.count() * args.problem.c), stream);
+  }
+  const auto run = [&](const auto& activation) {
+    with_type(args.problem.dtype, [&](auto type) {
+      launch_batch_norm(ForwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation), args.problem,
+                        aligned, plan, workspace, stream);
+    });
+  };
+  const Epilogue& e = args.epilogue;
+  if (e.activation.kind == ActivationKind::Identity && e.residual != nullptr) {
+    run(activation::Any{{}, e.activation});
+  } else {
+    with_compiled(e.activation, run);
+  }
+}
+
+}  // namespace bn::cuda

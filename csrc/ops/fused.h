@@ -1,0 +1,194 @@
+#pragma once
+
+#include "core/arguments.h"
+#include "ops/inputs.h"
+
+#include <ATen/OpMathType.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
+
+// batch_norm_forward and batch_norm_backward for any backend: check, view as a problem, allocate, run. A backend has
+// two static functions, forward(args, input) and backward(args, input), for inputs with elements.
+namespace bn::ops {
+
+// One value per channel to be read; `t` has to outlive the result.
+inline PerChannel per_channel(const OptionalTensor& t) {
+  if (!t.has_value()) {
+    return {};
+  }
+  const Tensor flat = t->dim() == 1 ? *t : t->view(-1);
+  return {const_cast<void*>(flat.const_data_ptr()), dtype_of(flat), flat.stride(0)};
+}
+
+inline PerChannel per_channel_to_write(const OptionalTensor& t) {
+  if (t.has_value()) {
+    t->mutable_data_ptr();  // the data become the tensor's own
+  }
+  return per_channel(t);
+}
+
+// Tells autograd that a tensor was written to.
+inline void bump_version(const OptionalTensor& t) {
+  if (t.has_value() && !t->is_inference()) {
+    t->unsafeGetTensorImpl()->bump_version();
+  }
+}
+
+inline void count_batch(const Tensor& num_batches_tracked) {
+  {
+    const at::AutoDispatchBelowADInplaceOrView below_autograd;
+    num_batches_tracked.add_(1);
+  }
+  bump_version(num_batches_tracked);
+}
+
+// Branch bits that are read.
+inline uint8_t* bits_of(const OptionalTensor& branches) {
+  return branches.has_value() ? const_cast<uint8_t*>(branches->const_data_ptr<uint8_t>()) : nullptr;
+}
+
+// A tensor of the input's sizes, or none, in the layout of the view.
+class Operand {
+ public:
+  Operand(const OptionalTensor& tensor, const View& view)
+      : tensor_(tensor.has_value() ? laid_out_like(*tensor, view) : Tensor()) {}
+
+  const void* data() const { return tensor_.defined() ? tensor_.const_data_ptr() : nullptr; }
+
+ private:
+  Tensor tensor_;
+};
+
+template <class Backend>
+FourTensors run_forward(const Arguments& a, bool with_branches) {
+  check_inputs(a);
+  check_residual(a.residual, a.input);
+  check_with_branches(with_branches, a.activation);
+  const View x = view_as_problem(a.input, a.set_size);
+  Tensor output = empty_like(x);
+  Tensor mean = empty_statistics(a.input, a.set_size);
+  Tensor invstd = empty_statistics(a.input, a.set_size);
+  Tensor branches = with_branches ? empty_branches(a.input) : Tensor();
+  const bool counts = a.training && a.num_batches_tracked.has_value();
+  if (a.input.numel() == 0) {
+    mean.zero_();
+    invstd.zero_();
+    if (counts) {
+      count_batch(*a.num_batches_tracked);
+    }
+    return {output, mean, invstd, branches};
+  }
+  const Operand r(a.residual, x);
+  const bool merges = a.training && a.running_mean.has_value() && !x.problem.one_set();
+  const Tensor m2 = merges ? empty_statistics(a.input, a.set_size) : Tensor();
+  Backend::forward({x.problem, Stages::All, x.tensor.const_data_ptr(), per_channel(a.weight), per_channel(a.bias),
+                    a.training ? per_channel_to_write(a.running_mean) : per_channel(a.running_mean),
+                    a.training ? per_channel_to_write(a.running_var) : per_channel(a.running_var),
+                    counts ? a.num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr, a.training,
+                    counts && !a.momentum.has_value(), a.momentum.value_or(0), a.eps,
+                    Epilogue{a.activation, r.data(), with_branches ? branches.mutable_data_ptr<uint8_t>() : nullptr},
+                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>(),
+                    merges ? m2.mutable_data_ptr<double>() : nullptr},
+                   a.input);
+  if (a.training) {
+    bump_version(a.num_batches_tracked);
+    bump_version(a.running_mean);
+    bump_version(a.running_var);
+  }
+  return {output, mean, invstd, branches};
+}
+
+template <class Backend>
+FourTensors batch_norm_forward(const Tensor& input,
+                               const OptionalTensor& weight,
+                               const OptionalTensor& bias,
+                               const OptionalTensor& running_mean,
+                               const OptionalTensor& running_var,
+                               const OptionalTensor& num_batches_tracked,
+                               std::optional<double> momentum,
+                               double eps,
+                               const OptionalTensor& residual,
+                               int64_t activation,
+                               double activation_param,
+                               SetSize set_size,
+                               bool with_branches) {
+  return run_forward<Backend>({input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
+                               momentum, eps, residual, numbered_activation(activation, activation_param), set_size},
+                              with_branches);
+}
+
+template <class Backend>
+FourTensors batch_norm_forward_evaluation(const Tensor& input,
+                                          const OptionalTensor& weight,
+                                          const OptionalTensor& bias,
+                                          const Tensor& running_mean,
+                                          const Tensor& running_var,
+                                          double eps,
+                                          const OptionalTensor& residual,
+                                          int64_t activation,
+                                          double activation_param,
+                                          bool with_branches) {
+  return run_forward<Backend>(
+      {input, weight, bias, running_mean, running_var, /*num_batches_tracked=*/std::nullopt, /*training=*/false,
+       /*momentum=*/std::nullopt, eps, residual, numbered_activation(activation, activation_param),
+       /*set_size=*/std::nullopt},
+      with_branches);
+}
+
+template <class Backend>
+FourTensors batch_norm_backward(const Tensor& dy,
+                                const OptionalTensor& input,
+                                const OptionalTensor& weight,
+                                const OptionalTensor& bias,
+                                const Tensor& mean,
+                                const Tensor& invstd,
+                                bool training,
+                                const OptionalTensor& residual,
+                                const OptionalTensor& branches,
+                                int64_t activation_number,
+                                double activation_param,
+                                SetSize set_size,
+                                std::array<bool, 4> output_mask) {
+  const Activation activation = numbered_activation(activation_number, activation_param);
+  const BackwardArguments a{dy,       input,    weight,   bias,       mean,     invstd,
+                            training, residual, branches, activation, set_size, output_mask};
+  check_inputs(a);
+  const Tensor& like = a.like();
+  const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;
+  const View x = view_as_problem(like, set_size);
+  const Operand g(dy, x);
+  const auto parameter =
+      mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(like.scalar_type()));
+  Tensor dx = wants_dx ? empty_like(x) : Tensor();
+  Tensor dweight = wants_dweight ? at::empty({like.size(1)}, parameter) : Tensor();
+  Tensor dbias = wants_dbias ? at::empty({like.size(1)}, parameter) : Tensor();
+  Tensor dresidual = wants_dresidual ? empty_like(x) : Tensor();
+  if (like.numel() == 0) {
+    for (const Tensor& sum : {dweight, dbias}) {
+      if (sum.defined()) {
+        sum.zero_();
+      }
+    }
+    return {dx, dweight, dbias, dresidual};
+  }
+  const bool passes_on = dresidual_is_dy(activation.kind);
+  if (wants_dresidual && passes_on) {
+    dresidual.copy_(dy);
+  }
+  const Operand r(residual, x);
+  const bool merges = (wants_dweight || wants_dbias) && !x.problem.one_set();
+  const Tensor sum_dz = merges ? empty_statistics(like, set_size) : Tensor();
+  const Tensor sum_dz_xmu = merges ? empty_statistics(like, set_size) : Tensor();
+  Backend::backward(
+      {x.problem, Stages::All, g.data(), input.has_value() ? x.tensor.const_data_ptr() : nullptr, per_channel(weight),
+       per_channel(bias), mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
+       Epilogue{activation, r.data(), bits_of(branches)}, wants_dx ? dx.mutable_data_ptr() : nullptr,
+       wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
+       wants_dweight ? per_channel_to_write(dweight) : PerChannel{},
+       wants_dbias ? per_channel_to_write(dbias) : PerChannel{}, merges ? sum_dz.mutable_data_ptr<double>() : nullptr,
+       merges ? sum_dz_xmu.mutable_data_ptr<double>() : nullptr, /*counts=*/nullptr},
+      like);
+  return {dx, dweight, dbias, dresidual};
+}
+
+}  // namespace bn::ops
