@@ -1,7 +1,8 @@
 """What is compiled: the CPU kernels, once per instruction set, the GPU kernels where torch can use them, the operators.
 
 ``BN_EXT_CUDA=0`` leaves the GPU kernels out, ``BN_EXT_CUDA=1`` insists on them. ``MAX_JOBS`` is the number of compilers
-that run at once, ``CXX`` the compiler.
+that run at once, ``CXX`` the compiler. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to compile for; unless set, they
+are those that are here, or the usual ones where none is.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ GPU_SOURCES = [ON_GPU, *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc
 
 OLDEST_TORCH = "torch>=2.11"
 OLDEST_GCC = 11
+USUAL_GPUS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # compute capabilities: the first of each generation
 
 # Python's own flags ask for debug information, which would be nine tenths of the library.
 FLAGS = [
@@ -72,6 +74,8 @@ class Build(BuildExtension):
         if found := unfit_compiler():
             raise SystemExit(f"bn_ext needs g++ {OLDEST_GCC} or newer, found {found}. Install one, or set CXX to it.")
         os.environ["CXX"] = compiler()  # unless it is set, torch takes c++, and setuptools what built Python
+        if not without_cuda() and not torch.cuda.device_count():
+            os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures())  # torch would look for GPUs, and fail
         super().run()
         lines = [f"{name} = {value!r}\n" for name, value in build_info().items()]
         (Path(self.get_ext_fullpath("bn_ext._C")).parent / "_build_info.py").write_text("".join(lines))
@@ -176,11 +180,20 @@ def output(*command: str) -> str:
 
 
 def architectures() -> tuple[str, ...]:
-    """The compute capabilities that torch compiles for: those asked for, or those of the GPUs that are here."""
-    if asked := os.environ.get("TORCH_CUDA_ARCH_LIST"):
+    """The compute capabilities that torch compiles for: those asked for, those of the GPUs here, or the usual ones."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    if asked not in ("", "native"):
         return tuple(asked.replace(" ", ";").split(";"))
     gpus = range(torch.cuda.device_count())
-    return tuple(sorted({".".join(map(str, torch.cuda.get_device_capability(i))) for i in gpus})) or ("torch's usual",)
+    return tuple(sorted({".".join(map(str, torch.cuda.get_device_capability(i))) for i in gpus})) or usual()
+
+
+def usual() -> tuple[str, ...]:
+    """The usual GPUs that nvcc can compile for, and PTX, of which drivers make code for later ones."""
+    command = [str(Path(CUDA_HOME or "", "bin", "nvcc")), "--list-gpu-code"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    *others, newest = [gpu for gpu in USUAL_GPUS if f"sm_{gpu.replace('.', '')}" in listed] or USUAL_GPUS
+    return *others, f"{newest}+PTX"
 
 
 def build_info() -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -201,3 +202,62 @@ def test_there_is_no_debug_information(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_build_requirements_are_said_once() -> None:
     assert f'"{SETUP["OLDEST_TORCH"]}"' in (ROOT / "pyproject.toml").read_text()
+
+
+# A build for GPUs, with commands in the place of the compilers that note how they are called and leave empty files.
+WITH_CUDA = """\
+import os, runpy, sys, torch, torch.utils.cpp_extension
+torch.version.cuda, torch.utils.cpp_extension.CUDA_HOME = "13.0", os.environ["CUDA_HOME"]
+torch.utils.cpp_extension._check_cuda_version = lambda *_: None
+sys.argv[1:] = ["-q", "build_ext", "--inplace"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+COMPILES = r"""#!/bin/sh
+echo "$0 $*" >> {folder}/called
+case "$*" in
+  *-dM*) printf "{gcc}" ;;
+  *--list-gpu-code*) printf "{gpus}" ;;
+esac
+while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done
+exit 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("listed", "asked", "built"),
+    [
+        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "", ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")),
+        ("sm_75 sm_80 sm_86 sm_90 sm_100 sm_120", "native", ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")),
+        ("sm_75 sm_80 sm_89 sm_90", "", ("7.5", "8.0", "9.0+PTX")),  # nvcc before 12.8
+        ("", "", ("7.5", "8.0", "9.0", "10.0", "12.0+PTX")),
+        ("sm_75 sm_80 sm_86 sm_90", "8.6 9.0+PTX", ("8.6", "9.0+PTX")),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU in sight")
+def test_a_build_without_a_gpu_in_sight(
+    sources: Path, tmp_path: Path, listed: str, asked: str, built: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "sources"
+    shutil.copytree(sources, folder)
+    (tmp_path / "cuda" / "bin").mkdir(parents=True)
+    for path in (tmp_path / "c++", tmp_path / "cuda" / "bin" / "nvcc"):
+        path.write_text(COMPILES.format(folder=tmp_path, gcc=GCC.format(12), gpus=listed.replace(" ", r"\n")))
+        path.chmod(0o755)
+    environment = os.environ | {
+        "CXX": str(tmp_path / "c++"),
+        "CUDA_HOME": str(tmp_path / "cuda"),
+        "BN_EXT_CUDA": "1",
+        "TORCH_CUDA_ARCH_LIST": asked,
+    }
+    command = [sys.executable, "-c", WITH_CUDA]
+    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
+    info = runpy.run_path(str(folder / "bn_ext" / "_build_info.py"))
+    assert info["cuda_architectures"] == built and info["without_cuda"] == ""
+    (compiled, *_) = [line for line in (tmp_path / "called").read_text().splitlines() if "forward.cu" in line]
+    flags = {
+        f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in re.findall(r"[\d.]+", " ".join(built).replace(".", ""))
+    }
+    assert set(re.findall(r"-gencode=arch=compute_\d+,code=sm_\d+", compiled)) == flags
+    newest = built[-1].replace(".", "").removesuffix("+PTX")
+    assert f"code=compute_{newest}" in compiled
