@@ -49,6 +49,9 @@ class Pass:
     def wanting(self, gradients: set[str], *, training: bool = True) -> Pass:
         """The backward that writes only these: ``"dx"``, ``"dresidual"``, ``"dweight"``, ``"dbias"``."""
 
+    def only(self, stage: str) -> Pass:
+        """``"reduce"`` or ``"apply"`` alone, as an operator of its own runs it."""
+
     @property
     def reduce_reads(self) -> tuple[int, bool]:
         """The number of tensors that the reduction reads, and whether it reads branch bits."""

@@ -95,6 +95,16 @@ bn::Pass wanting(bn::Pass pass, const std::set<std::string>& names, bool trainin
   return pass;
 }
 
+// The reduction or the application of a pass alone, as an operator of its own runs it.
+bn::Pass only(bn::Pass pass, const std::string& stage) {
+  pass.stages = one_of<bn::Stages>("stage", {{"reduce", bn::Stages::Reduce}, {"apply", bn::Stages::Apply}}, stage);
+  if (pass.direction == bn::Direction::Backward) {
+    const bool sums = pass.stages == bn::Stages::Reduce;
+    pass.wants = {!sums && pass.wants.dx, !sums && pass.wants.dresidual, sums, sums};
+  }
+  return pass;
+}
+
 CpuPlan cpu_plan(const bn::Pass& pass, int threads, int64_t last_cache_bytes) {
   if (threads < 1 || last_cache_bytes < 1) {
     throw py::value_error("threads and last_cache_bytes should be positive");
@@ -146,6 +156,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward",
            py::arg("activation") = "identity", py::arg("residual") = false, py::arg("set_size") = py::none())
       .def("wanting", &wanting, py::arg("gradients"), py::kw_only(), py::arg("training") = true)
+      .def("only", &only, py::arg("stage"))
       .def_property_readonly("reduce_reads", traffic(&bn::Pass::reduce_reads))
       .def_property_readonly("apply_reads", traffic(&bn::Pass::apply_reads))
       .def_property_readonly("writes", traffic(&bn::Pass::writes))

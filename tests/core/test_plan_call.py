@@ -109,3 +109,56 @@ def test_threads_and_cache_are_the_machines_unless_given() -> None:
 def test_what_is_refused(wrong: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         bn_ext.plan(**{"shape": SHAPE, **wrong})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_a_set_of_all_images_has_the_plan_of_none(device: str, direction: Any, layout: torch.memory_format) -> None:
+    plain = bn_ext.plan(SHAPE, torch.float32, layout, direction, device=device)
+    for set_size in (SHAPE[0], 1000):
+        assert bn_ext.plan(SHAPE, torch.float32, layout, direction, set_size=set_size, device=device) == plain
+
+
+def test_plans_of_sets() -> None:
+    """A set is cut as a problem of its own; its slabs, on a GPU, are some of one launch."""
+    for set_size, sets, last in ((8, 8, 4), (1, 60, 1), (30, 2, 30)):
+        of_sets, alone = (
+            bn_ext.plan((n, 64, 56, 56), set_size=size, threads=2, last_cache_bytes=32 * MIB)
+            for n, size in ((60, set_size), (set_size, None))
+        )
+        assert (of_sets.sets, of_sets.n, of_sets.last_n) == (sets, set_size, last)
+        for name in ("rows", "segment", "segments", "count", "per_chunk", "chunks", "joined"):
+            assert getattr(of_sets, name) == getattr(alone, name), name
+        launch, plain = (bn_ext.plan((60, 64, 56, 56), set_size=s, device="h100") for s in (set_size, None))
+        assert (launch.sets, launch.slabs) == (sets, sets * plain.slabs // (plain.slabs // 64))
+        assert launch.bytes_moved == plain.bytes_moved
+        assert launch.workspace_bytes == -(-4 * launch.teams // 16) * 16 + 4 * 64  # arrivals of teams, and of sets
+    many, few = (
+        bn_ext.plan(
+            (64, 32, 8, 8), torch.float32, torch.channels_last, set_size=s, threads=2, last_cache_bytes=32 * MIB
+        )
+        for s in (2, 32)
+    )
+    assert (many.split, few.split) == (False, True)  # a thread takes whole sets where there are enough
+
+
+def test_set_sizes_that_are_none() -> None:
+    with pytest.raises(ValueError, match="set_size should be positive"):
+        bn_ext.plan(SHAPE, set_size=0)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_stage_alone_reads_and_writes_its_part(activation: str, residual: bool) -> None:
+    """The whole, less what the other stage reads or writes."""
+    forward = _C.Pass(8, 4, 100, activation=activation, residual=residual)
+    backward = _C.Pass(8, 4, 100, direction="backward", activation=activation, residual=residual)
+    for whole in (forward, backward):
+        reduce, apply = whole.only("reduce"), whole.only("apply")
+        assert (reduce.reduce_reads, reduce.apply_reads) == (whole.reduce_reads, (0, False))
+        assert (reduce.writes, reduce.holds) == ((0, False), 0)
+        assert (apply.reduce_reads, apply.apply_reads) == ((0, False), whole.apply_reads)
+        assert apply.writes == whole.writes
+        assert _C.launch_plan(apply).strategy == _C.launch_plan(reduce).strategy == "elementwise"
+        assert (_C.launch_plan(reduce).sums, _C.launch_plan(apply).sums) == (True, False)
