@@ -117,20 +117,21 @@ def _distance(one: Tensor, other: Tensor) -> float:
     return torch.where(is_same, 0.0, (one - other).abs()).max().item() if one.numel() else 0.0
 
 
-def rounded(tensor: Tensor) -> Tensor:
-    """Each value a unit of rounding up, down, or as it is."""
+def rounded(tensor: Tensor, seed: int = 0) -> Tensor:
+    """Each value a unit of rounding up, down, or as it is. Another seed draws others."""
     if not tensor.is_floating_point():
         return tensor
-    generator = torch.Generator(tensor.device).manual_seed(tensor.numel())  # dropouts draw what they would without
+    # A generator of its own, so that dropouts draw what they would without. On the CPU 32 bits of a seed count.
+    generator = torch.Generator(tensor.device).manual_seed(tensor.numel() + 1_000_003 * seed)
     random = torch.randint(-1, 2, tensor.shape, generator=generator, device=tensor.device, dtype=tensor.dtype)
     return tensor + tensor * random * torch.finfo(tensor.dtype).eps
 
 
 @contextmanager
-def rounding(model: nn.Module) -> Iterator[None]:
-    """Rounds what batch norms give once more."""
+def rounding(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Rounds the outputs of batch norms once more, as :func:`rounded` does."""
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    handles = [norm.register_forward_hook(lambda _module, _args, output: rounded(output)) for norm in norms]
+    handles = [norm.register_forward_hook(lambda _module, _args, output: rounded(output, seed)) for norm in norms]
     try:
         yield
     finally:
