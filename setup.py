@@ -1,4 +1,4 @@
-"""What is compiled: the CPU kernels, once per instruction set, the GPU kernels where torch can use them, the operators.
+"""A build compiles the CPU kernels once per instruction set, the GPU kernels where torch can use them, the operators.
 
 ``BN_EXT_CUDA=0`` leaves the GPU kernels out, ``BN_EXT_CUDA=1`` insists on them. ``MAX_JOBS`` is the number of compilers
 that run at once, ``CXX`` the compiler. ``TORCH_CUDA_ARCH_LIST`` names the GPUs to compile for; unless set, they
@@ -117,7 +117,7 @@ class SourceDistribution(sdist):
 
 
 def needed_torch(version: str) -> str:
-    """What a wheel requires that was built against this version of torch; pip ignores its local part, such as +cpu."""
+    """A wheel that is built against this version of torch requires it; pip ignores its local part, such as +cpu."""
     return f"torch=={version.partition('+')[0]}"
 
 
@@ -142,7 +142,7 @@ def compiler_words() -> list[str]:
 
 
 def unfit_compiler() -> str:
-    """What there is in the place of a compiler that is new enough; empty if there is one. Another than g++ may try."""
+    """Says what is there in place of a compiler that is new enough; empty if there is one. Another than g++ may try."""
     command = compiler_words()
     if which(command[0]) is None:
         return f"none: there is no {command[0]}"
@@ -197,7 +197,7 @@ def usual() -> tuple[str, ...]:
 
 
 def build_info() -> dict[str, object]:
-    """What bn_ext/_build_info.py says of this build."""
+    """Gives the names and values in bn_ext/_build_info.py."""
     cuda = without_cuda()
     return {
         "torch_version": torch.__version__,

@@ -1,4 +1,4 @@
-"""What to expect: each kind of block over its shapes, and whole networks, as users run and with the heap kept.
+"""A page says what to expect of each kind of block and of whole networks, as users run and with the heap kept.
 
 python -m bench.expect                    prints the table, draws bench/results/expect.png
 python -m bench.expect --page README.md   puts the table between the two marks of that file

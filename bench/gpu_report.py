@@ -127,7 +127,7 @@ def copy_rate(results: Results) -> float:
 
 
 def table(results: Results) -> str:
-    """What the README says."""
+    """Gives what the README says."""
     machine, versions = results.machine, results.versions
     known = Results({**vars(results), "rows": [r for r in results.rows if r["pass"] != memory.PASS or "kept" in r]})
     least = ", ".join(f"{PASS_NAMES.get(name, name)} {LEAST_MOVES['bn'][name]}" for name in ("forward", "backward"))

@@ -1,4 +1,4 @@
-"""What malloc does with freed memory. It reads its settings from the environment, when a process starts.
+"""Malloc keeps freed memory or gives it back. It reads its settings from the environment, when a process starts.
 
 By default large tensors go back to the system, and fresh ones come as pages that fault one by one: that is how users
 run. With the heap kept, the kernels are compared and not the page faults.

@@ -35,7 +35,7 @@ FIELDS = {
 
 
 def refusal(error: Exception) -> Row:
-    """What is recorded of a peer that cannot be timed: its error's first line, without this machine's paths."""
+    """Gives the record of a peer that cannot be timed: its error's first line, without this machine's paths."""
     reason = (str(error).strip() or "no message").splitlines()[0]
     if isinstance(error, validate.WrongResultError):
         return {"status": "wrong", "reason": reason}

@@ -1,4 +1,4 @@
-"""What is measured: blocks, shapes, passes, and the tensors of one problem with the results to expect."""
+"""The bench measures these blocks, shapes and passes; one problem has its tensors and the results to expect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all measurements share: options of the command line, versions, the data file."""
+"""All measurements share this: options of the command line, versions, the data file."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def means_table(results: Results) -> str:
 
 
 def blocks_table(results: Results, dtype: str, threads: int) -> str:
-    """What follows batch norm in the same call: a line a shape and layout, then the means, over baseline and peers."""
+    """Gives a table of the blocks with an epilogue: by shape and layout, then the means, over baseline and peers."""
     heads = {(b, name): f"{BLOCK_NAMES[b]}, {PASS_NAMES.get(name, name)}" for b in BLOCKS[1:] for name in JUDGED}
     rows = results.select(peer=OURS, block=BLOCKS[1:], **{"pass": JUDGED})
 
@@ -145,7 +145,7 @@ def blocks_table(results: Results, dtype: str, threads: int) -> str:
 
 
 def memory_line(results: Results) -> str:
-    """What a training step of the block keeps and takes at its peak, ours against the baseline's."""
+    """Gives a table of what a training step of the block keeps and takes at its peak, ours against the baseline's."""
     rows = results.select(peer=OURS, block=BLOCKS[-1], **{"pass": memory.PASS})
     found = (
         f"{LAYOUT_NAMES[r['layout']]} {r['dtype']} {r['kept_over']:.0%} (at the peak {r['peak_over']:.0%})"

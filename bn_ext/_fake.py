@@ -1,4 +1,4 @@
-"""What the operators return, without computing it: shapes, dtypes and strides for torch.compile and meta tensors."""
+"""Fake kernels give shapes, dtypes and strides of results without data, for torch.compile and meta tensors."""
 
 from __future__ import annotations
 

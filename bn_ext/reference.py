@@ -93,7 +93,7 @@ ACTIVATIONS: dict[str, tuple[_Function, _Function]] = {
 
 
 def activated(z: Tensor, activation: str | None, param: float) -> Tensor:
-    """What follows the normalization and the residual, of their sum ``z``."""
+    """The activation, of the sum ``z`` of normalized values and residual."""
     return ACTIVATIONS[activation or "identity"][0](z, param)
 
 

@@ -1,4 +1,4 @@
-"""What the trainings showed: accuracies over seeds, the best rates, steps to an accuracy, torch's and ours compared."""
+"""The trainings showed this: accuracies over seeds, best rates, steps to an accuracy, torch's and ours compared."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def _folds(model: nn.Module) -> Iterable[Fold]:
-    """What :func:`bn_ext.fold` did to the model and to its parts, by paths in the model."""
+    """Says what :func:`bn_ext.fold` did to the model and to its parts, by paths in the model."""
     for path, part in model.named_modules():
         for fold in folds(part):
             into = fold.into
@@ -124,7 +124,7 @@ def _folds(model: nn.Module) -> Iterable[Fold]:
 
 
 def _captured(model: nn.Module) -> dict[str, list[Fusion]]:
-    """What :func:`bn_ext.fuse` did to the model and to its parts, by paths in the model."""
+    """Says what :func:`bn_ext.fuse` did to the model and to its parts, by paths in the model."""
     found: dict[str, list[Fusion]] = defaultdict(list)
     for path, part in model.named_modules():
         for fusion in fusions(part):

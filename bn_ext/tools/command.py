@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 class _UsageError(Exception):
-    """What is wrong with the arguments."""
+    """The arguments of the command are wrong."""
 
 
 def _add_compare(commands: Any) -> None:
@@ -174,7 +174,7 @@ def _made(text: str) -> nn.Module:
 
 
 def _user_code(text: str, function: Any, *args: Any, **kwargs: Any) -> Any:
-    """What ``function`` returns. Whatever it raises is a fault of the argument ``text``."""
+    """Returns what ``function`` returns. Whatever it raises is a fault of the argument ``text``."""
     try:
         return function(*args, **kwargs)
     except Exception as error:

@@ -140,7 +140,7 @@ class _Comparing:
         return row
 
     def without_batch_norm(self) -> Row:
-        """What is left of the model's step if its batch norms do nothing. Its results are of no account."""
+        """Runs the model's step with batch norms that do nothing. Its results are of no account."""
         model = _by_torch(copy.deepcopy(self.model))
         for module in filter(is_batch_norm, model.modules()):
             module.forward = _first  # type: ignore[method-assign]

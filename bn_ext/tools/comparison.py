@@ -14,7 +14,7 @@ WITHOUT = "no batch norm"
 
 @dataclass
 class Row:
-    """What was found out about one way to run the model. Times are in seconds, memory is in bytes."""
+    """A row holds the findings about one way to run the model. Times are in seconds, memory is in bytes."""
 
     name: str
     remark: str = ""

@@ -1,4 +1,4 @@
-"""What is built, what runs it, and a check of half a second: ``python -m bn_ext``."""
+"""``python -m bn_ext`` says what is built and what runs it, and checks results in half a second."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _errors(x: Tensor, training: bool) -> dict[str, float]:
 
 
 def self_check(device: torch.device) -> list[str]:
-    """What is wrong on ``device``: float32 and bfloat16, both layouts, training and evaluation, against float64."""
+    """Lists wrong results on ``device``, of both layouts in float32 and bfloat16, in both modes, against float64."""
     wrong = []
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):

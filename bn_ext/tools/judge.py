@@ -75,7 +75,7 @@ class Judge:
         return max(errors)
 
     def fault(self, found: Results) -> str:
-        """What rounding does not explain; empty if it explains all."""
+        """Names a difference that rounding does not explain; empty if it explains all."""
         if missing := sorted(self.torchs.keys() ^ found.keys()):
             return f"other results: {missing[0]} is there in one of the two only"
         for name, expected in self.expected.items():

@@ -1,4 +1,4 @@
-"""What torch's profiler tells of a step: the memory that it takes, and the part of its time that our operators take."""
+"""Torch's profiler tells the memory that a step takes, and the part of its time that our operators take."""
 
 from __future__ import annotations
 

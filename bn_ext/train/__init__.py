@@ -1,4 +1,4 @@
-"""What a training loop needs besides the modules: contexts for activation checkpointing."""
+"""A training loop finds here, besides the modules, the contexts for activation checkpointing."""
 
 from bn_ext.train.checkpoint import checkpoint_contexts
 

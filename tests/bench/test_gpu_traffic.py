@@ -44,7 +44,7 @@ echo "1 cases ran"
 
 
 def test_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """What ncu runs ends by itself when the time is up, here after one case; where ncu is missing, that is said."""
+    """The command that ncu runs ends by itself in time, here after one case; where ncu is missing, that is said."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(traffic, "time", lambda: 1000.0)
     command = [str(tmp_path / "profile.csv"), "--within", "30"]

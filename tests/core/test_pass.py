@@ -1,4 +1,4 @@
-"""What a call reads, writes and holds, stage by stage."""
+"""A pass says what a call reads, writes and holds, stage by stage."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ PROBLEMS = [
 
 
 def cut(p: CpuPlan) -> tuple[int | bool, ...]:
-    """What the bits of a result depend on."""
+    """The fields that the bits of a result depend on."""
     return p.n, p.c, p.s, p.rows, p.segment, p.segments, p.count, p.per_chunk, p.chunks, p.joined
 
 

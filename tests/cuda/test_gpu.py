@@ -1,4 +1,4 @@
-"""What only a GPU can show: every plan at work, streams, graphs, other devices, memory, sizes past 2^31."""
+"""Only a GPU can show this: every plan at work, streams, graphs, other devices, memory, sizes past 2^31."""
 
 from __future__ import annotations
 

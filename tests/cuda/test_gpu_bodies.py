@@ -1,4 +1,4 @@
-"""What only a GPU runs, run on the CPU as far as it goes: that the tests for GPUs fail by themselves shows here."""
+"""The tests for GPUs run on the CPU as far as they go: that one of them fails by itself shows here."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_streams_and_host(gpu_tests: ModuleType, monkeypatch: pytest.MonkeyPatch
 
 @every_small_way
 def test_a_step_is_a_call(problem: Problem, gpu_tests: ModuleType) -> None:
-    """What the tests with graphs capture is the problem: activation, residual, mode."""
+    """The tests with graphs capture the whole problem: activation, residual, mode."""
     a = problem.arguments("cpu")
     ours = problems.run_ours(a, backward=True)
     module = gpu_tests.module_for(problem)

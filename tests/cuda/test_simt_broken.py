@@ -14,7 +14,7 @@ from simt.passes import WAYS, assert_same, both_passes, limits_of, masked
 
 
 class Broken(NamedTuple):
-    """What is wrong, where, and what is said of it; one way through the kernels on which it matters."""
+    """A wrong text in place of a right one, what is said of it, and one way through the kernels on which it matters."""
 
     name: str
     file: str
@@ -109,7 +109,7 @@ BROKEN = [
 ]
 
 
-# What no barrier, bound or address is broken by, and what then differs.
+# These break no barrier, bound or address; ``error`` names the result that differs.
 WRONG = [
     Broken(
         "bits in another order",

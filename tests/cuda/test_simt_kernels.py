@@ -142,7 +142,7 @@ def test_cumulative_average(shape, layout, device, kernels: Kernels) -> None:
 @ways
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
 def test_subsets_of_the_gradients(shape, layout, device, mode, kernels: Kernels) -> None:
-    """What is asked for is bitwise the same whatever else is."""
+    """A result is bitwise the same whatever else is asked for."""
     problem = Problem(shape, layout, mode=mode)
     every = both_passes(kernels, problem, device)
     for wanted in itertools.product((False, True), repeat=3):
@@ -176,7 +176,7 @@ def test_mean_far_from_zero(shape, layout, device, offset: float, kernels: Kerne
 @pytest.mark.parametrize("rest", [0.0, 1.0])
 @pytest.mark.parametrize("value", [1.2345, 300.0, 1e4])
 def test_outlier_that_comes_first(shape, layout, device, value: float, rest: float, kernels: Kernels) -> None:
-    """What a thread reads first is what it takes distances from: it must not be far from all else."""
+    """A thread takes distances from what it reads first, which must not be far from all else."""
     x = torch.randn(shape) * rest
     x[0].view(shape[1], -1)[:, 0] = value
     _, mean, invstd = kernels.forward(device, layout(x), None, None, None, None)

@@ -1,4 +1,4 @@
-"""What the demo says of its runs is what they showed."""
+"""The demo says of its runs what they showed."""
 
 from __future__ import annotations
 

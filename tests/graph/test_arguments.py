@@ -1,4 +1,4 @@
-"""What is no model: each function for whole models says its name, what it takes and what it got."""
+"""Each function for whole models refuses what is no model, with its name, what it takes and what it got."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of the classes of other libraries that bn_ext.convert recognizes."""
+"""bn_ext.convert recognizes classes of other libraries, and the results stay the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bn_ext.fold folds: the same outputs with fewer batch norms."""
+"""bn_ext.fold gives the same outputs with fewer batch norms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What bn_ext.fold leaves as it is, and the reasons that it gives."""
+"""bn_ext.fold leaves some batch norms as they are, and gives the reasons."""
 
 from __future__ import annotations
 
@@ -241,7 +241,7 @@ def test_parameters_without_values(part: str) -> None:
 
 
 def test_output_that_is_kept() -> None:
-    """What a run stores may be read later."""
+    """A tensor that a run stores may be read later."""
 
     def call(m: nn.Module, x: Tensor) -> Tensor:
         m.features = m.conv(x)

@@ -1,4 +1,4 @@
-"""What bn_ext.fold makes of exported programs."""
+"""bn_ext.fold folds exported programs."""
 
 from __future__ import annotations
 

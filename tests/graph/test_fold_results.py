@@ -1,4 +1,4 @@
-"""What bn_ext.fold returns: the model's own class, checked, from whatever a model is and does."""
+"""bn_ext.fold returns a model of the same class, checked, whatever the model is and does."""
 
 from __future__ import annotations
 

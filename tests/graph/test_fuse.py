@@ -400,7 +400,7 @@ def test_optional_arguments() -> None:
 
 
 class Unconvertible(nn.Module):
-    """What Dynamo does not take at all is no error."""
+    """A model that Dynamo does not take at all is no error."""
 
     def forward(self, x: Tensor) -> Tensor:
         return eval("x + 1", {"x": x}) if torch._C._get_privateuse1_backend_name() else x

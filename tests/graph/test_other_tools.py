@@ -1,4 +1,4 @@
-"""What else is done with models: a fused one stands it."""
+"""A fused model stands what other tools do with models."""
 
 from __future__ import annotations
 

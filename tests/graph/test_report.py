@@ -275,7 +275,7 @@ def test_calls_of_functions() -> None:
 
 
 def test_fused_classes_that_are_left() -> None:
-    """What torch's function computed in them is ours, where it was captured."""
+    """A batch norm that torch's function computed in them is ours, where it was captured."""
     model = nn.Sequential(Own(3), nn.ReLU(), nn.SyncBatchNorm(3)).eval()
     bn_ext.fuse(model)
     assert rows(model)["0"] == ["Own", "torch", "", f"{LEFT}a forward of their own; {UNCALLED}"]

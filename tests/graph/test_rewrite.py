@@ -1,4 +1,4 @@
-"""What becomes one call in a graph and what is left, and that either way the model computes what it did."""
+"""A graph's batch norms become one call or are left, and either way the model computes what it did."""
 
 from __future__ import annotations
 

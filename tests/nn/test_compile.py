@@ -267,7 +267,7 @@ def test_network_in_evaluation(prepare: Callable, device: str) -> None:
 
 @pytest.mark.parametrize("around", ["the step", "the block"])
 def test_checkpoint(around: str, device: str) -> None:
-    """What is compiled may hold the checkpoint or lie in it: results and state are those without."""
+    """Compiled code may hold the checkpoint or lie in it: results and state are those without."""
     plain = Whole(bn_ext.convert(BasicBlock(4, 4, 1))).to(device)
     mine = compiled(plain) if around == "the block" else copy.deepcopy(plain)
     call = functools.partial(checkpoint, mine, use_reentrant=False, context_fn=bn_ext.checkpoint_contexts)

@@ -151,7 +151,7 @@ def test_running_average(momentum: float | None, device: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32, torch.bool], ids=str)
 @pytest.mark.parametrize("momentum", [0.25, None])
 def test_counter_of_another_type(dtype: torch.dtype, momentum: float | None, device: str) -> None:
-    """What torch's counts in, ours counts in; what it refuses, ours refuses with nothing changed."""
+    """Ours counts in the dtypes in which torch's counts, and refuses the others with nothing changed."""
     mine, theirs = pair("BatchNorm2d", CHANNELS, momentum=momentum, device=device)
     for module in (mine, theirs):
         module.num_batches_tracked = module.num_batches_tracked.to(dtype)

@@ -129,7 +129,7 @@ SUBSETS = [subset for subset in itertools.product((False, True), repeat=4) if an
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_subsets_of_the_gradients(wanted, activation: str, layout, device: str) -> None:
-    """What is asked for is the same whatever else is."""
+    """A result is the same whatever else is asked for."""
     for mode, types in itertools.product(MODES, (FLOAT, BFLOAT)):
         a = Problem((5, 19, 6, 7), layout, types, mode, residual=True, activation=activation).arguments(device)
         every = run_ours(a, backward=True)

@@ -64,7 +64,7 @@ SUBSETS = [subset for subset in itertools.product((False, True), repeat=3) if an
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 def test_subsets_of_the_gradients(wanted, mode, layout, types: Types, device: str) -> None:
-    """What is asked for is the same whatever else is."""
+    """A result is the same whatever else is asked for."""
     a = Problem((5, 19, 6, 7), layout, types, mode).arguments(device)
     every = run_ours(a, backward=True)
     tensors = [t.detach().requires_grad_(w) for t, w in zip((a.input, a.weight, a.bias), wanted, strict=True)]

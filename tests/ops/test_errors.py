@@ -36,7 +36,7 @@ def long(t: Tensor) -> Tensor:
     return torch.zeros(C + 1, dtype=t.dtype, device=t.device)
 
 
-# What is wrong, how the right argument is made so, and what the message names.
+# Each case: what is wrong, how the right argument is made so, and what the message names.
 MISTAKES = {
     "running_mean too long": ({"running_mean": long}, "running_mean.*6.*7"),
     "running_var too long": ({"running_var": long}, "running_var.*6.*7"),
@@ -169,7 +169,7 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("types", [Types(*t) for t in itertools.product(FLOATS, repeat=3)], ids=str)
 def test_every_mixture_of_number_types(types: Types, training: bool, device: str) -> None:
-    """What torch accepts is accepted; what it refuses is refused with nothing changed, or computed right."""
+    """Ours accepts what torch accepts, and refuses the rest with nothing changed, or computes it right."""
     a = Problem((4, C, 5, 2), types=types, mode=MODES[0 if training else 2]).arguments(device)
     arguments = a.input, a.running_mean, a.running_var, a.weight, a.bias, training
     expected = run_reference(a)

@@ -19,7 +19,7 @@ from bn_ext.graph.conversion.forwards import FrozenBatchNorm2d
 
 
 class Frozen(FrozenBatchNorm2d):
-    """What bn_ext.convert makes of torchvision's."""
+    """bn_ext.convert makes this of torchvision's class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ def ours() -> nn.Module:
 
 
 def warned(call: Callable[[], object]) -> list[warnings.WarningMessage]:
-    """What ``call`` says of batch norms."""
+    """Lists the warnings of ``call`` about batch norms."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()

@@ -187,7 +187,7 @@ def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
 @pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=4)), ids=str)
 @pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.weight and p.bias], ids=named)
 def test_output_mask(problem: Problem, mask: tuple[bool, ...], device: str) -> None:
-    """What is asked for is the same whatever else is; what is not is None."""
+    """A result is the same whatever else is asked for, and None if it is not asked for."""
     arguments = backward_arguments(problem, device)
     every = OPS.batch_norm_backward(*arguments)
     for name, wanted, one, other in zip(

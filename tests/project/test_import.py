@@ -1,4 +1,4 @@
-"""What importing the package does, each in a process of its own."""
+"""Importing the package succeeds or says what is wrong, each time in a process of its own."""
 
 from __future__ import annotations
 

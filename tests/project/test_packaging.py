@@ -1,4 +1,4 @@
-"""What is in a source distribution, what a wheel requires, and what a build says before it begins."""
+"""Distributions hold and require what they should, and a build says what is missing before it begins."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def check_sizes(library: ctypes.CDLL) -> None:
 
 
 class Tail(NamedTuple):
-    """What follows the normalization; a mask is written by a forward, read by a backward."""
+    """The residual, activation and mask of a call; a mask is written by a forward, read by a backward."""
 
     activation: str = "identity"
     param: float = 0

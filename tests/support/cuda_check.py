@@ -31,7 +31,7 @@ MOST_REGISTERS = 128
 
 
 class Usage(NamedTuple):
-    """What a kernel takes: registers a thread; bytes of static shared memory a block, of stack and spills a thread."""
+    """A kernel takes these: registers a thread; bytes of static shared memory a block, of stack and spills a thread."""
 
     registers: int
     shared: int

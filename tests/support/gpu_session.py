@@ -1,4 +1,4 @@
-"""What pytest does besides in `make gpu` (-p gpu_session), where one bad test must not cost all others.
+"""A plugin of pytest for `make gpu` (-p gpu_session), where one bad test must not cost all others.
 
 A test that hangs, or leaves an error on the GPU that persists, ends its process, since everything after it would fail
 alike. SIGALRM ends one that hangs, EX_TEMPFAIL tells of the error. pytest-xdist starts another process; without it, a

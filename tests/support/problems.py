@@ -20,7 +20,7 @@ from bn_ext import reference
 
 
 def _missing_on_gpu() -> str | None:
-    """What keeps the tests from a GPU."""
+    """Says what keeps the tests from a GPU."""
     if not torch.cuda.is_available():
         return "there is no GPU"
     if not torch._C._dispatch_has_kernel_for_dispatch_key("bn_ext::batch_norm_forward", "CUDA"):
@@ -243,7 +243,7 @@ class Arguments:
 
 
 class Result(NamedTuple):
-    """What one call gives; the gradients only where they were asked for."""
+    """The results of one call; the gradients only where they were asked for."""
 
     output: Tensor
     running_mean: Tensor | None

@@ -21,7 +21,7 @@ from ways import WAYS, plan_of
 
 
 def grids_first(ways: Iterable[Problem]) -> list[Problem]:
-    """What a tool adds to the kernels might leave no room for a grid, all of whose blocks run at once."""
+    """Puts grids first: all their blocks run at once, for which a tool's additions to kernels might leave no room."""
     return sorted(ways, key=lambda way: plan_of(way, "forward").team != "grid")
 
 

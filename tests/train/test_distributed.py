@@ -32,7 +32,7 @@ def _worker(rank: int, ranks: int, folder: str, job: Callable) -> None:
 
 
 def in_each_of(ranks: int, folder: Path, job: Callable) -> list:
-    """What ``job`` returns in each of so many processes that know each other."""
+    """Gives what ``job`` returns in each of so many processes that know each other."""
     workers = torch.multiprocessing.spawn(_worker, (ranks, str(folder), job), nprocs=ranks, join=False)
     deadline = time.monotonic() + 300
     try:

@@ -31,7 +31,7 @@ THE_MODEL = "the model"  # the path of the model itself, in words
 
 
 class Fold(NamedTuple):
-    """What became of one batch norm."""
+    """A record says what became of one batch norm."""
 
     batch_norm: str  # its path in the model
     into: str  # the path of the layer that holds it now; empty if it is still there
@@ -42,7 +42,7 @@ class Fold(NamedTuple):
 
 
 def folds(model: nn.Module | ExportedProgram) -> list[Fold]:
-    """What became of each batch norm of a model that :func:`bn_ext.fold` returned.
+    """Says what became of each batch norm of a model that :func:`bn_ext.fold` returned.
 
     Args:
         model: any module or exported program.

@@ -1,4 +1,4 @@
-"""What fold knows: functions of layers, batch norms, and the parameters of a layer into which one is folded."""
+"""``fold`` knows these layers and batch norms, and the parameters of a layer into which one is folded."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class LayerCall(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """What a batch norm computes in evaluation."""
+    """A batch norm computes this in evaluation."""
 
     mean: Any
     var: Any
@@ -176,7 +176,7 @@ class Rest(nn.Module):
 
 
 def rest(module: Any, layer: LayerCall, plain: bool, folded: str) -> nn.Module:
-    """What remains of a batch norm that is called with an input only (``plain``) or also with what follows it.
+    """Gives what remains of a batch norm that is called with an input only (``plain``) or also with what follows it.
 
     ``folded`` is for its errors.
     """

@@ -95,7 +95,7 @@ class Nodes:
         return next((s for s in specs if node.op == "placeholder" and getattr(s.arg, "name", None) == node.name), None)
 
     def _name(self, node: Any) -> str | None:
-        """What a node stands for, if that is a tensor of the program."""
+        """Finds what a node stands for, if that is a tensor of the program."""
         spec = self._spec(node) if isinstance(node, fx.Node) else None
         return None if spec is None else spec.target
 

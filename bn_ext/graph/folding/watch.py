@@ -63,7 +63,7 @@ class _Body:
 
 
 class Watch:
-    """What is seen of ``model``, which is changed: it is a copy made for this.
+    """A run shows this of ``model``, which is changed: it is a copy made for this.
 
     ===================  =============================================  =====================================
     seen by              what is called or read                         what it notes

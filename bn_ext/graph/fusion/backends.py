@@ -1,4 +1,4 @@
-"""What runs a rewritten graph: torch as it is, or Inductor. ``torch.compile`` finds both by name."""
+"""Two backends run a rewritten graph: torch as it is, or Inductor. ``torch.compile`` finds both by name."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def writes(node: Node, targets: Iterable[Node]) -> bool:
 
 
 def _written(operator: OpOverload, node: Node) -> list[Node]:
-    """What an operator writes to, by its schema."""
+    """Finds what an operator writes to, by its schema."""
     arguments = operator._schema.arguments
     given = {**dict(zip((argument.name for argument in arguments), node.args)), **node.kwargs}
     written = [given.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write]

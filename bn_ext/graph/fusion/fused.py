@@ -77,7 +77,7 @@ _numbers = itertools.count()
 
 
 class _Captures:
-    """What Dynamo captured of one model."""
+    """The graphs that Dynamo captured of one model."""
 
     def __init__(self) -> None:
         self.fusions: Counter[Fusion] = Counter()
@@ -130,7 +130,7 @@ class Fused(installed.Own):
             warnings.warn(f"bn_ext.fuse: {type(self.model).__name__}: {_NO_MORE}", stacklevel=4)
 
     def fusions(self) -> list[Fusion]:
-        """What became of each call of a batch norm, and which batch norms were in no graph."""
+        """Says what became of each call of a batch norm, and which batch norms were in no graph."""
         norms = [path for path, part in self.model.named_modules() if path and isinstance(part, _BatchNorm)]
         if self.captures.calls >= _MOST_CAPTURES:
             return [Fusion(path, (), _NO_MORE) for path in norms]

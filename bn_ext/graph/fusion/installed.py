@@ -88,7 +88,7 @@ def unfuse(model: Model) -> Model:
 
 
 def fusions(model: nn.Module) -> list[Fusion]:
-    """What became of each call of a batch norm in a model that :func:`bn_ext.fuse` returned.
+    """Says what became of each call of a batch norm in a model that :func:`bn_ext.fuse` returned.
 
     Args:
         model: any module.

@@ -31,7 +31,7 @@ _CHECKPOINTS = ("tag_activation_checkpoint", "wrap_activation_checkpoint")
 
 
 class Fusion(NamedTuple):
-    """What became of one call of a batch norm."""
+    """A record says what became of one call of a batch norm."""
 
     batch_norm: str  # the path of its module; of a functional call, that of the module around it and its node's name
     fused: tuple[str, ...]  # what it computes besides, in order: "add", an activation

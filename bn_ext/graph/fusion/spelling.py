@@ -77,7 +77,7 @@ class Activation(NamedTuple):
 
 
 def call_of(node: Node) -> Call | None:
-    """What a node calls, if that is known here."""
+    """Finds what a node calls, if that is known here."""
     called = name_of(node)
     is_known = node.op == "call_method" or any(getattr(place, called, None) is node.target for place in _PLACES)
     if node.op not in ("call_function", "call_method") or not is_known:
@@ -98,7 +98,7 @@ def call_of(node: Node) -> Call | None:
 
 
 def passes_through(node: Node) -> Node | None:
-    """What a dropout that drops nothing returns: its input."""
+    """A dropout that drops nothing returns its input."""
     call = call_of(node)
     if call is None or call.name not in _DROPOUTS or not (call.options["p"] == 0 or call.options["training"] is False):
         return None
@@ -148,7 +148,7 @@ def _written_out(start: Node) -> Activation | None:
 
 
 def _expression(node: Node, expressions: Mapping[Node, str]) -> str | None:
-    """What a call computes of known results and numbers."""
+    """Writes out what a call computes of known results and numbers."""
     call = call_of(node)
     if call is None or (call.in_place and any(node < user for user in getattr(call.operands[0], "users", ()))):
         return None  # unknown, or later readers of the operand find something else there
