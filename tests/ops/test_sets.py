@@ -259,3 +259,16 @@ def test_no_images(device: str) -> None:
     dx, dweight = torch.autograd.grad(output.sum(), (x, weight))
     assert output.shape == dx.shape == (0, 3, 2)
     assert torch.equal(dweight, torch.zeros_like(weight))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_forward_mode_moves_the_running_statistics(momentum: float | None, device: str) -> None:
+    """Primitives answer there, and move them as the kernels do."""
+    a = problem((7, 6, 4, 4), contiguous, DOUBLE).arguments(device)
+    running, batches = [a.running_mean.clone(), a.running_var.clone()], torch.tensor(3, device=device)
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(a.input, a.dy)
+        BATCH_NORM(x, a.weight, a.bias, *running, batches, True, momentum, a.eps, set_size=3)
+    by_kernels = run(a, 3, momentum=momentum)
+    for name, one in zip(("running_mean", "running_var", "batches"), (*running, batches), strict=True):
+        torch.testing.assert_close(one, by_kernels[name])
