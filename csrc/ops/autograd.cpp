@@ -61,6 +61,8 @@ Kept kept(const Arguments& a) {
 // What a backward has to know besides tensors. Autograd keeps values by name, in a table that small calls would feel:
 // all of this is one.
 struct Call {
+  static constexpr int64_t kMostImages = int64_t{1} << 53;  // no more fit into a double, or into memory
+
   bool has_bias;
   bool has_residual;
   bool training;
@@ -70,9 +72,14 @@ struct Call {
   SetSize set_size;
 
   std::vector<double> packed() const {
-    return {
-        double(has_bias), double(has_residual),        double(training), double(layout), eps, double(activation.kind),
-        activation.param, double(set_size.value_or(0))};
+    return {double(has_bias),
+            double(has_residual),
+            double(training),
+            double(layout),
+            eps,
+            double(activation.kind),
+            activation.param,
+            double(std::min(set_size.value_or(0), kMostImages))};
   }
   static Call unpacked(const std::vector<double>& v) {
     return {v[0] != 0,

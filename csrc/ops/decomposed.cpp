@@ -27,9 +27,10 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> dimensions(const Tensor& i
 template <class F>
 Tensor joined_sets(const Tensor& input, SetSize set_size, const F& f) {
   const int64_t n = input.size(0);
+  const int64_t images = images_per_set(input, set_size);
   std::vector<Tensor> parts;
-  for (int64_t first = 0; first < n; first += *set_size) {
-    parts.push_back(f(first, std::min(*set_size, n - first)));
+  for (int64_t first = 0; first < n; first += images) {
+    parts.push_back(f(first, std::min(images, n - first)));
   }
   return parts.empty() ? input : at::cat(parts);
 }
@@ -53,7 +54,9 @@ Tensor spread(const Tensor& statistics, const Tensor& input, SetSize set_size) {
     return statistics.view(per_channel);
   }
   return joined_sets(input, set_size, [&](int64_t first, int64_t images) {
-    return statistics.select(0, first / *set_size).view(per_channel).expand_as(input.narrow(0, first, images));
+    return statistics.select(0, first / images_per_set(input, set_size))
+        .view(per_channel)
+        .expand_as(input.narrow(0, first, images));
   });
 }
 

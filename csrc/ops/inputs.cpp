@@ -47,8 +47,13 @@ void check_like_input(const char* name, const Tensor& t, const Tensor& input) {
 
 }  // namespace
 
+int64_t images_per_set(const Tensor& input, SetSize set_size) {
+  const int64_t n = std::max<int64_t>(input.size(0), 1);
+  return std::min(set_size.value_or(n), n);
+}
+
 int64_t sets_of(const Tensor& input, SetSize set_size) {
-  return set_size.has_value() ? divide_up(input.size(0), *set_size) : 1;
+  return set_size.has_value() ? divide_up(input.size(0), images_per_set(input, set_size)) : 1;
 }
 
 void check_set_size(SetSize set_size) {
@@ -217,9 +222,7 @@ View view_as_problem(const Tensor& input, SetSize set_size) {
   for (const int64_t size : t.sizes().slice(2)) {
     s *= size;
   }
-  const int64_t n = t.size(0);
-  const int64_t per_set = std::max<int64_t>(std::min(set_size.value_or(n), n), 1);
-  return {t, problem_of(layout, dtype_of(t), n, t.size(1), s, per_set)};
+  return {t, problem_of(layout, dtype_of(t), t.size(0), t.size(1), s, images_per_set(t, set_size))};
 }
 
 Tensor empty_like(const View& view) {

@@ -53,7 +53,8 @@ Tensor empty_branches(const Tensor& input);
 // with the digits that float loses when it is far larger than the deviation.
 Tensor empty_statistics(const Tensor& input, SetSize set_size);
 
-// The number of statistic sets.
+// The images of a statistic set, at least one, and the number of sets.
+int64_t images_per_set(const Tensor& input, SetSize set_size);
 int64_t sets_of(const Tensor& input, SetSize set_size);
 
 }  // namespace bn::ops

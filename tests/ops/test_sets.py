@@ -112,7 +112,7 @@ def test_each_set_is_a_call_of_its_own(shape, layout, set_size, types, residual,
 
 @tails
 @pytest.mark.parametrize("shape", [(6, 35, 7), (64, 35), (7, 6, 40, 40)], ids=str)
-@pytest.mark.parametrize("more", [0, 5])
+@pytest.mark.parametrize("more", [0, 5, 2**63 - 100])
 def test_a_set_of_all_images_is_no_set(shape, more: int, residual, activation, device: str) -> None:
     a = problem(shape, contiguous, FLOAT, residual, activation).arguments(device)
     one, plain = run(a, shape[0] + more), run(a, None)
