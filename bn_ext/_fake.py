@@ -184,7 +184,7 @@ def _batch_norm_backward(
     )
     _check(
         input is not None or unneeded,
-        "input is needed in training, for the gradient of weight, and for z without a branches",
+        "input is needed in training, for the gradient of weight, and for z without branches",
     )
     _check_backward(dy, like, weight, bias, residual, branches, activation)
     _check_statistics(like, set_size, mean=mean, invstd=invstd)

@@ -233,7 +233,7 @@ def backward_elemt(
     bias: Tensor | None = None,
     chain: Chain = _NOTHING,
     set_size: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The gradients of input and residual, through statistics of ``statistics.counts`` values that have these sums.
 
     Args:
@@ -245,7 +245,7 @@ def backward_elemt(
         - dy, dx, dresidual: (N, C, *).
 
     Returns:
-        dx and dresidual, of the dtype of ``input``.
+        dx and dresidual, of the dtype of ``input``; for dresidual None where the chain has no residual or branches.
 
     Raises:
         RuntimeError, ValueError: as :func:`elemt`.
@@ -260,5 +260,6 @@ def backward_elemt(
     """
     of_channels = weight, bias, statistics.mean, statistics.invstd, *sums, statistics.counts
     fused = chain.residual, chain.branches, *chain._numbers(), set_size
-    dx, dresidual = _OPS.batch_norm_backward_elemt(dy, input, *of_channels, *fused, [True, True])
+    wanted = [True, chain.residual is not None or chain.branches is not None]
+    dx, dresidual = _OPS.batch_norm_backward_elemt(dy, input, *of_channels, *fused, wanted)
     return dx, dresidual

@@ -15,7 +15,7 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// An operator below autograd; it has the signature of a function of run.h.
+// An operator below autograd; it has the signature of a function of fused.h.
 template <class Signature>
 auto operator_of(const char* name, const char* overload) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();

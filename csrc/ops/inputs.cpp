@@ -82,6 +82,8 @@ void check_per_channel(const char* name, const OptionalTensor& t, const Tensor& 
 
 void check_statistics(const char* name, const Tensor& t, const Tensor& input, SetSize set_size) {
   const int64_t values = sets_of(input, set_size) * input.size(1);
+  TORCH_CHECK(!set_size.has_value() || t.numel() != values || t.size(-1) == input.size(1), "batch_norm: ", name,
+              " should have sizes (sets, C), ", sets_of(input, set_size), " and ", input.size(1), ", got ", t.sizes());
   TORCH_CHECK(
       t.scalar_type() == at::kDouble && t.numel() == values && t.is_contiguous() && t.device() == input.device(),
       "batch_norm: ", name, " should hold ", values, " values of type Double on ", input.device(), ", got ", t.sizes(),
@@ -187,10 +189,17 @@ void check_inputs(const MergeArguments& a) {
   check("count", a.counts, rows);
   check("mean", a.means, rows * c);
   check("m2", a.m2s, rows * c);
+  TORCH_CHECK(a.m2s.sizes() == a.means.sizes(), "batch_norm_merge_stats: m2 should have the sizes of mean, ",
+              a.means.sizes(), ", got ", a.m2s.sizes());
   TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm_merge_stats: eps must be non-negative, but got ", a.eps);
   TORCH_CHECK_VALUE(a.running_mean.has_value() == a.running_var.has_value(),
                     "running_mean and running_var must either both be None or neither be None");
   const auto check_running = [&](const char* name, const OptionalTensor& t, int64_t values, bool of_type) {
+    if (t.has_value()) {
+      at::assert_no_internal_overlap(*t);
+      TORCH_CHECK(!t->requires_grad(), "batch_norm_merge_stats: ", name, " cannot require gradients");
+      TORCH_CHECK(t->dim() <= 1 || t->is_contiguous(), "batch_norm_merge_stats: ", name, " should be contiguous");
+    }
     TORCH_CHECK(!t.has_value() || (of_type && t->numel() == values && t->device() == a.means.device()),
                 "batch_norm_merge_stats: ", name, " should hold ", values, " values on ", a.means.device(), ", got ",
                 t->sizes(), " of type ", t->scalar_type(), " on ", t->device());

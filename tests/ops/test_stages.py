@@ -345,3 +345,23 @@ def test_sums_of_parameters() -> None:
     dweight, dbias = Sums(dz, dz_xmu).gradients(statistics)
     torch.testing.assert_close(dweight, dz_xmu[0] * invstd[0] + dz_xmu[1] * invstd[1])
     torch.testing.assert_close(dbias, dz[0] + dz[1])
+
+
+def test_a_refused_merge_changes_nothing(device: str) -> None:
+    """Running statistics that a kernel cannot write to, or that autograd would miss."""
+    moments, batches = stats(torch.randn(8, 6, 4, device=device), 2), torch.tensor(0, device=device)
+    learnt = torch.zeros(6, device=device, requires_grad=True)
+    for running in (torch.zeros(3, 2, device=device).t(), torch.zeros(1, device=device).expand(6), learnt * 1):
+        with pytest.raises(RuntimeError):
+            merge_stats(moments, running, torch.ones(6, device=device), batches)
+        assert batches == 0
+
+
+def test_statistics_that_are_transposed(device: str) -> None:
+    x = torch.randn(8, 6, 4, device=device)
+    moments = stats(x, 2)
+    turned = Statistics(moments.counts, *(t.t().contiguous() for t in moments.each()[1:]))
+    with pytest.raises(RuntimeError, match="should have sizes"):
+        elemt(x, turned, set_size=2)
+    with pytest.raises(RuntimeError, match="m2 should have the sizes of mean"):
+        merge_stats(Moments(moments.counts, moments.mean, moments.m2.t().contiguous()))
