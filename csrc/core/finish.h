@@ -6,7 +6,8 @@
 
 // The work that is done once per set and channel, between the reduction and the elements. Several blocks may compute
 // the coefficients of one channel; only the block with `writes` stores results for the caller. What sets share, running
-// statistics and parameters' gradients, is finished at once if there is one set, else by merge_sets, when all sets are.
+// statistics and parameters' gradients, is finished at once if there is one set, else by finish_sets, when all sets
+// are.
 namespace bn {
 
 template <class Args>
@@ -44,15 +45,15 @@ BN_HD NormalizeCoefficients<A> finish_forward(
   return normalize_coefficients<A>(mean, invstd, weight, bias);
 }
 
-// Whether merge_sets has work.
-inline bool merges_sets(const ForwardArgs& args) {
+// Whether finish_sets has work.
+inline bool finishes_sets(const ForwardArgs& args) {
   return pass_of(args).reduces() && !args.problem.one_set() && args.running_mean;
 }
 
 // Moves the running statistics of channel c towards the mean of all values and the unbiased variance within the sets.
 // `read` reads what other blocks wrote.
 template <class Read>
-BN_HD void merge_sets(const ForwardArgs& args, int64_t c, double momentum, const Read& read) {
+BN_HD void finish_sets(const ForwardArgs& args, int64_t c, double momentum, const Read& read) {
   const auto sets = args.problem.sets();
   Moments all;
   double within = 0;
@@ -106,13 +107,13 @@ BN_HD GradientCoefficients<A> finish_backward(
   return gradient_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
 }
 
-inline bool merges_sets(const BackwardArgs& args) {
+inline bool finishes_sets(const BackwardArgs& args) {
   return !args.problem.one_set() && (args.dweight || args.dbias);
 }
 
 // Adds up the parameters' gradients of channel c over the sets, in their order.
 template <class Read>
-BN_HD void merge_sets(const BackwardArgs& args, int64_t c, const Read& read) {
+BN_HD void finish_sets(const BackwardArgs& args, int64_t c, const Read& read) {
   double dweight = 0;
   double dbias = 0;
   for (int64_t set = 0; set < args.problem.sets(); ++set) {

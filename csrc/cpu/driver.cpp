@@ -233,9 +233,9 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
                       bypass_cache);
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
-  if (merges_sets(args)) {
+  if (finishes_sets(args)) {
     for (int64_t i = 0; i < args.problem.c; ++i) {
-      merge_sets(args, i, momentum, [](const double* p) { return *p; });
+      finish_sets(args, i, momentum, [](const double* p) { return *p; });
     }
   }
 }
@@ -293,9 +293,9 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
     kernels.input_gradient(tile, args.dy, args.x, args.epilogue, arrays, args.dx, args.dresidual, bypass_cache);
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
-  if (merges_sets(args)) {
+  if (finishes_sets(args)) {
     for (int64_t i = 0; i < args.problem.c; ++i) {
-      merge_sets(args, i, [](const double* p) { return *p; });
+      finish_sets(args, i, [](const double* p) { return *p; });
     }
   }
 }

@@ -9,7 +9,8 @@ import pytest
 import torch
 from problems import BFLOAT, DOUBLE, FLOAT, Arguments, Problem, Types, channels_last, contiguous
 from simt.batch_norm import Device, Kernels, Tail, empty_branches, like
-from simt.passes import DEVICES, NO_CLUSTERS, WAYS
+from simt.build import sanitized
+from simt.passes import DEVICES, NO_CLUSTERS, WAYS, limits_of
 from test_simt_broken import Broken, write_broken
 from torch import Tensor
 
@@ -122,6 +123,23 @@ def test_order_of_threads_changes_nothing(shape, layout, set_size, device: Devic
         assert first is None or all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
+def under_sanitizer(problem: Problem, set_size: int, limits: tuple[int, ...]) -> tuple[dict, dict]:
+    """In the process of the sanitized tests: the fused kernels, and the stages."""
+    torch.manual_seed(0)
+    a, kernels, device = problem.arguments("cpu"), Kernels(sanitize=True), Device(*limits)
+    return forward_and_backward(kernels, device, a, set_size), composed(kernels, device, a, set_size)
+
+
+@sets
+def test_nothing_is_read_or_written_out_of_bounds(shape, layout, set_size, kernels: Kernels) -> None:
+    problem = Problem(shape, layout, residual=True, activation="silu")
+    torch.manual_seed(0)
+    plain = forward_and_backward(kernels, NO_CLUSTERS, problem.arguments("cpu"), set_size)
+    results = sanitized().submit(under_sanitizer, problem, set_size, limits_of(NO_CLUSTERS)).result()
+    for name, one in results[0].items():
+        assert one is None or torch.equal(one, plain[name]), name
+
+
 def composed(kernels: Kernels, device: Device, a: Arguments, set_size: int | None) -> dict:
     """The results of the five stages, one after the other."""
     tail = Tail(a.activation or "identity", a.param, a.residual)
@@ -168,7 +186,7 @@ def test_stages_compose_to_the_fused_kernels(shape, layout, set_size, device, ty
 
 BROKEN = [
     Broken("merged too early", "kernel/kernel.h", "<unsigned>(g_.sets)", "<unsigned>(g_.sets - 1)", "running", 0),
-    Broken("arrivals not set to zero", "kernel/kernel.h", "if (pass.merges_sets())", "if (false)", "running", 0),
+    Broken("arrivals not set to zero", "kernel/kernel.h", "if (pass.finishes_sets())", "if (false)", "running", 0),
     Broken("rows of the next set", "kernel/slab.h", "(set() * g.rows + row)", "row", "y", 0),
 ]
 

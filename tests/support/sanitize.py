@@ -1,4 +1,5 @@
-"""Every plan once, for a tool of compute-sanitizer to look at: forward and backward, in training and evaluation.
+"""Runs every plan once, for a tool of compute-sanitizer to look at: forward and backward, in training and evaluation,
+as one call, in stages, and in two statistic sets.
 
 compute-sanitizer --kernel-name kns=batch_norm_kernel --error-exitcode 1 --tool memcheck \
     python tests/support/sanitize.py
@@ -16,13 +17,38 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from problems import MODES, Problem, run_ours
+from problems import MODES, Arguments, Problem, run_ours
+from torch import Tensor
 from ways import WAYS, plan_of
+
+from bn_ext import stages
 
 
 def grids_first(ways: Iterable[Problem]) -> list[Problem]:
     """Puts grids first: all their blocks run at once, for which a tool's additions to kernels might leave no room."""
     return sorted(ways, key=lambda way: plan_of(way, "forward").team != "grid")
+
+
+def in_stages(a: Arguments) -> dict[str, Tensor]:
+    """Forward and backward by the stages, the first two rows of statistics merged, then by sets that stay apart."""
+    half = (a.input.size(0) + 1) // 2
+    chain = stages.Chain(a.residual, a.activation, a.activation_param)
+    results = {}
+    for name, set_size in (("stages", None), ("sets", half)):
+        moments = stages.stats(a.input, half)
+        running = (a.running_mean, a.running_var) if a.running_mean is not None else ()
+        statistics = stages.merge_stats(moments, *running) if set_size is None else moments.each()
+        how = a.weight, a.bias, chain, set_size
+        y, _ = stages.elemt(a.input, statistics, *how)
+        sums = stages.backward_reduce(a.dy, a.input, statistics, *how)
+        dx, dresidual = stages.backward_elemt(a.dy, a.input, statistics, sums, *how)
+        results |= {f"{name} {part}": t for part, t in (("y", y), ("dx", dx), ("dresidual", dresidual))}
+    leaves = a.input.detach().requires_grad_(), a.weight.detach().requires_grad_()
+    fused = torch.ops.bn_ext.batch_norm(
+        *leaves, a.bias, a.running_mean, a.running_var, None, True, 0.1, a.eps, a.residual, a.activation, None, half
+    )
+    dx, dweight = torch.autograd.grad(fused, leaves, a.dy)
+    return results | {"fused sets y": fused, "fused sets dx": dx, "fused sets dweight": dweight}
 
 
 def main(ways: Iterable[Problem], device: str = "cuda") -> int:
@@ -32,8 +58,11 @@ def main(ways: Iterable[Problem], device: str = "cuda") -> int:
     for way in ways:
         for mode in (MODES[0], MODES[2]):
             try:
-                result = run_ours(replace(way, mode=mode).arguments("cpu").to(device), backward=True)
-                wrong = [name for name, t in result._asdict().items() if t is not None and not t.cpu().isfinite().all()]
+                a = replace(way, mode=mode).arguments("cpu").to(device)
+                results = run_ours(a, backward=True)._asdict()
+                if mode.training and a.input.size(0) > 2:
+                    results |= in_stages(a)
+                wrong = [name for name, t in results.items() if t is not None and not t.cpu().isfinite().all()]
             except RuntimeError as error:
                 wrong = [str(error)]
             print(f"{way}, {mode}: {', '.join(wrong) or 'ok'}", flush=True)

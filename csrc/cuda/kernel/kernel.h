@@ -26,8 +26,8 @@
 //   factors<B>(...)         u and w of an element, in type B
 //   settle(...)             turns the sums of a lane into sums that all lanes of the channel can add up
 //   finish(set, c, sums, k) the coefficients of channel c of a set, which is number k of its slab
-//   merges_sets()           whether something is added up over sets
-//   merge_sets(c)           adds it up for channel c, when the channel is finished in all sets
+//   finishes_sets()         whether something is added up over sets
+//   finish_sets(c)          adds it up for channel c, when the channel is finished in all sets
 //   write(...)              stores a pack of each output
 namespace bn::cuda {
 
@@ -76,8 +76,8 @@ class Block {
       if (pass_.writes()) {
         apply(slab);
       }
-      if (pass_.merges_sets() && sums_.leads()) {
-        merge_sets(slab);
+      if (pass_.finishes_sets() && sums_.leads()) {
+        finish_sets(slab);
       }
     }
     sums_.part();
@@ -181,10 +181,10 @@ class Block {
     gpu::sync_block();
   }
 
-  BN_DEVICE void merge_sets(const OwnSlab& slab) const {
+  BN_DEVICE void finish_sets(const OwnSlab& slab) const {
     if (gpu::last_to_arrive(finished_ + slab.number(), static_cast<unsigned>(g_.sets))) {
       for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
-        pass_.merge_sets(slab.first_channel() + k);
+        pass_.finish_sets(slab.first_channel() + k);
       }
     }
   }
@@ -260,7 +260,7 @@ void launch_batch_norm(const Pass& pass,
       plan.layout(kLanes),
       {static_cast<unsigned*>(workspace), reinterpret_cast<double*>(finished + plan.finished_bytes())},
       reinterpret_cast<unsigned*>(finished)};
-  if (pass.merges_sets()) {
+  if (pass.finishes_sets()) {
     gpu::set_to_zero(finished, plan.finished_bytes(), stream);
   }
   const gpu::LaunchShape shape{plan.blocks(), plan.threads, plan.shared_bytes,

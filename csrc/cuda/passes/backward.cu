@@ -35,7 +35,7 @@ class BackwardPass {
     reduce_reads_ = pass.reduce_reads().tensors;
     apply_reads_ = pass.apply_reads().tensors;
     applies_ = pass.applies();
-    merges_sets_ = bn::merges_sets(args);
+    finishes_sets_ = bn::finishes_sets(args);
     branches_ = pass.chain.branches ? args.epilogue.branches : nullptr;
   }
 
@@ -44,7 +44,7 @@ class BackwardPass {
   BN_DEVICE const uint8_t* summed_branches() const { return branches_; }
   BN_DEVICE const uint8_t* applied_branches(bool held) const { return held ? nullptr : branches_; }
   BN_DEVICE bool writes() const { return applies_; }
-  BN_HD bool merges_sets() const { return merges_sets_; }
+  BN_HD bool finishes_sets() const { return finishes_sets_; }
 
   BN_DEVICE void begin(const TeamSums&) const {}
 
@@ -82,8 +82,8 @@ class BackwardPass {
     return {repeat_forward<A>(args_, set, c), finish_backward<A>(args_, set, c, sum, product, sums.leads())};
   }
 
-  BN_DEVICE void merge_sets(int64_t c) const {
-    bn::merge_sets(args_, c, [](const double* p) { return gpu::load_written(p); });
+  BN_DEVICE void finish_sets(int64_t c) const {
+    bn::finish_sets(args_, c, [](const double* p) { return gpu::load_written(p); });
   }
 
   template <class Batch, class CoefficientsOf>
@@ -136,7 +136,7 @@ class BackwardPass {
   int reduce_reads_;  // of dy, x and the residual, the first so many
   int apply_reads_;
   bool applies_;
-  bool merges_sets_;
+  bool finishes_sets_;
   const uint8_t* branches_;
 };
 

@@ -29,7 +29,7 @@ class ForwardPass {
         branches_(pass_of(args).writes().branches ? args.epilogue.branches : nullptr),
         reduces_(pass_of(args).reduces()),
         applies_(pass_of(args).applies()),
-        merges_sets_(bn::merges_sets(args)) {}
+        finishes_sets_(bn::finishes_sets(args)) {}
 
   BN_DEVICE const T* summed(int j) const { return reduces_ && j == 0 ? x() : nullptr; }
   BN_DEVICE const T* applied(int j, bool) const {
@@ -38,7 +38,7 @@ class ForwardPass {
   BN_DEVICE const uint8_t* summed_branches() const { return nullptr; }
   BN_DEVICE const uint8_t* applied_branches(bool) const { return nullptr; }
   BN_DEVICE bool writes() const { return applies_; }
-  BN_HD bool merges_sets() const { return merges_sets_; }
+  BN_HD bool finishes_sets() const { return finishes_sets_; }
 
   // Counts the batch once, and sets the momentum in the blocks that will write running statistics.
   BN_DEVICE void begin(const TeamSums& team) {
@@ -87,8 +87,8 @@ class ForwardPass {
     return finish_forward<A>(args_, set, c, batch, momentum_, sums.leads());
   }
 
-  BN_DEVICE void merge_sets(int64_t c) const {
-    bn::merge_sets(args_, c, momentum_, [](const double* p) { return gpu::load_written(p); });
+  BN_DEVICE void finish_sets(int64_t c) const {
+    bn::finish_sets(args_, c, momentum_, [](const double* p) { return gpu::load_written(p); });
   }
 
   template <class Batch, class CoefficientsOf>
@@ -144,7 +144,7 @@ class ForwardPass {
   uint8_t* branches_;
   bool reduces_;
   bool applies_;
-  bool merges_sets_;
+  bool finishes_sets_;
   double momentum_ = 0;
 };
 
