@@ -87,7 +87,7 @@ def compare(
     tensors = [*model.parameters(), *call.inputs()]
     call = call._replace(device=tensors[0].device if tensors else call.device)
     settings = _compiler() if compile else nullcontext()
-    with torch.inference_mode(False), seeded(call.device), settings, _Progress() as progress:
+    with torch.inference_mode(False), seeded(), settings, _Progress() as progress:
         return _Comparing(model, call, progress).run(compile, seconds)
 
 

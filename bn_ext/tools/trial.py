@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bn_ext._random import random_states
 from bn_ext.tools.profiling import allocated, share_of_ours
 
 Loss = Callable[[Any], Tensor]
@@ -113,7 +114,7 @@ class Trial:
 
     def results(self) -> dict[str, Tensor]:
         """Outputs, gradients and buffers of a step by name. Every trial has the same random numbers."""
-        with seeded(self.call.device):
+        with seeded():
             outputs = tensors_in(self.step())
         if not outputs:
             raise TypeError("bn_ext.compare: there is no tensor in what the model returns")
@@ -137,18 +138,14 @@ class Trial:
 
 
 @contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
+def seeded() -> Iterator[None]:
     """Runs a block with the same random numbers each time, and restores the random states after it."""
-    python, numpy = random.getstate(), sys.modules.get("numpy")
-    state = numpy and numpy.random.get_state()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        random.seed(0)
-        if numpy is not None:
-            numpy.random.seed(0)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            if numpy is not None:
-                numpy.random.set_state(state)
+    restore, numpy = random_states(), sys.modules.get("numpy")
+    torch.manual_seed(0)
+    random.seed(0)
+    if numpy is not None:
+        numpy.random.seed(0)
+    try:
+        yield
+    finally:
+        restore()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from bn_ext._random import random_states
 from bn_ext.graph.arguments import check_model
 from bn_ext.graph.folding.layers import absorbed, rest
 from bn_ext.graph.folding.nodes import Nodes
@@ -194,18 +194,14 @@ def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
 @contextmanager
 def _evaluation() -> Iterator[None]:
     """Runs a block without gradients and compiled code, and restores the state of random numbers after it."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    pythons, numpys = random.getstate(), sys.modules.get("numpy")
-    state = None if numpys is None else numpys.random.get_state()
+    restore = random_states()
     # Without dynamo there is no compiled code, and its import takes seconds.
     eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices), eager:
+        with torch.no_grad(), eager:
             yield
     finally:
-        random.setstate(pythons)
-        if numpys is not None:
-            numpys.random.set_state(state)
+        restore()
 
 
 def _copied(inputs: Any) -> Any:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bn_ext._random import random_states
 from bn_ext.graph.fusion.fused import install
 from bn_ext.graph.fusion.installed import fusions, installed
 
@@ -147,9 +146,7 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
     slots = [(group, dict(group)) for group in groups]
     tensors = [t for group in groups for t in group.values() if t is not None and not is_lazy(t)]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-    numpy = sys.modules.get("numpy")
-    states = random.getstate(), torch.get_rng_state(), numpy and numpy.random.get_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    restore_random_states = random_states()
 
     def restore() -> None:
         for group, before in slots:
@@ -159,12 +156,7 @@ def _restored(model: nn.Module) -> Iterator[Callable[[], None]]:
         with torch.no_grad():
             for tensor, before in values:
                 tensor.copy_(before)
-        random.setstate(states[0])
-        torch.set_rng_state(states[1])
-        if numpy is not None:
-            numpy.random.set_state(states[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
+        restore_random_states()
 
     # At the end tensors hold their values of before. They keep their versions too, so that a backward of an earlier
     # forward accepts them.
