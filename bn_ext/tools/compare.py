@@ -222,15 +222,20 @@ def _fused(model: nn.Module) -> nn.Module:
     return fuse(model)
 
 
-def _compiled(model: nn.Module) -> nn.Module:
-    model.compile()
+def _compiled(model: nn.Module, backend: str = "inductor") -> nn.Module:
+    forward = model.forward
+
+    # A function of this file: ``model.compile()`` compiles nothing where the forward is torch's own, as Sequential's.
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()  # an object of its own, by which Dynamo keeps what it compiles
+    model.forward = torch.compile(call, backend=backend)
     return model
 
 
 def _compiled_with_ours(model: nn.Module) -> nn.Module:
-    model = _converted(model)
-    model.compile(backend="bn_ext_inductor")
-    return model
+    return _compiled(_converted(model), "bn_ext_inductor")
 
 
 def _remark(name: str, model: nn.Module) -> str:

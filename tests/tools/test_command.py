@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,3 +174,26 @@ def test_bench_refuses_wrong_results_of_torch(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Block, "torchs", lambda self, *given: right(self, *given) * 1.01)
     with pytest.raises(AssertionError, match=r"bench: forward is off by .*, torch's by"):
         module.bench((4, 3, 5, 5), seconds=0)
+
+
+@pytest.mark.parametrize(
+    ("block", "moved"),
+    [
+        (Block(), {"forward": 2, "backward": 3, "forward + backward": 5, "inference": 2}),
+        (Block("relu", residual=True), {"forward": 3, "backward": 4, "forward + backward": 7, "inference": 3}),
+    ],
+)
+def test_the_rate_beside_a_copy(monkeypatch: pytest.MonkeyPatch, block: Block, moved: dict[str, int]) -> None:
+    """A copy moves two tensors: where it takes twice our time, our rate is the least number that we move."""
+    with_gradients = []
+
+    def timed(calls: dict[str, Callable[[], Any]], *_: object) -> tuple[dict[str, list[float]], int]:
+        results = calls["bn_ext"]()
+        with_gradients.append(isinstance(results, Tensor) and results.requires_grad)
+        return {name: [2.0 if name == "copy" else 1.0] * 3 for name in calls}, 1
+
+    monkeypatch.setattr(module, "interleave", timed)
+    rows = module.bench((4, 3, 5, 5), block).rows
+    rate = module._HEAD.index("of a copy's rate")
+    assert {row[0]: row[rate] for row in rows} == {passed: f"{100 * n} %" for passed, n in moved.items()}
+    assert with_gradients == [True, False, False, False], "inference records none"

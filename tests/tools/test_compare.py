@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,6 +87,15 @@ def test_memory_is_counted() -> None:
     assert found.rows[0].peak >= 2 * big.nbytes
 
 
+def test_memory_of_a_step_is_counted_without_the_gradients_of_the_step_before() -> None:
+    """A step frees them first: they would be missing in its peak."""
+    call = Call((X,), {}, mean_square, None, X.device)
+    trial = Trial(nn.Sequential(nn.Conv2d(3, 512, 3), nn.BatchNorm2d(512), nn.AdaptiveAvgPool2d(1)), call)
+    first = trial.memory()
+    assert all(parameter.grad is not None for parameter in trial.model.parameters())
+    assert trial.memory() == first
+
+
 def test_a_converted_and_fused_model_is_torchs_in_the_first_row(monkeypatch: pytest.MonkeyPatch) -> None:
     classes = []
 
@@ -120,6 +130,13 @@ def test_compiled_too() -> None:
     found = compare(network(), X, compile=True)
     assert [row.name for row in found.rows[3:]] == [COMPILED, COMPILED_OURS, WITHOUT] and not found.failed
     assert "With torch.compile on both sides:" in str(found)
+
+
+def test_compiled_code_is_compiled_and_draws_the_random_numbers_of_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the setting the dropouts differ, as those of eager code in its place would not."""
+    monkeypatch.setattr(module, "_compiler", nullcontext)
+    rows = compare(network(), X, compile=True).rows
+    assert [bool(row.failure) for row in rows[:5]] == [False, False, False, True, True]
 
 
 class Named(nn.Module):
@@ -276,6 +293,9 @@ def test_the_share_of_ours_is_between_none_and_all() -> None:
     bn = bn_ext.BatchNorm2d(16)
     assert 0.05 < profiling.share_of_ours(lambda: bn(x).sum().backward(), "cpu") < 1
     assert profiling.share_of_ours(x.relu, "cpu") == 0
+    large = torch.randn(8, 16, 256, 256)
+    with torch.no_grad():  # nearly all of it in an operator that calls another of ours
+        assert 0.5 < profiling.share_of_ours(lambda: bn(large), "cpu") <= 1
 
 
 def test_the_profiler_is_silent_but_nothing_else_is(capfd: pytest.CaptureFixture[str]) -> None:
