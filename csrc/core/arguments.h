@@ -116,8 +116,7 @@ inline Pass pass_of(const ForwardArgs& args) {
 }
 
 inline Pass pass_of(const BackwardArgs& args) {
-  const bool sums = args.stages == Stages::Reduce;
-  const Wants wants{args.dx != nullptr, args.dresidual != nullptr, args.dweight || sums, args.dbias || sums};
+  const Wants wants{args.dx != nullptr, args.dresidual != nullptr, bool(args.dweight), bool(args.dbias)};
   return {args.problem, Direction::Backward, args.training, wants, chain_of(args.epilogue), args.stages};
 }
 

@@ -88,7 +88,7 @@ struct Pass {
     if (forward()) {
       return {training ? 1 : 0, false};
     }
-    const bool with_x = through_statistics() || wants.dweight;
+    const bool with_x = through_statistics() || wants.dweight || stages == Stages::Reduce;
     return with_x || wants.dbias ? reads_of_dz(with_x) : Traffic{};
   }
 

@@ -149,16 +149,38 @@ class Partial {
   std::unique_ptr<double[]> values_;
 };
 
-// Coefficients of each set and channel.
-template <class A, int kArrays>
+// Coefficients of each set and channel: of the normalization, and in a backward of the gradient.
+template <class A>
 class Coefficients {
  public:
-  explicit Coefficients(const Plan& plan)
-      : c_(plan.blocks.c), size_(plan.sets * c_), values_(workspace<A>(kArrays * size_)) {}
+  Coefficients(const Plan& plan, Direction direction)
+      : c_(plan.blocks.c),
+        size_(plan.sets * c_),
+        values_(workspace<A>((direction == Direction::Forward ? 3 : 5) * size_)) {}
 
-  A* array(int which, int64_t set) const { return values_.get() + which * size_ + set * c_; }
+  void set_channel(int64_t set, int64_t c, const NormalizeCoefficients<A>& k) {
+    array(0, set)[c] = k.shift;
+    array(1, set)[c] = k.scale;
+    array(2, set)[c] = k.offset;
+  }
+  void set_channel(int64_t set, int64_t c, const GradientCoefficients<A>& k) {
+    array(3, set)[c] = k.slope;
+    array(4, set)[c] = k.offset;
+  }
+
+  // The gradient's coefficients, too, if dx goes through the statistics.
+  CoefficientArrays of_set(int64_t set, bool through_statistics = false) const {
+    CoefficientArrays arrays{array(0, set), array(1, set), array(2, set)};
+    if (through_statistics) {
+      arrays.slope = array(3, set);
+      arrays.gradient_offset = array(4, set);
+    }
+    return arrays;
+  }
 
  private:
+  A* array(int which, int64_t set) const { return values_.get() + which * size_ + set * c_; }
+
   int64_t c_;
   int64_t size_;
   std::unique_ptr<A[]> values_;
@@ -176,7 +198,7 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   const bool reduces = pass.reduces();
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
   const Partial partial(plan, reduces);
-  const Coefficients<A, 3> coefficients(plan);
+  Coefficients<A> coefficients(plan, Direction::Forward);
   double momentum = args.momentum;
   if (reduces && args.num_batches_tracked != nullptr) {
     const int64_t batches = ++*args.num_batches_tracked;
@@ -220,17 +242,12 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
                                 ? Moments{count, finite_or_zero(first_value(args, set, i)) + partial.first(set, 0)[i],
                                           partial.second(set, 0)[i]}
                                 : Moments{};
-      const auto k = finish_forward<A>(args, set, i, batch, momentum, /*writes=*/true);
-      coefficients.array(0, set)[i] = k.shift;
-      coefficients.array(1, set)[i] = k.scale;
-      coefficients.array(2, set)[i] = k.offset;
+      coefficients.set_channel(set, i, finish_forward<A>(args, set, i, batch, momentum, /*writes=*/true));
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.y);
   const auto apply = [&](const Tile& tile, int64_t set) {
-    kernels.normalize(tile, args.x, args.epilogue,
-                      {coefficients.array(0, set), coefficients.array(1, set), coefficients.array(2, set)}, args.y,
-                      bypass_cache);
+    kernels.normalize(tile, args.x, args.epilogue, coefficients.of_set(set), args.y, bypass_cache);
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
   if (finishes_sets(args)) {
@@ -247,21 +264,15 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const bool reduces_dz_alone = pass.reduce_reads().tensors == 1;
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
   const Partial partial(plan, reduces);
-  const Coefficients<A, 5> coefficients(plan);
+  Coefficients<A> coefficients(plan, Direction::Backward);
   for (int64_t set = 0; set < plan.sets; ++set) {
     for (int64_t i = 0; i < args.problem.c; ++i) {
-      const auto k = repeat_forward<A>(args, set, i);
-      coefficients.array(0, set)[i] = k.shift;
-      coefficients.array(1, set)[i] = k.scale;
-      coefficients.array(2, set)[i] = k.offset;
+      coefficients.set_channel(set, i, repeat_forward<A>(args, set, i));
     }
   }
-  const auto of_forward = [&](int64_t set) {
-    return CoefficientArrays{coefficients.array(0, set), coefficients.array(1, set), coefficients.array(2, set)};
-  };
 
   const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
-    kernels.gradient_sums(tile, args.dy, reduces_dz_alone ? nullptr : args.x, args.epilogue, of_forward(set),
+    kernels.gradient_sums(tile, args.dy, reduces_dz_alone ? nullptr : args.x, args.epilogue, coefficients.of_set(set),
                           partial.first(set, chunk), partial.second(set, chunk));
   };
   const auto add_chunks = [&](int64_t set, int64_t begin, int64_t end) {
@@ -277,20 +288,15 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
       add_chunks(set, begin, end);
     }
     for (int64_t i = begin; i < end; ++i) {
-      const auto k = finish_backward<A>(args, set, i, reduces ? partial.first(set, 0)[i] : 0,
-                                        reduces ? partial.second(set, 0)[i] : 0, /*writes=*/true);
-      coefficients.array(3, set)[i] = k.slope;
-      coefficients.array(4, set)[i] = k.offset;
+      const double sum_dz = reduces ? partial.first(set, 0)[i] : 0;
+      const double sum_dz_shifted = reduces ? partial.second(set, 0)[i] : 0;
+      coefficients.set_channel(set, i, finish_backward<A>(args, set, i, sum_dz, sum_dz_shifted, /*writes=*/true));
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);
   const auto apply = [&](const Tile& tile, int64_t set) {
-    CoefficientArrays arrays = of_forward(set);
-    if (pass.through_statistics()) {
-      arrays.slope = coefficients.array(3, set);
-      arrays.gradient_offset = coefficients.array(4, set);
-    }
-    kernels.input_gradient(tile, args.dy, args.x, args.epilogue, arrays, args.dx, args.dresidual, bypass_cache);
+    kernels.input_gradient(tile, args.dy, args.x, args.epilogue, coefficients.of_set(set, pass.through_statistics()),
+                           args.dx, args.dresidual, bypass_cache);
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
   if (finishes_sets(args)) {

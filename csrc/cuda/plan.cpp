@@ -110,7 +110,7 @@ class Planner {
     }
   }
 
-  // Of a slab, in all but the last set.
+  // The packs of a slab; a slab of the last set may have fewer.
   int64_t packs() const { return problem_.rows_of(0) * plan_.width; }
 
   // Rows as long as a block is wide, in pieces: nothing ties them together.

@@ -97,7 +97,7 @@ struct LaunchPlan {
   bool per_lane() const { return channels > 1; }
   // The workspace begins with a count for each team.
   int64_t arrivals_bytes() const { return round_up(int64_t{4} * teams, 16); }
-  // Of several sets the last to be finished adds up all: behind those counts, one for each run of channels.
+  // The workspace goes on with a count for each run of channels, of the sets that are finished, if there are several.
   int64_t finished_bytes() const { return sets == 1 ? 0 : round_up(int64_t{4} * (slabs / sets), 16); }
   SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane() ? lanes : 1, sums); }
 };

@@ -42,7 +42,8 @@ FourTensors call_backward(const BackwardArguments& a, Layout layout) {
                  a.set_size, a.output_mask);
 }
 
-// What the backward reads besides dy and values per channel.
+// The tensors of the input's size, or bits of them, that autograd keeps because the backward reads them; and whether
+// the backward computes z again.
 struct Kept {
   bool input;
   bool residual;

@@ -103,6 +103,23 @@ struct Normalized {
   OptionalTensor running_var = std::nullopt;
 };
 
+// The running statistics, moved by `momentum` towards what was observed, in type `type`. An empty batch moves none.
+OptionalTensor moved(const OptionalTensor& running,
+                     const Tensor& observed,
+                     const Tensor& momentum,
+                     at::ScalarType type,
+                     const Tensor& input) {
+  const bool empty = TORCH_GUARD_OR_FALSE(input.sym_numel().sym_eq(0));
+  return running.has_value() && !empty
+             ? OptionalTensor(running->to(type).lerp(observed.view_as(*running), momentum.to(type)))
+             : std::nullopt;
+}
+
+// A momentum as a tensor.
+Tensor as_tensor(double momentum, const Tensor& input) {
+  return at::zeros({}, input.options().dtype(at::kDouble)).add(momentum);
+}
+
 // Everything in the accumulation type, the running statistics moved by `momentum` towards the batch's own.
 Normalized converted(const Arguments& a, const Tensor& momentum) {
   const auto type = at::toOpMathType(a.input.scalar_type());
@@ -119,18 +136,13 @@ Normalized converted(const Arguments& a, const Tensor& momentum) {
   const Tensor mean = at::zeros_symint({a.input.sym_size(1)}, options);
   const Tensor var = at::zeros_symint({a.input.sym_size(1)}, options);
   const Tensor output = call_torch(input, weight, bias, mean, var, a, 1).to(a.input.scalar_type());
-  const bool empty = TORCH_GUARD_OR_FALSE(a.input.sym_numel().sym_eq(0));
-  const auto moved = [&](const OptionalTensor& running, const Tensor& observed) {
-    return running.has_value() && !empty
-               ? OptionalTensor(running->to(type).lerp(observed.view_as(*running), momentum.to(type)))
-               : std::nullopt;
-  };
-  return {output, moved(a.running_mean, mean), moved(a.running_var, var)};
+  return {output, moved(a.running_mean, mean, momentum, type, a.input),
+          moved(a.running_var, var, momentum, type, a.input)};
 }
 
 Normalized by_torch(const Arguments& a, double momentum) {
   if (!types_suit_torch(a)) {
-    return converted(a, at::zeros({}, a.input.options().dtype(at::kDouble)).add(momentum));
+    return converted(a, as_tensor(momentum, a.input));
   }
   if (a.training && in_functorch()) {  // where only torch's own batch norm may write to captured statistics
     const auto flat = [](const OptionalTensor& t) { return t.has_value() ? OptionalTensor(t->view(-1)) : t; };
@@ -171,14 +183,10 @@ Tensor by_primitives(const Arguments& a) {
 Normalized by_sets(const Arguments& a, const Tensor& momentum) {
   const auto others = dimensions(a.input).first;
   const Tensor x = a.input.detach().to(at::kDouble);
-  const auto moved = [&](const OptionalTensor& running, const Tensor& observed) {
-    return running.has_value() && x.numel() > 0
-               ? OptionalTensor(running->to(at::kDouble).lerp(observed.view_as(*running), momentum))
-               : std::nullopt;
-  };
   const int64_t free = x.numel() / std::max<int64_t>(x.size(1), 1) - sets_of(a.input, a.set_size);
   const Tensor within = (x - average(x, a.set_size)).square().sum(others) / free;
-  return {by_primitives(a), moved(a.running_mean, x.mean(others)), moved(a.running_var, within)};
+  return {by_primitives(a), moved(a.running_mean, x.mean(others), momentum, at::kDouble, x),
+          moved(a.running_var, within, momentum, at::kDouble, x)};
 }
 
 // torch's functions, by the names in BN_ACTIVATIONS.
@@ -258,11 +266,8 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
   if (counts && in_functorch()) {  // functorch refuses a captured counter, so before torch's batch norm writes anything
     a.num_batches_tracked->add_(1);
   }
-  const auto momentum = [&] {
-    return cumulative ? factor : at::zeros({}, a.input.options().dtype(at::kDouble)).add(a.momentum.value_or(0));
-  };
   Normalized n = kernels != nullptr       ? by_kernels(a, kernels)
-                 : a.set_size.has_value() ? by_sets(a, momentum())
+                 : a.set_size.has_value() ? by_sets(a, cumulative ? factor : as_tensor(a.momentum.value_or(0), a.input))
                  : cumulative             ? converted(a, factor)
                                           : by_torch(a, a.momentum.value_or(0));
   const bool torchs = kernels == nullptr && a.training && !a.set_size.has_value() && a.input.dim() >= 2;

@@ -59,6 +59,39 @@ class Operand {
   Tensor tensor_;
 };
 
+// The gradient of a residual: dy itself, or uninitialized for a kernel to write. Not defined unless it is wanted.
+class ResidualGradient {
+ public:
+  ResidualGradient(bool wanted, const View& view, const Tensor& dy, const Activation& activation)
+      : tensor_(wanted ? empty_like(view) : Tensor()), is_dy_(dresidual_is_dy(activation.kind)) {
+    if (wanted && is_dy_) {
+      tensor_.copy_(dy);
+    }
+  }
+
+  const Tensor& tensor() const { return tensor_; }
+  void* to_write() const { return tensor_.defined() && !is_dy_ ? tensor_.mutable_data_ptr() : nullptr; }
+
+ private:
+  Tensor tensor_;
+  bool is_dy_;
+};
+
+// All that a backward reads but sums and counts. The operands and the tensors of `a` have to outlive the result.
+inline BackwardArgs to_read(
+    const BackwardArguments& a, Stages stages, const View& x, const Operand& dy, const Operand& residual) {
+  return {.problem = x.problem,
+          .stages = stages,
+          .dy = dy.data(),
+          .x = a.input.has_value() ? x.tensor.const_data_ptr() : nullptr,
+          .weight = per_channel(a.weight),
+          .bias = per_channel(a.bias),
+          .mean = a.mean.const_data_ptr<double>(),
+          .invstd = a.invstd.const_data_ptr<double>(),
+          .training = a.training,
+          .epilogue = {a.activation, residual.data(), bits_of(a.branches)}};
+}
+
 template <class Backend>
 FourTensors run_forward(const Arguments& a, bool with_branches) {
   check_inputs(a);
@@ -79,17 +112,27 @@ FourTensors run_forward(const Arguments& a, bool with_branches) {
     return {output, mean, invstd, branches};
   }
   const Operand r(a.residual, x);
-  const bool merges = a.training && a.running_mean.has_value() && !x.problem.one_set();
-  const Tensor m2 = merges ? empty_statistics(a.input, a.set_size) : Tensor();
-  Backend::forward({x.problem, Stages::All, x.tensor.const_data_ptr(), per_channel(a.weight), per_channel(a.bias),
-                    a.training ? per_channel_to_write(a.running_mean) : per_channel(a.running_mean),
-                    a.training ? per_channel_to_write(a.running_var) : per_channel(a.running_var),
-                    counts ? a.num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr, a.training,
-                    counts && !a.momentum.has_value(), a.momentum.value_or(0), a.eps,
-                    Epilogue{a.activation, r.data(), with_branches ? branches.mutable_data_ptr<uint8_t>() : nullptr},
-                    output.mutable_data_ptr(), mean.mutable_data_ptr<double>(), invstd.mutable_data_ptr<double>(),
-                    merges ? m2.mutable_data_ptr<double>() : nullptr},
-                   a.input);
+  const bool keeps_m2 = a.training && a.running_mean.has_value() && !x.problem.one_set();
+  const Tensor m2 = keeps_m2 ? empty_statistics(a.input, a.set_size) : Tensor();
+  Backend::forward(
+      {.problem = x.problem,
+       .stages = Stages::All,
+       .x = x.tensor.const_data_ptr(),
+       .weight = per_channel(a.weight),
+       .bias = per_channel(a.bias),
+       .running_mean = a.training ? per_channel_to_write(a.running_mean) : per_channel(a.running_mean),
+       .running_var = a.training ? per_channel_to_write(a.running_var) : per_channel(a.running_var),
+       .num_batches_tracked = counts ? a.num_batches_tracked->mutable_data_ptr<int64_t>() : nullptr,
+       .training = a.training,
+       .cumulative = counts && !a.momentum.has_value(),
+       .momentum = a.momentum.value_or(0),
+       .eps = a.eps,
+       .epilogue = {a.activation, r.data(), with_branches ? branches.mutable_data_ptr<uint8_t>() : nullptr},
+       .y = output.mutable_data_ptr(),
+       .mean = mean.mutable_data_ptr<double>(),
+       .invstd = invstd.mutable_data_ptr<double>(),
+       .m2 = keeps_m2 ? m2.mutable_data_ptr<double>() : nullptr},
+      a.input);
   if (a.training) {
     bump_version(a.num_batches_tracked);
     bump_version(a.running_mean);
@@ -162,33 +205,30 @@ FourTensors batch_norm_backward(const Tensor& dy,
   Tensor dx = wants_dx ? empty_like(x) : Tensor();
   Tensor dweight = wants_dweight ? at::empty({like.size(1)}, parameter) : Tensor();
   Tensor dbias = wants_dbias ? at::empty({like.size(1)}, parameter) : Tensor();
-  Tensor dresidual = wants_dresidual ? empty_like(x) : Tensor();
+  const ResidualGradient dresidual(wants_dresidual, x, dy, activation);
   if (like.numel() == 0) {
     for (const Tensor& sum : {dweight, dbias}) {
       if (sum.defined()) {
         sum.zero_();
       }
     }
-    return {dx, dweight, dbias, dresidual};
-  }
-  const bool passes_on = dresidual_is_dy(activation.kind);
-  if (wants_dresidual && passes_on) {
-    dresidual.copy_(dy);
+    return {dx, dweight, dbias, dresidual.tensor()};
   }
   const Operand r(residual, x);
-  const bool merges = (wants_dweight || wants_dbias) && !x.problem.one_set();
-  const Tensor sum_dz = merges ? empty_statistics(like, set_size) : Tensor();
-  const Tensor sum_dz_xmu = merges ? empty_statistics(like, set_size) : Tensor();
-  Backend::backward(
-      {x.problem, Stages::All, g.data(), input.has_value() ? x.tensor.const_data_ptr() : nullptr, per_channel(weight),
-       per_channel(bias), mean.const_data_ptr<double>(), invstd.const_data_ptr<double>(), training,
-       Epilogue{activation, r.data(), bits_of(branches)}, wants_dx ? dx.mutable_data_ptr() : nullptr,
-       wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
-       wants_dweight ? per_channel_to_write(dweight) : PerChannel{},
-       wants_dbias ? per_channel_to_write(dbias) : PerChannel{}, merges ? sum_dz.mutable_data_ptr<double>() : nullptr,
-       merges ? sum_dz_xmu.mutable_data_ptr<double>() : nullptr, /*counts=*/nullptr},
-      like);
-  return {dx, dweight, dbias, dresidual};
+  BackwardArgs args = to_read(a, Stages::All, x, g, r);
+  args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
+  args.dresidual = dresidual.to_write();
+  args.dweight = wants_dweight ? per_channel_to_write(dweight) : PerChannel{};
+  args.dbias = wants_dbias ? per_channel_to_write(dbias) : PerChannel{};
+  Tensor sum_dz, sum_dz_xmu;
+  if ((wants_dweight || wants_dbias) && !x.problem.one_set()) {
+    sum_dz = empty_statistics(like, set_size);
+    sum_dz_xmu = empty_statistics(like, set_size);
+    args.sum_dz = sum_dz.mutable_data_ptr<double>();
+    args.sum_dz_xmu = sum_dz_xmu.mutable_data_ptr<double>();
+  }
+  Backend::backward(args, like);
+  return {dx, dweight, dbias, dresidual.tensor()};
 }
 
 }  // namespace bn::ops

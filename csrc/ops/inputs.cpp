@@ -11,7 +11,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <vector>
+#include <array>
 
 namespace bn::ops {
 namespace {
@@ -37,6 +37,22 @@ at::MemoryFormat memory_format(const Tensor& t) {
     }
   }
   return t.suggest_memory_format();
+}
+
+// Throws unless `fits`, and `t` has this many values on `device`.
+void check_values(const char* op,
+                  const char* name,
+                  const Tensor& t,
+                  int64_t values,
+                  bool fits,
+                  at::Device device,
+                  const char* of_type) {
+  TORCH_CHECK(fits && t.numel() == values && t.device() == device, op, ": ", name, " should hold ", values, " values",
+              of_type, " on ", device, ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+}
+
+void check_doubles(const char* op, const char* name, const Tensor& t, int64_t values, at::Device device) {
+  check_values(op, name, t, values, t.scalar_type() == at::kDouble && t.is_contiguous(), device, " of type Double");
 }
 
 void check_like_input(const char* name, const Tensor& t, const Tensor& input) {
@@ -84,10 +100,7 @@ void check_statistics(const char* name, const Tensor& t, const Tensor& input, Se
   const int64_t values = sets_of(input, set_size) * input.size(1);
   TORCH_CHECK(!set_size.has_value() || t.numel() != values || t.size(-1) == input.size(1), "batch_norm: ", name,
               " should have sizes (sets, C), ", sets_of(input, set_size), " and ", input.size(1), ", got ", t.sizes());
-  TORCH_CHECK(
-      t.scalar_type() == at::kDouble && t.numel() == values && t.is_contiguous() && t.device() == input.device(),
-      "batch_norm: ", name, " should hold ", values, " values of type Double on ", input.device(), ", got ", t.sizes(),
-      " of type ", t.scalar_type(), " on ", t.device());
+  check_doubles("batch_norm", name, t, values, input.device());
 }
 
 void check_branches(const OptionalTensor& branches, const Activation& activation, const Tensor& input) {
@@ -96,10 +109,8 @@ void check_branches(const OptionalTensor& branches, const Activation& activation
   }
   const int64_t bytes = branch_bytes(input.numel());
   TORCH_CHECK(has_branches(activation), "batch_norm_backward: ", name_of(activation), " takes no branches");
-  TORCH_CHECK(branches->scalar_type() == at::kByte && branches->numel() == bytes && branches->is_contiguous() &&
-                  branches->device() == input.device(),
-              "batch_norm_backward: branches should hold ", bytes, " values of type Byte on ", input.device(), ", got ",
-              branches->sizes(), " of type ", branches->scalar_type(), " on ", branches->device());
+  const bool fits = branches->scalar_type() == at::kByte && branches->is_contiguous();
+  check_values("batch_norm_backward", "branches", *branches, bytes, fits, input.device(), " of type Byte");
 }
 
 void check_inputs(const Arguments& a) {
@@ -168,11 +179,7 @@ void check_inputs(const BackwardArguments& a) {
 }
 
 void check_counts(const Tensor& counts, const Tensor& input, SetSize set_size) {
-  const int64_t sets = sets_of(input, set_size);
-  TORCH_CHECK(counts.scalar_type() == at::kDouble && counts.numel() == sets && counts.is_contiguous() &&
-                  counts.device() == input.device(),
-              "batch_norm: count should hold ", sets, " values of type Double on ", input.device(), ", got ",
-              counts.sizes(), " of type ", counts.scalar_type(), " on ", counts.device());
+  check_doubles("batch_norm", "count", counts, sets_of(input, set_size), input.device());
 }
 
 void check_inputs(const MergeArguments& a) {
@@ -181,10 +188,7 @@ void check_inputs(const MergeArguments& a) {
   const int64_t c = a.means.size(-1);
   const int64_t rows = a.means.dim() == 1 ? 1 : a.means.size(0);
   const auto check = [&](const char* name, const Tensor& t, int64_t values) {
-    TORCH_CHECK(
-        t.scalar_type() == at::kDouble && t.numel() == values && t.is_contiguous() && t.device() == a.means.device(),
-        "batch_norm_merge_stats: ", name, " should hold ", values, " values of type Double on ", a.means.device(),
-        ", got ", t.sizes(), " of type ", t.scalar_type(), " on ", t.device());
+    check_doubles("batch_norm_merge_stats", name, t, values, a.means.device());
   };
   check("count", a.counts, rows);
   check("mean", a.means, rows * c);
@@ -194,21 +198,17 @@ void check_inputs(const MergeArguments& a) {
   TORCH_CHECK_VALUE(a.eps >= 0, "batch_norm_merge_stats: eps must be non-negative, but got ", a.eps);
   TORCH_CHECK_VALUE(a.running_mean.has_value() == a.running_var.has_value(),
                     "running_mean and running_var must either both be None or neither be None");
-  const auto check_running = [&](const char* name, const OptionalTensor& t, int64_t values, bool of_type) {
+  const auto check_written = [&](const char* name, const OptionalTensor& t, int64_t values, auto fits) {
     if (t.has_value()) {
       at::assert_no_internal_overlap(*t);
       TORCH_CHECK(!t->requires_grad(), "batch_norm_merge_stats: ", name, " cannot require gradients");
       TORCH_CHECK(t->dim() <= 1 || t->is_contiguous(), "batch_norm_merge_stats: ", name, " should be contiguous");
+      check_values("batch_norm_merge_stats", name, *t, values, fits(t->scalar_type()), a.means.device(), "");
     }
-    TORCH_CHECK(!t.has_value() || (of_type && t->numel() == values && t->device() == a.means.device()),
-                "batch_norm_merge_stats: ", name, " should hold ", values, " values on ", a.means.device(), ", got ",
-                t->sizes(), " of type ", t->scalar_type(), " on ", t->device());
   };
-  const auto floating = [](const OptionalTensor& t) { return t.has_value() && is_floating(t->scalar_type()); };
-  check_running("running_mean", a.running_mean, c, floating(a.running_mean));
-  check_running("running_var", a.running_var, c, floating(a.running_var));
-  check_running("num_batches_tracked", a.num_batches_tracked, 1,
-                a.num_batches_tracked.has_value() && a.num_batches_tracked->scalar_type() == at::kLong);
+  check_written("running_mean", a.running_mean, c, is_floating);
+  check_written("running_var", a.running_var, c, is_floating);
+  check_written("num_batches_tracked", a.num_batches_tracked, 1, [](at::ScalarType type) { return type == at::kLong; });
   TORCH_CHECK_VALUE(!a.running_mean.has_value() || a.momentum.has_value() || a.num_batches_tracked.has_value(),
                     "batch_norm_merge_stats: a cumulative average needs num_batches_tracked");
 }
@@ -268,9 +268,9 @@ Tensor empty_branches(const Tensor& input) {
 }
 
 Tensor empty_statistics(const Tensor& input, SetSize set_size) {
-  const auto sizes =
-      set_size.has_value() ? std::vector{sets_of(input, set_size), input.size(1)} : std::vector{input.size(1)};
-  return at::empty(sizes, input.options().dtype(at::kDouble).memory_format(std::nullopt));
+  const std::array<int64_t, 2> sizes{sets_of(input, set_size), input.size(1)};
+  const auto options = input.options().dtype(at::kDouble).memory_format(std::nullopt);
+  return at::empty(at::IntArrayRef(sizes).slice(set_size.has_value() ? 0 : 1), options);
 }
 
 }  // namespace bn::ops

@@ -30,7 +30,8 @@ using SetSize = std::optional<int64_t>;
 using Name = std::optional<std::string_view>;
 using Param = std::optional<double>;
 
-// What batch_norm takes, in the order of its schema. batch_norm_forward has with_branches besides, and no training.
+// The arguments of batch_norm, in the order of its schema. batch_norm_forward has with_branches besides, and no
+// training.
 struct Arguments {
   const Tensor& input;
   const OptionalTensor& weight;
@@ -46,7 +47,7 @@ struct Arguments {
   SetSize set_size;
 };
 
-// What batch_norm_backward takes.
+// The arguments of batch_norm_backward.
 struct BackwardArguments {
   const Tensor& dy;
   const OptionalTensor& input;
@@ -65,7 +66,7 @@ struct BackwardArguments {
   const Tensor& like() const { return input.has_value() ? *input : dy; }
 };
 
-// What batch_norm_merge_stats takes.
+// The arguments of batch_norm_merge_stats.
 struct MergeArguments {
   const Tensor& counts;
   const Tensor& means;

@@ -17,10 +17,10 @@ TORCH_LIBRARY(bn_ext, m) {
       "str? activation=None, float? activation_param=None, int? set_size=None) -> Tensor",
       tags);
 
-  // The same below autograd: in training, and in evaluation, which writes to nothing. mean and invstd, (C,) in float64,
-  // are the statistics that normalized the input. branches, of bytes, has a bit for each element in the order of
-  // memory: the branch of the activation; None without with_branches. The activation is a number, its place in the list
-  // of activations.
+  // batch_norm below autograd: one operator for training, and one for evaluation, which writes to nothing. mean and
+  // invstd are the statistics that normalized the input, in float64: (C,), or with a set_size (sets, C). branches, of
+  // bytes, has a bit for each element in the order of memory: the branch of the activation; None without with_branches.
+  // The activation is a number, its place in the list of activations.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "

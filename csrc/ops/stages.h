@@ -140,8 +140,10 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
                                       double activation_param,
                                       SetSize set_size) {
   const Activation activation = numbered_activation(activation_number, activation_param);
-  check_inputs(BackwardArguments{
-      dy, input, weight, bias, mean, invstd, /*training=*/true, residual, branches, activation, set_size, {}});
+  const OptionalTensor given_input = input;
+  const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
+                            residual, branches,    activation, set_size, {}};
+  check_inputs(a);
   Tensor sum_dz = empty_statistics(input, set_size);
   Tensor sum_dz_xmu = empty_statistics(input, set_size);
   if (input.numel() == 0) {
@@ -150,19 +152,10 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
   const View x = view_as_problem(input, set_size);
   const Operand g(dy, x);
   const Operand r(residual, x);
-  Backend::backward({.problem = x.problem,
-                     .stages = Stages::Reduce,
-                     .dy = g.data(),
-                     .x = x.tensor.const_data_ptr(),
-                     .weight = per_channel(weight),
-                     .bias = per_channel(bias),
-                     .mean = mean.const_data_ptr<double>(),
-                     .invstd = invstd.const_data_ptr<double>(),
-                     .training = true,
-                     .epilogue = {activation, r.data(), bits_of(branches)},
-                     .sum_dz = sum_dz.mutable_data_ptr<double>(),
-                     .sum_dz_xmu = sum_dz_xmu.mutable_data_ptr<double>()},
-                    input);
+  BackwardArgs args = to_read(a, Stages::Reduce, x, g, r);
+  args.sum_dz = sum_dz.mutable_data_ptr<double>();
+  args.sum_dz_xmu = sum_dz_xmu.mutable_data_ptr<double>();
+  Backend::backward(args, input);
   return {sum_dz, sum_dz_xmu};
 }
 
@@ -183,40 +176,29 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
                                      SetSize set_size,
                                      std::array<bool, 2> output_mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
-  check_inputs(BackwardArguments{
-      dy, input, weight, bias, mean, invstd, /*training=*/true, residual, branches, activation, set_size, {}});
+  const OptionalTensor given_input = input;
+  const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
+                            residual, branches,    activation, set_size, {}};
+  check_inputs(a);
   check_statistics("sum_dz", sum_dz, input, set_size);
   check_statistics("sum_dz_xmu", sum_dz_xmu, input, set_size);
   check_counts(counts, input, set_size);
   const auto [wants_dx, wants_dresidual] = output_mask;
   const View x = view_as_problem(input, set_size);
   Tensor dx = wants_dx ? empty_like(x) : Tensor();
-  Tensor dresidual = wants_dresidual ? empty_like(x) : Tensor();
-  const bool passes_on = dresidual_is_dy(activation.kind);
-  if (wants_dresidual && passes_on) {
-    dresidual.copy_(dy);
-  }
-  if (input.numel() > 0 && (wants_dx || (wants_dresidual && !passes_on))) {
+  const ResidualGradient dresidual(wants_dresidual, x, dy, activation);
+  if (input.numel() > 0 && (wants_dx || dresidual.to_write() != nullptr)) {
     const Operand g(dy, x);
     const Operand r(residual, x);
-    Backend::backward({.problem = x.problem,
-                       .stages = Stages::Apply,
-                       .dy = g.data(),
-                       .x = x.tensor.const_data_ptr(),
-                       .weight = per_channel(weight),
-                       .bias = per_channel(bias),
-                       .mean = mean.const_data_ptr<double>(),
-                       .invstd = invstd.const_data_ptr<double>(),
-                       .training = true,
-                       .epilogue = {activation, r.data(), bits_of(branches)},
-                       .dx = wants_dx ? dx.mutable_data_ptr() : nullptr,
-                       .dresidual = wants_dresidual && !passes_on ? dresidual.mutable_data_ptr() : nullptr,
-                       .sum_dz = given(sum_dz),
-                       .sum_dz_xmu = given(sum_dz_xmu),
-                       .counts = counts.const_data_ptr<double>()},
-                      input);
+    BackwardArgs args = to_read(a, Stages::Apply, x, g, r);
+    args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
+    args.dresidual = dresidual.to_write();
+    args.sum_dz = given(sum_dz);
+    args.sum_dz_xmu = given(sum_dz_xmu);
+    args.counts = counts.const_data_ptr<double>();
+    Backend::backward(args, input);
   }
-  return {dx, dresidual};
+  return {dx, dresidual.tensor()};
 }
 
 }  // namespace bn::ops

@@ -98,10 +98,6 @@ bn::Pass wanting(bn::Pass pass, const std::set<std::string>& names, bool trainin
 // The reduction or the application of a pass alone, as an operator of its own runs it.
 bn::Pass only(bn::Pass pass, const std::string& stage) {
   pass.stages = one_of<bn::Stages>("stage", {{"reduce", bn::Stages::Reduce}, {"apply", bn::Stages::Apply}}, stage);
-  if (pass.direction == bn::Direction::Backward) {
-    const bool sums = pass.stages == bn::Stages::Reduce;
-    pass.wants = {!sums && pass.wants.dx, !sums && pass.wants.dresidual, sums, sums};
-  }
   return pass;
 }
 
