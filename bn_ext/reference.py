@@ -42,6 +42,13 @@ def unbiased(input: Tensor, var: Tensor) -> Tensor:
     return var * (count / (count - 1))
 
 
+def pooled_variance(input: Tensor, set_size: int) -> Tensor:
+    """The unbiased variance of each channel within its statistic sets, each a run of ``set_size`` images."""
+    sets = input.split(set_size)
+    m2 = sum(statistics(part)[1] * (part.numel() // part.size(1)) for part in sets)
+    return m2 / (input.numel() // input.size(1) - len(sets))
+
+
 def _doubled(z: Tensor) -> Tensor:
     """Twice the argument of the tanh in gelu_tanh: (1 + tanh(u / 2)) / 2 is sigmoid(u)."""
     return math.sqrt(8 / math.pi) * (z + 0.044715 * z**3)

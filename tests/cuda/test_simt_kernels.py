@@ -267,8 +267,8 @@ PARAMS = {"leaky_relu": 0.2, "elu": 0.7, "celu": 0.7}
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, HALF, BFLOAT], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_activations(name: str, types: Types, shape, layout, device, kernels: Kernels) -> None:
-    """As torch's operators, each with a tensor for its result; in training and evaluation, one with a residual; with
-    and without a mask."""
+    """The kernels give what torch's separate operators give: in training and evaluation, one of them with a residual;
+    with and without branch bits."""
     slack = 1 if name in BRANCHES else 2  # exp and its like have their own error in the last place
     odd = (NAMES.index(name) + len(shape) + types.input.itemsize // 2) % 2 == 1
     for mode, residual in zip((MODES[0], MODES[2]), (odd, not odd)):

@@ -62,7 +62,7 @@ def forward_and_backward(kernels: Kernels, device: Device, a: Arguments, set_siz
 
 
 def one_by_one(kernels: Kernels, device: Device, a: Arguments, set_size: int) -> dict:
-    """The same by a call for each set; what sets share, as they are merged."""
+    """Results of a call for each set, joined; the gradients of weight and bias added up."""
     parts = []
     for i in range(0, a.input.size(0), set_size):
 
@@ -81,9 +81,7 @@ def one_by_one(kernels: Kernels, device: Device, a: Arguments, set_size: int) ->
 def pooled(a: Arguments, set_size: int) -> tuple[Tensor, Tensor]:
     """The running statistics after a batch that is the fourth of a cumulative average."""
     x = a.input.double()
-    within = sum(reference.statistics(part)[1] * (part.numel() // part.size(1)) for part in x.split(set_size))
-    number = -(-x.size(0) // set_size)
-    var = within / (x.numel() // x.size(1) - number)
+    var = reference.pooled_variance(x, set_size)
     mean = reference.statistics(x)[0]
     return a.running_mean.double().lerp(mean, 0.25), a.running_var.double().lerp(var, 0.25)
 

@@ -23,6 +23,7 @@ from problems import (
     same_format,
     transposed,
 )
+from staged import fused
 from torch import Tensor
 
 from bn_ext import reference
@@ -57,28 +58,12 @@ def problem(
     return Problem(shape, layout, types, residual=residual, activation=activation)
 
 
-def run(a: Arguments, set_size: int | None, training: bool = True, momentum: float | None = 0.1) -> dict[str, Any]:
-    """All results of one call and its gradients."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (a.input, a.weight, a.bias, a.residual)]
-    input, weight, bias, residual = leaves
-    running, batches = [a.running_mean.clone(), a.running_var.clone()], torch.tensor(3, device=a.input.device)
-    output = BATCH_NORM(
-        input, weight, bias, *running, batches, training, momentum, a.eps, residual, a.activation, None, set_size
-    )
-    wanted = {n: t for n, t in zip(("dx", "dweight", "dbias", "dresidual"), leaves, strict=True) if t is not None}
-    gradients = dict(zip(wanted, torch.autograd.grad(output, wanted.values(), a.dy), strict=True))
-    shared = {"running_mean": running[0], "running_var": running[1], "batches": batches}
-    return {"output": output.detach()} | gradients | shared
-
-
 def pooled(a: Arguments, set_size: int, momentum: float) -> dict[str, Tensor]:
     """The running statistics: towards the mean of all values and the unbiased variance within the sets."""
     x = a.input.double()
-    within = sum(reference.statistics(part)[1] * (part.numel() // part.size(1)) for part in x.split(set_size))
-    var = within / (x.numel() // x.size(1) - len(x.split(set_size)))
     return {
         "running_mean": a.running_mean.double().lerp(reference.statistics(x)[0], momentum),
-        "running_var": a.running_var.double().lerp(var, momentum),
+        "running_var": a.running_var.double().lerp(reference.pooled_variance(x, set_size), momentum),
     }
 
 
@@ -88,14 +73,14 @@ def pooled(a: Arguments, set_size: int, momentum: float) -> dict[str, Tensor]:
 def test_each_set_is_a_call_of_its_own(shape, layout, set_size, types, residual, activation, device: str) -> None:
     """Bit by bit; parameters' gradients are the sums over the sets, which float32 and bfloat16 then round."""
     a = problem(shape, layout, types, residual, activation).arguments(device)
-    together = run(a, set_size)
+    together = fused(a, set_size)
     summed = {"dweight": 0.0, "dbias": 0.0}
     for i in range(0, shape[0], set_size):
 
         def part(t: Tensor | None, i: int = i) -> Tensor | None:
             return None if t is None else layout(t[i : i + set_size])
 
-        one = run(replace(a, input=part(a.input), dy=part(a.dy), residual=part(a.residual)), None)
+        one = fused(replace(a, input=part(a.input), dy=part(a.dy), residual=part(a.residual)), None)
         for name in ("output", "dx", "dresidual"):
             if name in one:
                 assert_same_sums(together[name][i : i + set_size], one[name], f"{name} of the set at {i}")
@@ -107,7 +92,7 @@ def test_each_set_is_a_call_of_its_own(shape, layout, set_size, types, residual,
     for name, expected in pooled(a, set_size, 0.1).items():
         torch.testing.assert_close(together[name].double(), expected, rtol=1e-5, atol=1e-5)
     assert together["batches"] == 4
-    assert same_format(together["output"], run(a, None)["output"])
+    assert same_format(together["output"], fused(a, None)["output"])
 
 
 @tails
@@ -115,14 +100,14 @@ def test_each_set_is_a_call_of_its_own(shape, layout, set_size, types, residual,
 @pytest.mark.parametrize("more", [0, 5, 2**63 - 100])
 def test_a_set_of_all_images_is_no_set(shape, more: int, residual, activation, device: str) -> None:
     a = problem(shape, contiguous, FLOAT, residual, activation).arguments(device)
-    one, plain = run(a, shape[0] + more), run(a, None)
+    one, plain = fused(a, shape[0] + more), fused(a, None)
     for name, value in plain.items():
         assert torch.equal(one[name], value), name
 
 
 def test_evaluation_knows_no_sets(device: str) -> None:
     a = problem((6, 35, 7), contiguous).arguments(device)
-    one, plain = run(a, 2, training=False), run(a, None, training=False)
+    one, plain = fused(a, 2, training=False), fused(a, None, training=False)
     for name, value in plain.items():
         assert torch.equal(one[name], value), name
 
@@ -130,7 +115,7 @@ def test_evaluation_knows_no_sets(device: str) -> None:
 def test_cumulative_average(device: str) -> None:
     a = problem((7, 6, 4, 4), channels_last).arguments(device)
     for name, expected in pooled(a, 3, 1 / 4).items():
-        torch.testing.assert_close(run(a, 3, momentum=None)[name].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fused(a, 3, momentum=None)[name].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @sets
@@ -140,7 +125,7 @@ def test_threads_change_nothing(shape, layout, set_size) -> None:
     results = []
     for number in (1, 2, 3, 8):
         torch.set_num_threads(number)
-        results.append(run(a, set_size))
+        results.append(fused(a, set_size))
     torch.set_num_threads(threads)
     for name, value in results[0].items():
         assert all(torch.equal(value, other[name]) for other in results[1:]), name
@@ -152,7 +137,7 @@ def leaves_of(shape: tuple[int, ...], device: str) -> tuple[Tensor, ...]:
     return tuple(torch.randn(s, dtype=torch.float64, device=device, requires_grad=True) for s in sizes)
 
 
-def composed(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, set_size: int, activation: Any) -> Tensor:
+def by_primitives(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, set_size: int, activation: Any) -> Tensor:
     """By primitives."""
     others = [0, *range(2, x.dim())]
     per_channel = (-1, *[1] * (x.dim() - 2))
@@ -166,14 +151,14 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, set_size
     return z if activation is None else getattr(torch.nn.functional, activation)(z)
 
 
-def fused(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, set_size: int, activation: Any) -> Tensor:
+def by_operator(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, set_size: int, activation: Any) -> Tensor:
     return BATCH_NORM(x, weight, bias, None, None, None, True, 0.1, 1e-5, residual, activation, None, set_size)
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("shape", [(5, 3), (5, 2, 3), (4, 2, 2, 3)], ids=str)
 def test_gradcheck(shape, activation, device: str) -> None:
-    call = partial(fused, set_size=2, activation=activation)
+    call = partial(by_operator, set_size=2, activation=activation)
     leaves = leaves_of(shape, device)
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves)
@@ -189,8 +174,8 @@ def test_transforms(name: str, activation: Any, device: str) -> None:
     leaves = tuple(t.detach() for t in leaves_of((5, 2, 3), device))
     every = tuple(range(4))
     transform = getattr(torch.func, name)
-    ours = transform(partial(scalar, fused, activation), argnums=every)(*leaves)
-    primitives = transform(partial(scalar, composed, activation), argnums=every)(*leaves)
+    ours = transform(partial(scalar, by_operator, activation), argnums=every)(*leaves)
+    primitives = transform(partial(scalar, by_primitives, activation), argnums=every)(*leaves)
     torch.testing.assert_close(ours, primitives)
 
 
@@ -203,7 +188,7 @@ def test_third_derivative(device: str) -> None:
             value = torch.autograd.grad(value, leaves[0], create_graph=True)[0].square().sum()
         return value
 
-    torch.testing.assert_close(third(fused), third(composed))
+    torch.testing.assert_close(third(by_operator), third(by_primitives))
 
 
 @pytest.mark.parametrize("residual", [(1, 3, 1), (3, 1)], ids=str)
@@ -269,6 +254,6 @@ def test_forward_mode_moves_the_running_statistics(momentum: float | None, devic
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(a.input, a.dy)
         BATCH_NORM(x, a.weight, a.bias, *running, batches, True, momentum, a.eps, set_size=3)
-    by_kernels = run(a, 3, momentum=momentum)
+    by_kernels = fused(a, 3, momentum=momentum)
     for name, one in zip(("running_mean", "running_var", "batches"), (*running, batches), strict=True):
         torch.testing.assert_close(one, by_kernels[name])

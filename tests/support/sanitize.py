@@ -18,10 +18,11 @@ from dataclasses import replace
 
 import torch
 from problems import MODES, Arguments, Problem, run_ours
+from staged import composed, fused
 from torch import Tensor
 from ways import WAYS, plan_of
 
-from bn_ext import stages
+from bn_ext.stages import merge_stats, stats
 
 
 def grids_first(ways: Iterable[Problem]) -> list[Problem]:
@@ -30,25 +31,12 @@ def grids_first(ways: Iterable[Problem]) -> list[Problem]:
 
 
 def in_stages(a: Arguments) -> dict[str, Tensor]:
-    """Forward and backward by the stages, the first two rows of statistics merged, then by sets that stay apart."""
+    """The stages, with rows of statistics merged and with sets that stay apart, and the sets in one call."""
     half = (a.input.size(0) + 1) // 2
-    chain = stages.Chain(a.residual, a.activation, a.activation_param)
-    results = {}
-    for name, set_size in (("stages", None), ("sets", half)):
-        moments = stages.stats(a.input, half)
-        running = (a.running_mean, a.running_var) if a.running_mean is not None else ()
-        statistics = stages.merge_stats(moments, *running) if set_size is None else moments.each()
-        how = a.weight, a.bias, chain, set_size
-        y, _ = stages.elemt(a.input, statistics, *how)
-        sums = stages.backward_reduce(a.dy, a.input, statistics, *how)
-        dx, dresidual = stages.backward_elemt(a.dy, a.input, statistics, sums, *how)
-        results |= {f"{name} {part}": t for part, t in (("y", y), ("dx", dx), ("dresidual", dresidual))}
-    leaves = a.input.detach().requires_grad_(), a.weight.detach().requires_grad_()
-    fused = torch.ops.bn_ext.batch_norm(
-        *leaves, a.bias, a.running_mean, a.running_var, None, True, 0.1, a.eps, a.residual, a.activation, None, half
-    )
-    dx, dweight = torch.autograd.grad(fused, leaves, a.dy)
-    return results | {"fused sets y": fused, "fused sets dx": dx, "fused sets dweight": dweight}
+    merged = merge_stats(stats(a.input, half))
+    calls = {"stages": composed(a, None), "stages of sets": composed(a, half), "sets": fused(a, half)}
+    parts = {f"{call} {name}": t for call, results in calls.items() for name, t in results.items()}
+    return {"merged mean": merged.mean, "merged invstd": merged.invstd} | parts
 
 
 def main(ways: Iterable[Problem], device: str = "cuda") -> int:
