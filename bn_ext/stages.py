@@ -23,20 +23,20 @@ _OPS = torch.ops.bn_ext
 
 
 class Moments(NamedTuple):
-    """Of each channel: the number of its values, their mean, the sum of squared deviations from it."""
+    """The number of a channel's values, their mean, and the sum of squared deviations from the mean."""
 
     counts: Tensor
     mean: Tensor
     m2: Tensor
 
     def each(self, eps: float = 1e-5) -> Statistics:
-        """What each set is normalized with, where sets stay apart: :func:`merge_stats` makes one of them."""
+        """The statistics by which each set is normalized by itself. :func:`merge_stats` merges the sets into one."""
         counts = self.counts.unsqueeze(-1).clamp(min=1)
         return Statistics(self.counts, self.mean, 1 / (self.m2 / counts + eps).sqrt())
 
 
 class Statistics(NamedTuple):
-    """What a channel is normalized with: the number of values it comes from, the mean, 1 / sqrt(var + eps)."""
+    """The statistics by which a channel is normalized: the number of values, their mean, 1 / sqrt(var + eps)."""
 
     counts: Tensor
     mean: Tensor
@@ -44,7 +44,7 @@ class Statistics(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Over each channel: of dz, the gradient of what goes into the activation; of dz * (input - mean)."""
+    """The sums over a channel of dz, the gradient of the activation's input, and of dz * (input - mean)."""
 
     dz: Tensor
     dz_xmu: Tensor
@@ -56,7 +56,7 @@ class Sums(NamedTuple):
 
 
 class Chain(NamedTuple):
-    """What follows the normalization: ``activation(normalized + residual)``.
+    """The operations behind the normalization: ``activation(normalized + residual)``.
 
     A forward with ``keeps_branches`` also gives the branch of each element's activation, a bit; a backward that has
     these ``branches`` needs no residual. For activations of two linear pieces, such as relu.
