@@ -51,21 +51,22 @@ def library(
     folders = list(include)
     flags = [*FLAGS, *(f"-D{define}" for define in defines), *(["-DBN_SIMT_SANITIZE"] if sanitize else [])]
     of_kernels = [*(f"-I{folder}" for folder in folders), *flags, *CHECKS, *(ADDRESSES if sanitize else [])]
-    headers = [Path(__file__), *(h for folder in [HERE, ROOT / "csrc", *folders] for h in folder.glob("**/*.h"))]
-    newest_header = max(header.stat().st_mtime for header in headers)
+    model_time = newest([Path(__file__), *headers_of(HERE), *headers_of(ROOT / "csrc")])
+    kernel_time = max(model_time, newest(header for folder in folders for header in headers_of(folder)))
 
-    def compiled(source: Path, flags: list[str]) -> Path:
+    def compiled(source: Path, flags: list[str], headers_time: float) -> Path:
         target = folder_of(flags) / f"{source.stem}.o"
-        if not is_newer(target, max(newest_header, source.stat().st_mtime)):
+        if not is_newer(target, max(headers_time, source.stat().st_mtime)):
             run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
         return target
 
     target = folder_of(of_kernels) / f"{name}.so"
     with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(JOBS) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        units = [(source, of_kernels) for source in sources] + [(source, flags) for source in MODEL]
+        units = [(source, of_kernels, kernel_time) for source in sources]
+        units += [(source, flags, model_time) for source in MODEL]
         objects = list(pool.map(compiled, *zip(*units, strict=True)))
-        if not is_newer(target, max(built.stat().st_mtime for built in objects)):
+        if not is_newer(target, newest(objects)):
             run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), *ADDRESSES[:sanitize], "-o", str(target)])
     return target
 
@@ -75,6 +76,14 @@ def folder_of(flags: list[str]) -> Path:
     folder = BUILD / sha256(" ".join(flags).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def headers_of(folder: Path) -> Iterable[Path]:
+    return folder.glob("**/*.h")
+
+
+def newest(files: Iterable[Path]) -> float:
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def is_newer(target: Path, time: float) -> bool:
