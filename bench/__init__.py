@@ -1,6 +1,6 @@
 """Batch normalization of bn_ext measured side by side with torch's own kernels.
 
-    python -m bench            measure on the CPU, write bench/results/cpu.json; --sections blocks memory training
+    python -m bench            measure on the CPU, write bench/results/cpu.json; --sections patterns memory training
     python -m bench.report     table and picture from that file
     python -m bench.gpu core   the same on a GPU, part by part, into build/gpu
 

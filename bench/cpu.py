@@ -16,14 +16,14 @@ import torch
 from bench import heap, measure, memory, record, training
 from bench.measure import Row
 from bench.peers import OTHERS
-from bench.problems import BLOCKS, LAYOUTS, PASSES, RESNET, SHAPES, Problem, layouts
+from bench.workloads import LAYOUTS, PASSES, PATTERNS, RESNET, SHAPES, Workload, layouts
 
 RECORD = record.RESULTS / "cpu.json"
 AS_USERS_RUN = record.RESULTS / "cpu-default-heap-1.json"  # page faults vary: each of several processes writes a file
 
 GRID: dict[str, Any] = {
     "sections": record.SECTIONS,
-    "blocks": BLOCKS,
+    "patterns": PATTERNS,
     "shapes": SHAPES,
     "layouts": tuple(LAYOUTS),
     "dtypes": ("float32", "bfloat16"),
@@ -31,12 +31,12 @@ GRID: dict[str, Any] = {
     "passes": PASSES,
     "peers": OTHERS["cpu"],
 }
-# The default cases of blocks with more in them than batch norm. The whole grid of each would take an hour.
+# The default cases of patterns with more in them than batch norm. The whole grid of each would take an hour.
 LONGER: dict[str, Any] = {"shapes": RESNET, "threads": (2,), "passes": ("both", "inference")}
 # The cases that are measured as users run: enough to say what users may expect.
 USERS: dict[str, Any] = {
-    "sections": ("blocks", "training"),
-    "blocks": BLOCKS,
+    "sections": ("patterns", "training"),
+    "patterns": PATTERNS,
     "shapes": RESNET,
     "layouts": tuple(LAYOUTS),
     "dtypes": ("float32",),
@@ -47,7 +47,7 @@ USERS: dict[str, Any] = {
 # The depth of each network, its input, and whether there is time to compile it.
 NETWORKS = ((18, "32x3x64x64", True), (50, "8x3x224x224", False))
 QUICK: dict[str, Any] = {
-    "sections": ("blocks", "memory"),
+    "sections": ("patterns", "memory"),
     "shapes": RESNET,
     "dtypes": ("float32",),
     "threads": (2,),
@@ -75,33 +75,33 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run_blocks(options: argparse.Namespace) -> Iterator[list[Row]]:
+def run_patterns(options: argparse.Namespace) -> Iterator[list[Row]]:
     """The rows of one case after the other."""
 
     def values(name: str) -> Sequence[Any]:
-        unless_chosen = LONGER if block != "bn" and name not in options.chosen else {}
+        unless_chosen = LONGER if pattern != "bn" and name not in options.chosen else {}
         return unless_chosen.get(name, getattr(options, name))
 
-    for block, dtype in product(options.blocks, options.dtypes):
+    for pattern, dtype in product(options.patterns, options.dtypes):
         for shape, layout in product(values("shapes"), options.layouts):
             if layout not in layouts(shape):
                 continue
-            problem = Problem(shape, layout, dtype, block)
+            workload = Workload(shape, layout, dtype, pattern)
             for threads in values("threads"):
                 torch.set_num_threads(threads)
-                peers = measure.build(problem, options.peers)
-                case = {"block": block, "shape": shape, "layout": layout, "dtype": dtype, "threads": threads}
+                peers = measure.build(workload, options.peers)
+                case = {"pattern": pattern, "shape": shape, "layout": layout, "dtype": dtype, "threads": threads}
                 for name in values("passes"):
-                    rows = measure.measure(problem, peers, name, options.seconds, options.rounds)
+                    rows = measure.measure(workload, peers, name, options.seconds, options.rounds)
                     yield [case | row for row in rows]
 
 
 def run_memory(options: argparse.Namespace) -> Iterator[list[Row]]:
     """The memory for one shape. In units of the input's size it is the same for all shapes."""
     shape = options.shapes[0]
-    for block, layout, dtype in product(options.blocks, options.layouts, options.dtypes):
-        case = {"block": block, "shape": shape, "layout": layout, "dtype": dtype}
-        yield [case | row for row in memory.measure(Problem(shape, layout, dtype, block))]
+    for pattern, layout, dtype in product(options.patterns, options.layouts, options.dtypes):
+        case = {"pattern": pattern, "shape": shape, "layout": layout, "dtype": dtype}
+        yield [case | row for row in memory.measure(Workload(shape, layout, dtype, pattern))]
 
 
 def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
@@ -111,11 +111,11 @@ def run_training(options: argparse.Namespace) -> Iterator[list[Row]]:
     for (depth, shape, compiled), layout in product(NETWORKS, options.layouts):
         others = [name for name in options.peers if name in training.PEERS and compiled]
         case = {"shape": shape, "layout": layout, "dtype": "float32"}
-        rows = training.measure(depth, **case, others=others, seconds=options.seconds, rounds=options.rounds)
-        yield [{"block": f"ResNet-{depth}", **case, "threads": threads, **row} for row in rows]
+        rows = training.measure(training.Network(depth, **case), others, options.seconds, options.rounds)
+        yield [{"pattern": f"ResNet-{depth}", **case, "threads": threads, **row} for row in rows]
 
 
-RUN = dict(zip(record.SECTIONS, (run_blocks, run_memory, run_training), strict=True))
+RUN = dict(zip(record.SECTIONS, (run_patterns, run_memory, run_training), strict=True))
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "heap": options.heap,
             "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
         },
-        "fields": {"blocks": measure.FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
+        "fields": {"patterns": measure.FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
     }
     if data["machine"]["load_before"] > BUSY * (os.cpu_count() or 1):
         print("this machine is busy: expect noise", file=sys.stderr)

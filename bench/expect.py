@@ -1,4 +1,4 @@
-"""A page says what to expect of each kind of block and of whole networks, as users run and with the heap kept.
+"""A page says what to expect of each pattern and of whole networks, as users run and with the heap kept.
 
 python -m bench.expect                    prints the table, draws bench/results/expect.png
 python -m bench.expect --page README.md   puts the table between the two marks of that file
@@ -18,8 +18,8 @@ from bench import record, training
 from bench.cpu import AS_USERS_RUN, RECORD
 from bench.measure import Row
 from bench.peers import BASELINE, OURS
-from bench.problems import BLOCKS, LAYOUTS, RESNET
-from bench.report import BLOCK_NAMES, COLORS, LAYOUT_NAMES, Results, markdown, place, put_into
+from bench.report import COLORS, LAYOUT_NAMES, PATTERN_NAMES, Results, markdown, place, put_into
+from bench.workloads import LAYOUTS, PATTERNS, RESNET
 
 MARKS = ("<!-- expect:begin -->", "<!-- expect:end -->")
 PICTURE = record.RESULTS / "expect.png"
@@ -29,7 +29,7 @@ _FIGURES = ("speedup", "bound", "kept_over", "peak_over")
 
 @dataclass(frozen=True)
 class Expected:
-    """Speed-ups of one line of the table; those of a block are over its shapes, a network has one."""
+    """Speed-ups of one line of the table; those of a pattern are over its shapes, a network has one."""
 
     name: str
     rows: Sequence[Row]
@@ -60,13 +60,13 @@ class Expected:
 def expected(results: Results) -> list[Expected]:
     """The lines of one record."""
     lines = []
-    for block in BLOCKS:
+    for pattern in PATTERNS:
         for layout in LAYOUTS:
-            where = {"block": block, "layout": layout, "dtype": DTYPE, "threads": THREADS, "shape": RESNET}
+            where = {"pattern": pattern, "layout": layout, "dtype": DTYPE, "threads": THREADS, "shape": RESNET}
             rows = results.select(peer=OURS, status="ok", **where, **{"pass": PASS})
-            lines.append(Expected(f"{BLOCK_NAMES[block]}, {LAYOUT_NAMES[layout]}", rows))
+            lines.append(Expected(f"{PATTERN_NAMES[pattern]}, {LAYOUT_NAMES[layout]}", rows))
     networks = results.select(peer=OURS, status="ok", dtype=DTYPE, **{"pass": training.PASS})
-    lines += [Expected(f"{row['block']}, {place(row)}", [row]) for row in networks]
+    lines += [Expected(f"{row['pattern']}, {place(row)}", [row]) for row in networks]
     return [line for line in lines if line.rows]
 
 
@@ -81,7 +81,7 @@ def medians(processes: Sequence[Results]) -> Results:
 
 
 def table(users: Results, kept: Results, processes: int) -> str:
-    """Forward and backward of blocks, whole training steps of networks."""
+    """Forward and backward of patterns, whole training steps of networks."""
     with_kept = {line.name: line for line in expected(kept)}
     body = []
     for line in expected(users):

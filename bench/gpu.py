@@ -31,7 +31,7 @@ from bench.gpu_clock import copy_rate, sets_past, timed
 from bench.gpu_plan import Case, in_words, limits_of, on_chip, plans_of
 from bench.measure import COPY, COPY_MOVES, Row
 from bench.peers import BASELINE, OTHERS, OURS, PEERS, Peer
-from bench.problems import BLOCKS, DTYPES, LAYOUTS, LEAST_MOVES, PASSES, Problem, sizes_of
+from bench.workloads import DTYPES, LAYOUTS, LEAST_MOVES, PASSES, PATTERNS, Workload, sizes_of
 
 DEVICE = "cuda"
 FOLDER = record.ROOT / "build" / "gpu"
@@ -43,10 +43,10 @@ BATCHES = (256, 32)
 
 @dataclass(frozen=True)
 class Part:
-    """A product of cases to measure. Dtypes change last, then blocks, shapes and layouts."""
+    """A product of cases to measure. Dtypes change last, then patterns, shapes and layouts."""
 
-    sections: tuple[str, ...] = ("blocks",)
-    blocks: tuple[str, ...] = ("bn",)
+    sections: tuple[str, ...] = ("patterns",)
+    patterns: tuple[str, ...] = ("bn",)
     shapes: tuple[str, ...] = tuple(f"{batch}x{shape}" for shape in BY_VALUE for batch in BATCHES)
     layouts: tuple[str, ...] = tuple(reversed(LAYOUTS))  # half precision is trained channels-last
     dtypes: tuple[str, ...] = ("bfloat16", "float32")
@@ -55,10 +55,10 @@ class Part:
 
 
 PARTS = {
-    "core": Part(sections=("blocks", "kernelbench"), passes=("forward", "backward")),
-    "fused": Part(sections=("blocks", "memory"), blocks=BLOCKS[::-1], passes=("both", "inference")),
+    "core": Part(sections=("patterns", "kernelbench"), passes=("forward", "backward")),
+    "fused": Part(sections=("patterns", "memory"), patterns=PATTERNS[::-1], passes=("both", "inference")),
     "inductor": Part(  # which compiles each case for some ten seconds
-        blocks=("bn+add+relu", "bn"),
+        patterns=("bn+add+relu", "bn"),
         shapes=("256x256x56x56", "32x256x56x56", "32x512x28x28", "256x1024x14x14"),
         dtypes=("bfloat16",),
         passes=("both", "inference"),
@@ -66,8 +66,8 @@ PARTS = {
     ),
     "training": Part(sections=("training",), peers=OTHERS["cuda"]),
 }
-SECTIONS = ("blocks", "kernelbench", "memory", "training")
-KEPT = {"kernelbench": 30.0, "memory": 10.0}  # seconds that blocks leave to what comes after them
+SECTIONS = ("patterns", "kernelbench", "memory", "training")
+KEPT = {"kernelbench": 30.0, "memory": 10.0}  # seconds that patterns leave to what comes after them
 COMPILING = 0.5  # of the time, at most, to compile ahead
 LONGEST = 20.0  # seconds for a case; three times as long where Inductor may compile it
 
@@ -101,7 +101,7 @@ def machine() -> dict[str, Any]:
 
 def _compiled(case: Case) -> None:
     try:
-        peer = PEERS["Inductor"](Problem(*case, DEVICE))
+        peer = PEERS["Inductor"](Workload(*case, DEVICE))
         peer.call("both")()
         with torch.no_grad():
             peer.call("inference")()
@@ -149,9 +149,9 @@ def sets_of(shape: str, dtype: str, here: dict[str, Any]) -> int:
     return sets_past(here["l2_bytes"], math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize)
 
 
-def problem_of(case: Case, here: dict[str, Any]) -> Problem:
-    shape, layout, dtype, block = case
-    return Problem(shape, layout, dtype, block, DEVICE, sets_of(shape, dtype, here))
+def workload_of(case: Case, here: dict[str, Any]) -> Workload:
+    shape, layout, dtype, pattern = case
+    return Workload(shape, layout, dtype, pattern, DEVICE, sets_of(shape, dtype, here))
 
 
 def planned(case: Case, name: str, here: dict[str, Any]) -> Row:
@@ -162,17 +162,17 @@ def planned(case: Case, name: str, here: dict[str, Any]) -> Row:
 
 def noted(rows: list[Row], case: Case, here: dict[str, Any]) -> list[Row]:
     """The rows of a pass, with the case and the rates added."""
-    shape, layout, dtype, block = case
+    shape, layout, dtype, pattern = case
     tensor = math.prod(sizes_of(shape)) * DTYPES[dtype].itemsize
     for row in rows:
         if "median_ms" in row:
-            least = tensor * (COPY_MOVES if row["peer"] == COPY else LEAST_MOVES[block][row["pass"]])
+            least = tensor * (COPY_MOVES if row["peer"] == COPY else LEAST_MOVES[pattern][row["pass"]])
             seconds = row["median_ms"] / 1e3
             row["bytes_per_second"] = least / seconds
             row["over_bound_us"] = 1e6 * (seconds - least / here["copy_bytes_per_second"])
         if row["peer"] == OURS:
             row.update(planned(case, row["pass"], here))
-    return [{"block": block, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
+    return [{"pattern": pattern, "shape": shape, "layout": layout, "dtype": dtype, **row} for row in rows]
 
 
 # A case: the row that stands for it until it is measured, and the call that measures it and returns its rows.
@@ -180,12 +180,12 @@ Task = tuple[Row, Callable[[], list[Row]]]
 
 
 def row_of(case: Case, name: str, peer: str = OURS) -> Row:
-    shape, layout, dtype, block = case
-    return {"block": block, "shape": shape, "layout": layout, "dtype": dtype, "pass": name, "peer": peer}
+    shape, layout, dtype, pattern = case
+    return {"pattern": pattern, "shape": shape, "layout": layout, "dtype": dtype, "pass": name, "peer": peer}
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    return tuple(row[name] for name in ("block", "shape", "layout", "dtype", "pass", "peer"))
+    return tuple(row[name] for name in ("pattern", "shape", "layout", "dtype", "pass", "peer"))
 
 
 def attempted(task: Task) -> list[Row]:
@@ -202,7 +202,7 @@ def attempted(task: Task) -> list[Row]:
 
 def run_case(
     case: Case,
-    made: Callable[[], Problem],
+    made: Callable[[], Workload],
     names: Iterable[str],
     options: argparse.Namespace,
     here: dict[str, Any],
@@ -211,9 +211,9 @@ def run_case(
     """One pass after the other, until the time is up."""
 
     @cache
-    def built() -> tuple[Problem, dict[str, Peer | Row]]:
-        problem = made()
-        return problem, measure.build(problem, options.peers)
+    def built() -> tuple[Workload, dict[str, Peer | Row]]:
+        workload = made()
+        return workload, measure.build(workload, options.peers)
 
     def rows(name: str) -> list[Row]:
         late: Counter[str] = Counter()
@@ -227,18 +227,18 @@ def run_case(
         yield row_of(case, name) | planned(case, name, here), partial(rows, name)
 
 
-def run_blocks(
+def run_patterns(
     cases: Iterable[tuple[Case, str]], options: argparse.Namespace, here: dict[str, Any], end: float
 ) -> Iterator[Task]:
     for case, passes in groupby(cases, key=lambda both: both[0]):
-        yield from run_case(case, partial(problem_of, case, here), [name for _, name in passes], options, here, end)
+        yield from run_case(case, partial(workload_of, case, here), [name for _, name in passes], options, here, end)
 
 
 def run_kernelbench(options: argparse.Namespace, here: dict[str, Any]) -> Iterator[Task]:
     sets = sets_of(kernelbench.SHAPE, kernelbench.DTYPE, here)
     made = partial(kernelbench.Problem33, kernelbench.SHAPE, DEVICE, sets)
     case = (kernelbench.SHAPE, kernelbench.LAYOUT, kernelbench.DTYPE, "bn")
-    named = {"block": kernelbench.NAME}
+    named = {"pattern": kernelbench.NAME}
     ((known, rows),) = run_case(case, made, [kernelbench.PASS], options, here, math.inf)
     yield known | named, lambda: [row | named for row in rows()]
 
@@ -247,21 +247,21 @@ def run_memory(options: argparse.Namespace) -> Iterator[Task]:
     """The memory for the first shape. In units of the input's size it is the same for all shapes."""
 
     def rows(case: Case, known: Row) -> list[Row]:
-        return [known | row for row in memory.measure(Problem(*case, DEVICE))]
+        return [known | row for row in memory.measure(Workload(*case, DEVICE))]
 
     for dtype, layout in product(options.dtypes, options.layouts):
-        case = (options.shapes[0], layout, dtype, BLOCKS[-1])
+        case = (options.shapes[0], layout, dtype, PATTERNS[-1])
         known = row_of(case, memory.PASS)
         yield known, partial(rows, case, known)
 
 
 def run_training(options: argparse.Namespace) -> Iterator[Task]:
     """ResNet-50, by wall-clock time, because a step includes the host's work. Compiled last, which takes longest."""
-    known = {"block": "ResNet-50", **TRAINED, "pass": training.PASS}
-    limits = {"seconds": TRAINING, "rounds": options.rounds, "device": DEVICE}
+    known = {"pattern": "ResNet-50", **TRAINED, "pass": training.PASS}
+    network = training.Network(50, **TRAINED, device=DEVICE)
 
     def rows(always: Sequence[str], others: Sequence[str], left_out: Sequence[str] = ()) -> list[Row]:
-        found = training.measure(50, **TRAINED, others=others, always=always, **limits)
+        found = training.measure(network, others, TRAINING, options.rounds, always)
         return [known | row for row in found if row["peer"] not in left_out]
 
     eager = [name for name in options.peers if name != "Inductor"]
@@ -272,8 +272,8 @@ def run_training(options: argparse.Namespace) -> Iterator[Task]:
 
 def cases_of(options: argparse.Namespace) -> list[tuple[Case, str]]:
     """Each case and pass, in the order in which they are measured."""
-    factors = options.dtypes, options.blocks, options.shapes, options.layouts, options.passes
-    return [((shape, layout, dtype, block), name) for dtype, block, shape, layout, name in product(*factors)]
+    factors = options.dtypes, options.patterns, options.shapes, options.layouts, options.passes
+    return [((shape, layout, dtype, pattern), name) for dtype, pattern, shape, layout, name in product(*factors)]
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -300,7 +300,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     known = record.rows_of(options.out) if options.resume else []
     done = set(map(key_of, known))
     cases = [(case, name) for case, name in cases_of(options) if key_of(row_of(case, name)) not in done]
-    cases = cases if "blocks" in options.sections else []
+    cases = cases if "patterns" in options.sections else []
     if cases and "Inductor" in options.peers and options.workers > 1:
         compile_ahead(list(dict.fromkeys(case for case, _ in cases)), options.workers, COMPILING * options.within)
     with watched(LONGEST):
@@ -309,12 +309,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": here,
         "versions": record.versions(),
         "settings": {"seconds": options.seconds, "rounds": options.rounds, "cases_left": len(cases)},
-        "fields": {"blocks": measure.FIELDS | FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
+        "fields": {"patterns": measure.FIELDS | FIELDS, "memory": memory.FIELDS, "training": training.FIELDS},
         "rows": known,
     }
     end = begin + options.within - sum(KEPT.get(section, 0) for section in options.sections)
     run: dict[str, Callable[[], Iterator[Task]]] = {
-        "blocks": lambda: run_blocks(cases, options, here, end),
+        "patterns": lambda: run_patterns(cases, options, here, end),
         "kernelbench": lambda: run_kernelbench(options, here),
         "memory": lambda: run_memory(options),
         "training": lambda: run_training(options),
@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             with watched(longest):
                 found = attempted((known, rows))
                 data["rows"].pop()
-                if section == "blocks":
+                if section == "patterns":
                     data["settings"]["cases_left"] -= 1
                 yield found
                 check_device()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 
-from bench.problems import sizes_of
+from bench.workloads import sizes_of
 from bn_ext._C import LaunchPlan, Pass, launch_plan
 
-Case = tuple[str, str, str, str]  # shape, layout, dtype, block
+Case = tuple[str, str, str, str]  # shape, layout, dtype, pattern
 
 # Words in a GPU's name, and the named limits for it.
 LIMITS = {
@@ -34,17 +34,15 @@ def limits_of(gpu: str) -> str | None:
 
 
 def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
-    shape, layout, dtype, block = case
+    shape, layout, dtype, pattern = case
     n, c, *spatial = sizes_of(shape)
     call = Pass(
-        n,
-        c,
-        math.prod(spatial),
+        (n, c, math.prod(spatial)),
         dtype=dtype,
         layout="planar" if layout == "contiguous" else "interleaved",
         direction=direction,
-        activation="relu" if "relu" in block else "identity",
-        residual="add" in block,
+        activation="relu" if "relu" in pattern else "identity",
+        residual="add" in pattern,
     )
     return launch_plan(call, gpu=limits)
 

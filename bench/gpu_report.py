@@ -18,12 +18,11 @@ from typing import Any
 from bench import memory
 from bench.measure import COPY, Row
 from bench.peers import OURS, PEERS
-from bench.problems import BLOCKS, LEAST_MOVES, PASSES, sizes_of
 from bench.record import RESULTS, write
 from bench.report import (
-    BLOCK_NAMES,
     LAYOUT_NAMES,
     PASS_NAMES,
+    PATTERN_NAMES,
     Results,
     Target,
     markdown,
@@ -32,6 +31,7 @@ from bench.report import (
     place,
     put_into,
 )
+from bench.workloads import LEAST_MOVES, PASSES, PATTERNS, sizes_of
 
 RECORD = RESULTS / "gpu.json"
 MARKS = ("<!-- bench-gpu:begin -->", "<!-- bench-gpu:end -->")
@@ -44,7 +44,7 @@ FIGURES = {
     "inference": ("over_best", "{:.2f}×"),
 }
 HEADS = {"of_copy": "of a copy's rate", "over_best": "over the best peer"}
-ALONE = {"block": "bn"}
+ALONE = {"pattern": "bn"}
 ON_CHIP = {**ALONE, "on_chip": True}
 BOTH = {**ALONE, "pass": "both"}
 TARGETS = (
@@ -61,7 +61,7 @@ def _heads(results: Results) -> dict[str, str]:
 
 
 def _cell(results: Results, name: str, where: dict[str, Any]) -> str:
-    """The figures of all dtypes, in brackets for a problem that does not fit on chip."""
+    """The figures of all dtypes, in brackets for an input that does not fit on chip."""
     field, written = FIGURES[name]
     cells = []
     for dtype in results.values("dtype"):
@@ -72,17 +72,17 @@ def _cell(results: Results, name: str, where: dict[str, Any]) -> str:
 
 
 def cases_table(results: Results) -> str:
-    """One line a shape and layout, all dtypes in one cell; then the means, those of the other blocks too."""
+    """One line a shape and layout, all dtypes in one cell; then the means, those of the other patterns too."""
     heads = _heads(results)
     body = []
     for shape, layout in dict.fromkeys((row["shape"], row["layout"]) for row in results.select(**ALONE)):
         where = {**ALONE, "shape": shape, "layout": layout}
         body.append([place(where), *(_cell(results, name, where) for name in heads)])
-    for block in (b for b in BLOCKS if b in results.values("block")):
-        means = [f"geometric mean, {BLOCK_NAMES[block]}"]
+    for pattern in (b for b in PATTERNS if b in results.values("pattern")):
+        means = [f"geometric mean, {PATTERN_NAMES[pattern]}"]
         for name in heads:
             field, written = FIGURES[name]
-            rows = results.select(peer=OURS, block=block, **{"pass": name})
+            rows = results.select(peer=OURS, pattern=pattern, **{"pass": name})
             found = [[r[field] for r in rows if r["dtype"] == d and field in r] for d in results.values("dtype")]
             means.append(" / ".join(written.format(geometric_mean(figures)) if figures else "–" for figures in found))
         body.append(means)
@@ -96,12 +96,12 @@ def rates_table(results: Results) -> str:
     for row in results.select(peer=OURS):
         if "bytes_per_second" not in row:
             continue
-        case = {name: row[name] for name in ("block", "shape", "layout", "dtype", "pass")}
+        case = {name: row[name] for name in ("pattern", "shape", "layout", "dtype", "pass")}
         over = [results.select(**case, peer=peer) for peer in others]
-        block = [] if row["block"] == "bn" else [row["block"]]
+        pattern = [] if row["pattern"] == "bn" else [row["pattern"]]
         body.append(
             [
-                ", ".join([*block, place(row), row["dtype"], row["pass"]]),
+                ", ".join([*pattern, place(row), row["dtype"], row["pass"]]),
                 f"{row['bytes_per_second'] / 1e9:.0f}{'*' if row.get('late') else ''}",
                 f"{row['of_copy']:.0%}",
                 f"{row['over_bound_us']:.1f}",
@@ -205,7 +205,7 @@ def merged(files: Iterable[Path]) -> dict[str, Any]:
         read = json.loads(file.read_text())
         found: dict[tuple[str, ...], list[Row]] = {}
         for row in read.pop("rows"):
-            key = tuple(row[name] for name in ("block", "shape", "layout", "dtype", "pass"))
+            key = tuple(row[name] for name in ("pattern", "shape", "layout", "dtype", "pass"))
             found.setdefault(key, []).append(row)
         cases |= {key: rows for key, rows in found.items() if len(rows) >= len(cases.get(key, []))}
         data = data or read

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from bench.problems import EPS, MOMENTUM, Problem
+from bench.workloads import EPS, MOMENTUM, Workload
 from bn_ext import reference
 
 NAME = "KernelBench 1/33"
@@ -19,7 +19,7 @@ SHAPE = "64x64x512x512"
 LAYOUT, DTYPE, PASS = "contiguous", "float32", "forward"
 
 
-class Problem33(Problem):
+class Problem33(Workload):
     """A new module's parameters and statistics. Of the results only those of the forward, in float64, which together
     with all others would need more memory than a GPU has."""
 

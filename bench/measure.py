@@ -1,4 +1,4 @@
-"""One problem measured: every peer validated, then all of them timed in turn. Knows nothing of the device."""
+"""One workload measured: every peer validated, then all of them timed in turn. Knows nothing of the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from bench import validate
 from bench.peers import BASELINE, OURS, PEERS, Peer
-from bench.problems import LEAST_MOVES, Problem
+from bench.workloads import LEAST_MOVES, Workload
 from bn_ext.tools.timing import interleave, percentiles, ratios
 
 COPY = "copy"
@@ -43,12 +43,12 @@ def refusal(error: Exception) -> Row:
     return {"status": "unavailable", "reason": reason[:200]}
 
 
-def build(problem: Problem, names: Iterable[str]) -> dict[str, Peer | Row]:
+def build(workload: Workload, names: Iterable[str]) -> dict[str, Peer | Row]:
     """The peers by name, or why they are missing. The baseline comes first: its errors are the others' bound."""
     built: dict[str, Peer | Row] = {}
     for name in dict.fromkeys((BASELINE, OURS, *names)):
         try:
-            built[name] = PEERS[name](problem)
+            built[name] = PEERS[name](workload)
         except Exception as error:  # a peer that cannot run is a result too
             built[name] = refusal(error)
     return built
@@ -63,15 +63,15 @@ def _one_by_one(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
 
 
 def measure(
-    problem: Problem,
+    workload: Workload,
     peers: dict[str, Peer | Row],
     name: str,
     seconds: float,
     rounds: int,
     timed: Timed = interleave,
 ) -> list[Row]:
-    """Validates and times the pass ``name`` over the sets of ``problem``: one row a peer and one for a plain copy."""
-    copied = [problem.input, *(inputs[0] for inputs, _ in problem.others)]
+    """Validates and times the pass ``name`` over the sets of ``workload``: one row a peer and one for a plain copy."""
+    copied = [workload.input, *(inputs[0] for inputs, _ in workload.others)]
     copies = [partial(torch.empty_like(x).copy_, x) for x in copied]
     calls: dict[str, Callable[[], object]] = {COPY: _one_by_one(copies)}
     found: dict[str, Row] = {COPY: {"status": "ok"}}
@@ -82,21 +82,21 @@ def measure(
                 found[key] = peer
                 continue
             try:
-                call, errors = validate.observe(peer, problem, name)
+                call, errors = validate.observe(peer, workload, name)
                 if key == BASELINE:
                     baseline = errors
-                validate.compare(errors, baseline, problem, strict=key == OURS)
+                validate.compare(errors, baseline, workload, strict=key == OURS)
             except Exception as error:
                 found[key] = refusal(error)
             else:
                 found[key] = {"status": "ok", **_largest(errors)}
-                calls[key] = _one_by_one([call, *(peer.on(inputs, dy).call(name) for inputs, dy in problem.others)])
+                calls[key] = _one_by_one([call, *(peer.on(inputs, dy).call(name) for inputs, dy in workload.others)])
         turns, times = timed(calls, seconds, rounds)
     samples = {key: [t / len(copied) for t in seconds_a_turn] for key, seconds_a_turn in turns.items()}
     for key in calls:
         found[key] |= {"calls": times * len(copied), **summary(samples, key)}
         if key != COPY:
-            moves = LEAST_MOVES[problem.block][name] / COPY_MOVES
+            moves = LEAST_MOVES[workload.pattern][name] / COPY_MOVES
             found[key]["of_copy"] = moves * median(ratios(samples, COPY, key))
     note_best(found)
     return [{"pass": name, "peer": key, **row} for key, row in found.items()]

@@ -1,4 +1,4 @@
-"""The memory that a training step of a block takes, in units of its input's size."""
+"""The memory that a training step of a pattern takes, in units of its input's size."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.measure import Row
 from bench.peers import BASELINE, OURS, PEERS, Peer
-from bench.problems import Problem
+from bench.workloads import Workload
 from bn_ext.tools.profiling import allocated
 
 PASS = "memory"
@@ -21,7 +21,7 @@ FIELDS = {
 
 
 class _Consumer(torch.autograd.Function):
-    """The layer after the block. It keeps nothing of the block's output and gives it the gradient dy."""
+    """The layer after the pattern. It keeps nothing of the pattern's output and gives it the gradient dy."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, dy: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class _Consumer(torch.autograd.Function):
         return ctx.dy, None
 
 
-def of_block(peer: Peer, device: str = "cpu") -> tuple[float, float]:
+def of_pattern(peer: Peer, device: str = "cpu") -> tuple[float, float]:
     """``kept`` and ``peak`` of :data:`FIELDS`."""
 
     def forward() -> Tensor:
@@ -47,10 +47,10 @@ def of_block(peer: Peer, device: str = "cpu") -> tuple[float, float]:
     return 1 + allocated(forward, device)[0] / input, 1 + allocated(step, device)[1] / input
 
 
-def measure(problem: Problem) -> list[Row]:
+def measure(workload: Workload) -> list[Row]:
     """A row for eager torch and one for ours."""
-    device = problem.input.device.type
-    found = {name: of_block(PEERS[name](problem), device) for name in (BASELINE, OURS)}
+    device = workload.input.device.type
+    found = {name: of_pattern(PEERS[name](workload), device) for name in (BASELINE, OURS)}
     return [
         {
             "pass": PASS,

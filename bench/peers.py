@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import bn_ext
-from bench.problems import EPS, MOMENTUM, Problem
+from bench.workloads import EPS, MOMENTUM, Workload
 
 OURS = "bn_ext"
 BASELINE = "ATen"
@@ -27,13 +27,13 @@ def _add_relu(output: Tensor, residual: Tensor) -> Tensor:
     return F.relu_(output)
 
 
-# What follows batch norm in a block, as a residual network writes it.
+# What follows batch norm in a pattern, as a residual network writes it.
 FOLLOWING: dict[str, Call] = {"bn": lambda output: output, "bn+relu": F.relu_, "bn+add+relu": _add_relu}
 
 
 @dataclass
 class Peer:
-    """One implementation of a block, bound to one problem."""
+    """One implementation of a pattern, bound to one workload."""
 
     train: Call
     evaluate: Call
@@ -64,38 +64,38 @@ def _leaves(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.detach().requires_grad_() for t in tensors)
 
 
-def modules(package: ModuleType, problem: Problem, name: str = "BatchNorm") -> Peer:
-    """The module of ``package`` with this name, for the problem's number of dimensions, as a network calls it."""
-    kind = getattr(package, f"{name}1d" if problem.input.dim() == 2 else f"{name}2d")
+def modules(package: ModuleType, workload: Workload, name: str = "BatchNorm") -> Peer:
+    """The module of ``package`` with this name, for the workload's number of dimensions, as a network calls it."""
+    kind = getattr(package, f"{name}1d" if workload.input.dim() == 2 else f"{name}2d")
 
     def module() -> Any:  # torch's own type calls every attribute a tensor or a module
-        made = kind(problem.input.size(1), eps=EPS, momentum=MOMENTUM, device=problem.input.device)
+        made = kind(workload.input.size(1), eps=EPS, momentum=MOMENTUM, device=workload.input.device)
         names = ("weight", "bias", "running_mean", "running_var")
-        made.load_state_dict({name: getattr(problem, name) for name in names}, strict=False)
+        made.load_state_dict({name: getattr(workload, name) for name in names}, strict=False)
         return made
 
     training, frozen = module(), module().eval()
     return Peer(
         train=training,
         evaluate=frozen,
-        inputs=_leaves(*problem.inputs),
-        dy=problem.dy,
+        inputs=_leaves(*workload.inputs),
+        dy=workload.dy,
         affine=(training.weight, training.bias),
         running=(training.running_mean, training.running_var),
     )
 
 
-def ours(problem: Problem) -> Peer:
-    """One call a block."""
-    return modules(bn_ext, problem, "BatchNormAct" if problem.relu else "BatchNorm")
+def ours(workload: Workload) -> Peer:
+    """One call a pattern."""
+    return modules(bn_ext, workload, "BatchNormAct" if workload.relu else "BatchNorm")
 
 
-def torchs(problem: Problem) -> Peer:
+def torchs(workload: Workload) -> Peer:
     """torch's module, and one call each for the addition and the activation after it."""
-    peer = modules(torch.nn, problem)
-    if problem.block == "bn":
+    peer = modules(torch.nn, workload)
+    if workload.pattern == "bn":
         return peer
-    follow = FOLLOWING[problem.block]
+    follow = FOLLOWING[workload.pattern]
 
     def followed(call: Call) -> Call:
         return lambda input, *residual: follow(call(input), *residual)
@@ -103,13 +103,13 @@ def torchs(problem: Problem) -> Peer:
     return replace(peer, train=followed(peer.train), evaluate=followed(peer.evaluate))
 
 
-def functions(train: Call, evaluate: Call, inputs: tuple[Tensor, ...], dy: Tensor, problem: Problem) -> Peer:
+def functions(train: Call, evaluate: Call, inputs: tuple[Tensor, ...], dy: Tensor, workload: Workload) -> Peer:
     """Two functions of running_mean, running_var, weight, bias and the inputs."""
-    weight, bias = (p.clone().requires_grad_() for p in (problem.weight, problem.bias))
-    mean, var = problem.running_mean.clone(), problem.running_var.clone()
+    weight, bias = (p.clone().requires_grad_() for p in (workload.weight, workload.bias))
+    mean, var = workload.running_mean.clone(), workload.running_var.clone()
     return Peer(
         train=partial(train, mean, var, weight, bias),
-        evaluate=partial(evaluate, problem.running_mean, problem.running_var, weight, bias),
+        evaluate=partial(evaluate, workload.running_mean, workload.running_var, weight, bias),
         inputs=_leaves(*inputs),
         dy=dy,
         affine=(weight, bias),
@@ -117,13 +117,13 @@ def functions(train: Call, evaluate: Call, inputs: tuple[Tensor, ...], dy: Tenso
     )
 
 
-def _function(problem: Problem, training: bool) -> Call:
-    follow = FOLLOWING[problem.block]
+def _function(workload: Workload, training: bool) -> Call:
+    follow = FOLLOWING[workload.pattern]
 
-    def block(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, input: Tensor, *residual: Tensor) -> Tensor:
+    def pattern(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, input: Tensor, *residual: Tensor) -> Tensor:
         return follow(F.batch_norm(input, mean, var, weight, bias, training, MOMENTUM, EPS), *residual)
 
-    return block
+    return pattern
 
 
 def without_cudnn(call: Call) -> Call:
@@ -134,29 +134,29 @@ def without_cudnn(call: Call) -> Call:
     return plain
 
 
-def aten(problem: Problem) -> Peer:
+def aten(workload: Workload) -> Peer:
     """torch's modules on its own kernels."""
-    peer = torchs(problem)
-    if not problem.input.is_cuda:
+    peer = torchs(workload)
+    if not workload.input.is_cuda:
         return peer
     return replace(peer, train=without_cudnn(peer.train), evaluate=without_cudnn(peer.evaluate))
 
 
-def cudnn(problem: Problem) -> Peer:
+def cudnn(workload: Workload) -> Peer:
     """torch's modules where it gives their work to cuDNN."""
-    node = type(modules(torch.nn, problem).train(problem.input.detach().requires_grad_()).grad_fn).__name__
+    node = type(modules(torch.nn, workload).train(workload.input.detach().requires_grad_()).grad_fn).__name__
     if "Cudnn" not in node:
         raise NotImplementedError(f"torch does not give this to cuDNN but to {node}")
-    return torchs(problem)
+    return torchs(workload)
 
 
-def onednn(problem: Problem) -> Peer:
+def onednn(workload: Workload) -> Peer:
     """oneDNN through tensors already in its own format."""
-    if problem.layout != "contiguous":
+    if workload.layout != "contiguous":
         raise NotImplementedError("an mkldnn tensor has no channels-last form")
-    train, evaluate = (_function(problem, training) for training in (True, False))
-    inputs = tuple(t.to_mkldnn() for t in problem.inputs)
-    return functions(train, evaluate, inputs, problem.dy.to_mkldnn(), problem)
+    train, evaluate = (_function(workload, training) for training in (True, False))
+    inputs = tuple(t.to_mkldnn() for t in workload.inputs)
+    return functions(train, evaluate, inputs, workload.dy.to_mkldnn(), workload)
 
 
 def set_inductor(cached: bool, backward_repeats: bool, workers: int = 1) -> None:
@@ -167,7 +167,7 @@ def set_inductor(cached: bool, backward_repeats: bool, workers: int = 1) -> None
 
     torch._dynamo.reset()
     settings = (
-        (torch._dynamo.config, "recompile_limit", 64),  # the blocks of several networks are of one class
+        (torch._dynamo.config, "recompile_limit", 64),  # the patterns of several networks are of one class
         (torch._inductor.config, "compile_threads", workers),
         (torch._inductor.config, "fx_graph_cache", cached),
         (torch._functorch.config, "enable_autograd_cache", cached),
@@ -177,17 +177,17 @@ def set_inductor(cached: bool, backward_repeats: bool, workers: int = 1) -> None
         setattr(config, name, value)
 
 
-def inductor(problem: Problem) -> Peer:
+def inductor(workload: Workload) -> Peer:
     """``torch.compile`` of the function alone, for this shape and, on the CPU, this number of threads."""
     # On the CPU the code depends on the number of threads. Compile workers would go on beside the measurement.
-    set_inductor(cached=problem.input.is_cuda, backward_repeats=True)
+    set_inductor(cached=workload.input.is_cuda, backward_repeats=True)
     train, evaluate = (
-        torch.compile(_function(problem, training), fullgraph=True, dynamic=False) for training in (True, False)
+        torch.compile(_function(workload, training), fullgraph=True, dynamic=False) for training in (True, False)
     )
-    return functions(train, evaluate, problem.inputs, problem.dy, problem)
+    return functions(train, evaluate, workload.inputs, workload.dy, workload)
 
 
-PEERS: dict[str, Callable[[Problem], Peer]] = {
+PEERS: dict[str, Callable[[Workload], Peer]] = {
     OURS: ours,
     BASELINE: aten,
     "oneDNN": onednn,

@@ -18,11 +18,11 @@ import torch
 
 from bench.measure import Row
 from bench.peers import BASELINE, OURS
-from bench.problems import BLOCKS, DTYPES, LAYOUTS, PASSES
+from bench.workloads import DTYPES, LAYOUTS, PASSES, PATTERNS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-SECTIONS = ("blocks", "memory", "training")
+SECTIONS = ("patterns", "memory", "training")
 PARTIAL = ROOT / "build" / "bench.json"  # part of a grid does not replace the record
 
 
@@ -57,7 +57,7 @@ def parser(
     """The options for every device, without defaults; ``out`` is the data file."""
     made = argparse.ArgumentParser(prog=prog, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--sections", nargs="+", choices=grid["sections"], help="default: all")
-    made.add_argument("--blocks", nargs="+", choices=BLOCKS)
+    made.add_argument("--patterns", nargs="+", choices=PATTERNS)
     made.add_argument("--shapes", nargs="+", metavar="NxCxHxW")
     made.add_argument("--layouts", nargs="+", choices=LAYOUTS)
     made.add_argument("--dtypes", nargs="+", choices=DTYPES)

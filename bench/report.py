@@ -20,14 +20,14 @@ from bench import memory, training
 from bench.cpu import RECORD
 from bench.measure import COPY, Row
 from bench.peers import BASELINE, OURS
-from bench.problems import BLOCKS, PASSES, RESNET
+from bench.workloads import PASSES, PATTERNS, RESNET
 
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 LAYOUT_NAMES = {"contiguous": "NCHW", "channels_last": "NHWC"}
-BLOCK_NAMES = {"bn": "batch norm", "bn+relu": "batch norm + ReLU", "bn+add+relu": "batch norm + add + ReLU"}
+PATTERN_NAMES = {"bn": "batch norm", "bn+relu": "batch norm + ReLU", "bn+add+relu": "batch norm + add + ReLU"}
 PASS_NAMES = {"both": "forward + backward"}
 TRAINING = ("forward", "backward", "both")
-JUDGED = ("both", "inference")  # of a block with more in it than batch norm
+JUDGED = ("both", "inference")  # of a pattern with more in it than batch norm
 COLORS = {OURS: "#0b6e99", "oneDNN": "#b8b8b8", "Inductor": "#e0a030"}
 
 
@@ -99,7 +99,7 @@ def _over_both(rows: list[Row]) -> str:
 
 def shapes_table(results: Results, dtype: str, threads: int) -> str:
     """One line a shape and layout: speed-up over the baseline, and in brackets the fraction of a copy's rate."""
-    case = {"block": "bn", "dtype": dtype, "threads": threads}
+    case = {"pattern": "bn", "dtype": dtype, "threads": threads}
     passes = [name for name in PASSES if name in results.values("pass")]
     body = []
     for shape in results.values("shape"):
@@ -113,24 +113,24 @@ def shapes_table(results: Results, dtype: str, threads: int) -> str:
 def means_table(results: Results) -> str:
     """Geometric means over ResNet-50's shapes and both layouts, for each dtype, number of threads and peer."""
     passes = [name for name in PASSES if name in results.values("pass")]
-    peers = list(dict.fromkeys(r["peer"] for r in results.select(block="bn") if r["peer"] not in (BASELINE, COPY)))
+    peers = list(dict.fromkeys(r["peer"] for r in results.select(pattern="bn") if r["peer"] not in (BASELINE, COPY)))
     body = []
     for dtype in results.values("dtype"):
         for threads in results.values("threads"):
             for peer in peers:
-                where = {"block": "bn", "dtype": dtype, "threads": threads, "peer": peer, "shape": RESNET}
+                where = {"pattern": "bn", "dtype": dtype, "threads": threads, "peer": peer, "shape": RESNET}
                 cells = [_mean(results.select(**where, **{"pass": name})) for name in passes]
                 body.append([f"{dtype}, {_threads(threads)}", peer, *cells])
     return markdown(["", "", *_heads(passes)], body)
 
 
-def blocks_table(results: Results, dtype: str, threads: int) -> str:
-    """Gives a table of the blocks with an epilogue: by shape and layout, then the means, over baseline and peers."""
-    heads = {(b, name): f"{BLOCK_NAMES[b]}, {PASS_NAMES.get(name, name)}" for b in BLOCKS[1:] for name in JUDGED}
-    rows = results.select(peer=OURS, block=BLOCKS[1:], **{"pass": JUDGED})
+def patterns_table(results: Results, dtype: str, threads: int) -> str:
+    """Gives a table of the patterns with an epilogue: by shape and layout, then the means, over baseline and peers."""
+    heads = {(b, name): f"{PATTERN_NAMES[b]}, {PASS_NAMES.get(name, name)}" for b in PATTERNS[1:] for name in JUDGED}
+    rows = results.select(peer=OURS, pattern=PATTERNS[1:], **{"pass": JUDGED})
 
     def line(name: str, **where: Any) -> list[str]:
-        return [name, *(_over_both(results.select(peer=OURS, block=b, **{"pass": p}, **where)) for b, p in heads)]
+        return [name, *(_over_both(results.select(peer=OURS, pattern=b, **{"pass": p}, **where)) for b, p in heads)]
 
     shown = {"dtype": dtype, "threads": threads}
     places = {place(r): {k: r[k] for k in ("shape", "layout")} for r in rows if shown.items() <= r.items()}
@@ -145,13 +145,13 @@ def blocks_table(results: Results, dtype: str, threads: int) -> str:
 
 
 def memory_line(results: Results) -> str:
-    """Gives a table of what a training step of the block keeps and takes at its peak, ours against the baseline's."""
-    rows = results.select(peer=OURS, block=BLOCKS[-1], **{"pass": memory.PASS})
+    """Gives a table of what a training step of the pattern keeps and takes at its peak, ours against the baseline's."""
+    rows = results.select(peer=OURS, pattern=PATTERNS[-1], **{"pass": memory.PASS})
     found = (
         f"{LAYOUT_NAMES[r['layout']]} {r['dtype']} {r['kept_over']:.0%} (at the peak {r['peak_over']:.0%})"
         for r in rows
     )
-    return f"{BLOCK_NAMES[BLOCKS[-1]]} keeps for backward, of what {BASELINE} keeps: {', '.join(found)}."
+    return f"{PATTERN_NAMES[PATTERNS[-1]]} keeps for backward, of what {BASELINE} keeps: {', '.join(found)}."
 
 
 def training_table(results: Results) -> str:
@@ -162,7 +162,7 @@ def training_table(results: Results) -> str:
     for row in rows:
         over = f" ({row['over_plain']:.2f}×)" if "over_plain" in row else ""
         figure = f"{row['images_a_second']:.0f}{over}" if row["status"] == "ok" else row["status"]
-        name = f"{row['block']}, {row['shape'].replace('x', '×')} {LAYOUT_NAMES[row['layout']]}, {row['dtype']}"
+        name = f"{row['pattern']}, {row['shape'].replace('x', '×')} {LAYOUT_NAMES[row['layout']]}, {row['dtype']}"
         lines.setdefault(name, {})[row["peer"]] = figure
     return markdown(["", *peers], [[name, *(cells.get(p, "–") for p in peers)] for name, cells in lines.items()])
 
@@ -207,7 +207,7 @@ Geometric means over the shapes of ResNet-50 in both layouts (oneDNN: NCHW alone
 
 With what follows it in the same call: over {BASELINE}, in brackets over the best of all others.
 
-{blocks_table(results, **shown)}
+{patterns_table(results, **shown)}
 
 {memory_and_training(results)}\
 {machine["cpu"]}, {machine["cores"]} cores, {machine["isa"]}; torch {versions["torch"]}, bn_ext {versions["bn_ext"]}, \
@@ -251,12 +251,12 @@ class Target:
         return reached, f"{'ok   ' if reached else 'short'}  {self.name}: {value:.3f}, to reach {self.bound}{case}"
 
 
-def _resnet(dtype: str, name: str, block: str = "bn") -> dict[str, Any]:
-    return {"block": block, "dtype": dtype, "threads": 2, "shape": RESNET, "pass": name}
+def _resnet(dtype: str, name: str, pattern: str = "bn") -> dict[str, Any]:
+    return {"pattern": pattern, "dtype": dtype, "threads": 2, "shape": RESNET, "pass": name}
 
 
 ADD_RELU = {name: _resnet("float32", name, "bn+add+relu") for name in JUDGED}
-ALONE = {"block": "bn", "dtype": "float32"}
+ALONE = {"pattern": "bn", "dtype": "float32"}
 
 
 TARGETS = (
@@ -274,7 +274,7 @@ TARGETS = (
     Target(
         "add + ReLU kept for backward",
         0.55,
-        {"block": BLOCKS[-1], "pass": memory.PASS},
+        {"pattern": PATTERNS[-1], "pass": memory.PASS},
         "kept_over",
         mean=False,
         at_most=True,
@@ -323,11 +323,12 @@ def picture(results: Results, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     shown = headline(results)
-    panels = [*(("bn", name) for name in TRAINING), *((block, "both") for block in BLOCKS[1:])]
-    rows = [(block, name) for block, name in panels if results.select(block=block, **{"pass": name})]
-    columns = [name for name in LAYOUT_NAMES if results.select(layout=name, block=BLOCKS, **shown)]
+    panels = [*(("bn", name) for name in TRAINING), *((pattern, "both") for pattern in PATTERNS[1:])]
+    rows = [(pattern, name) for pattern, name in panels if results.select(pattern=pattern, **{"pass": name})]
+    columns = [name for name in LAYOUT_NAMES if results.select(layout=name, pattern=PATTERNS, **shown)]
     shapes = [
-        list(dict.fromkeys(r["shape"] for r in results.select(layout=name, block=BLOCKS, **shown))) for name in columns
+        list(dict.fromkeys(r["shape"] for r in results.select(layout=name, pattern=PATTERNS, **shown)))
+        for name in columns
     ]
     figure, axes = plt.subplots(
         len(rows),
@@ -339,11 +340,11 @@ def picture(results: Results, path: Path) -> None:
         layout="constrained",
         width_ratios=[len(here) for here in shapes],
     )
-    for across, (block, name) in zip(axes, rows, strict=True):
+    for across, (pattern, name) in zip(axes, rows, strict=True):
         for axis, here, layout in zip(across, shapes, columns, strict=True):
-            _panel(axis, results, here, block=block, layout=layout, **{"pass": name}, **shown)
+            _panel(axis, results, here, pattern=pattern, layout=layout, **{"pass": name}, **shown)
         label = PASS_NAMES.get(name, name)
-        across[0].set_ylabel(label if block == "bn" else f"{BLOCK_NAMES[block]}\n{label}", fontsize=9)
+        across[0].set_ylabel(label if pattern == "bn" else f"{PATTERN_NAMES[pattern]}\n{label}", fontsize=9)
     for axis, layout in zip(axes[0], columns, strict=True):
         axis.set_title(LAYOUT_NAMES[layout], fontsize=10)
     figure.align_ylabels()
@@ -372,7 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verdicts = [target.judge(results) for target in TARGETS]
         print("\n".join(line for _, line in verdicts))
         return 0 if all(reached for reached, _ in verdicts) else 1
-    if results.select(block=BLOCKS, **{"pass": TRAINING}):
+    if results.select(pattern=PATTERNS, **{"pass": TRAINING}):
         picture(results, options.picture or options.data.with_suffix(".png"))
     if options.page:
         put_into(options.page, table(results))

@@ -25,8 +25,8 @@ import torch
 from bench.gpu import DEVICE
 from bench.gpu_plan import Case, in_words, limits_of, plan_of
 from bench.peers import OURS, PEERS
-from bench.problems import LAYOUTS, RESNET, Problem
 from bench.report import markdown, place
+from bench.workloads import LAYOUTS, RESNET, Workload
 
 CASES: list[Case] = [(shape, la, dtype, "bn") for dtype, shape, la in product(("bfloat16", "float32"), RESNET, LAYOUTS)]
 DIRECTIONS = ("forward", "backward")
@@ -41,7 +41,7 @@ def run(cases: Sequence[Case], until: float) -> None:
     for case in cases:
         if time() > until:
             break
-        PEERS[OURS](Problem(*case, DEVICE)).call("both")()
+        PEERS[OURS](Workload(*case, DEVICE)).call("both")()
         ran += 1
     print(f"{ran} cases ran")
 

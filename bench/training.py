@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ import bn_ext
 from bench.measure import Row, refusal, summary
 from bench.networks import resnet
 from bench.peers import BASELINE, OURS, set_inductor, without_cudnn
-from bench.problems import DTYPES, LAYOUTS, sizes_of
 from bench.validate import TIMES_BASELINE, WrongResultError
+from bench.workloads import DTYPES, LAYOUTS, sizes_of
 from bn_ext.tools.timing import interleave, ratios
 from bn_ext.tools.trial import Call, Trial
 
@@ -35,6 +36,21 @@ FIELDS = {
 }
 
 Step = Callable[[], float]
+
+
+class Network(NamedTuple):
+    """A residual network, and the images that it is trained on. Half precision is by autocast."""
+
+    depth: int
+    shape: str
+    layout: str
+    dtype: str
+    device: str = "cpu"
+    width: int = 64
+
+    def build(self) -> nn.Module:
+        model = resnet(self.depth, CLASSES, self.width).to(self.device)
+        return model.to(memory_format=LAYOUTS[self.layout])  # type: ignore[call-overload]
 
 
 def _aten(model: nn.Module) -> nn.Module:
@@ -91,29 +107,21 @@ def _observed(model: nn.Module, step: Step) -> Tensor:
 
 
 def measure(
-    depth: int,
-    shape: str,
-    layout: str,
-    dtype: str,
+    network: Network,
     others: Iterable[str],
     seconds: float,
     rounds: int,
-    device: str = "cpu",
-    width: int = 64,
     always: Sequence[str] = (BASELINE, OURS),
 ) -> list[Row]:
-    """Validates the first step of ``resnet(depth)`` in each peer, then times steps in turn: a row each.
-
-    Half precision is by autocast, as networks are trained.
-    """
+    """Validates the first step of the network in each peer, then times steps in turn: a row each."""
     torch.manual_seed(0)
-    model = resnet(depth, CLASSES, width).to(device).to(memory_format=LAYOUTS[layout])  # type: ignore[call-overload]
-    images = torch.randn(sizes_of(shape), device=device).to(memory_format=LAYOUTS[layout])
-    labels = torch.randint(CLASSES, (len(images),), device=device)
+    model = network.build()
+    images = torch.randn(sizes_of(network.shape), device=network.device).to(memory_format=LAYOUTS[network.layout])
+    labels = torch.randint(CLASSES, (len(images),), device=network.device)
     exact = copy.deepcopy(model).double()
     expected = _observed(exact, step_of(exact, images.double(), labels))
     del exact
-    half = None if dtype == "float32" else DTYPES[dtype]
+    half = None if network.dtype == "float32" else DTYPES[network.dtype]
     found: dict[str, Row] = {}
     trials: dict[str, Trial] = {}
     calls: dict[str, Callable[[], object]] = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import Pass, Peer
-from bench.problems import Problem
+from bench.workloads import Workload
 
 # The largest error allowed, in errors of the baseline. One unit in the last place comes on top: of the result's own
 # type for bn_ext, of the input's type for the others (Inductor rounds the gradients of float32 parameters to bfloat16).
@@ -22,10 +22,10 @@ def of_input_form(key: str) -> bool:
     return key in ("output", "dx", "dresidual")
 
 
-def observe(peer: Peer, problem: Problem, name: str) -> tuple[Pass, dict[str, float]]:
-    """The pass as a call, and the errors of its results when it starts from the problem's running statistics."""
+def observe(peer: Peer, workload: Workload, name: str) -> tuple[Pass, dict[str, float]]:
+    """The pass as a call, and the errors of its results when it starts from the workload's running statistics."""
     with torch.no_grad():  # before the call is made: backward alone keeps a graph over them
-        for mine, initial in zip(peer.running, (problem.running_mean, problem.running_var), strict=True):
+        for mine, initial in zip(peer.running, (workload.running_mean, workload.running_var), strict=True):
             mine.copy_(initial)
     call = peer.call(name)
     result = call()
@@ -33,14 +33,14 @@ def observe(peer: Peer, problem: Problem, name: str) -> tuple[Pass, dict[str, fl
     if name == "forward":
         tensors += peer.running
     dense = (t.detach().to_dense() if t.is_mkldnn else t.detach() for t in tensors)
-    return call, errors(dict(zip(problem.expected[name], dense, strict=True)), problem, name)
+    return call, errors(dict(zip(workload.expected[name], dense, strict=True)), workload, name)
 
 
-def errors(results: dict[str, Tensor], problem: Problem, name: str) -> dict[str, float]:
+def errors(results: dict[str, Tensor], workload: Workload, name: str) -> dict[str, float]:
     """Largest error of each result, relative to the largest value expected; raises WrongResultError on another form."""
     found = {}
-    for key, expected in problem.expected[name].items():
-        got, like = results[key], problem.input if of_input_form(key) else problem.weight
+    for key, expected in workload.expected[name].items():
+        got, like = results[key], workload.input if of_input_form(key) else workload.weight
         if (got.shape, got.dtype, got.stride()) != (like.shape, like.dtype, like.stride()):
             raise WrongResultError(
                 f"{key} is {got.dtype} {tuple(got.shape)} with strides {got.stride()}, unlike what it belongs to"
@@ -57,14 +57,14 @@ def _largest_error(got: Tensor, expected: Tensor) -> float:
     return float(worst) / largest
 
 
-def compare(found: dict[str, float], baseline: dict[str, float], problem: Problem, strict: bool) -> None:
+def compare(found: dict[str, float], baseline: dict[str, float], workload: Workload, strict: bool) -> None:
     """Raises WrongResultError where an error is larger than the baseline's error allows; ``strict`` is for bn_ext.
 
     The baseline itself must keep half of its type's digits: where it does not, the reference is wrong. So must
     the others, and no more where there is no baseline: it may not run here, or give another form.
     """
     for key, error in found.items():
-        ulp = torch.finfo(torch.float32 if strict and not of_input_form(key) else problem.input.dtype).eps
+        ulp = torch.finfo(torch.float32 if strict and not of_input_form(key) else workload.input.dtype).eps
         allowed = min(TIMES_BASELINE[strict] * baseline.get(key, 1.0) + ulp, ulp**0.5)
         if not error <= allowed:  # written so that NaN is refused
             raise WrongResultError(f"error of {key} is {error:.1e}, allowed is {allowed:.1e}")

@@ -19,15 +19,16 @@ def warn_of_fallbacks(enabled: bool) -> None:
     """Whether calls that torch's own operators answer are told to ``bn_ext._fallback.fell_back``."""
 
 class Pass:
-    """What a call does, without its tensors: n images of c channels of s values each (``csrc/core/pass.h``).
+    """What a call does, without its tensors (``csrc/core/pass.h``).
 
     Args:
+        sizes: (n, c, s): images, channels, and the values of each plane.
         dtype: of the tensor: ``"float64"``, ``"float32"``, ``"float16"``, ``"bfloat16"``.
         layout: ``"planar"`` (channels second) or ``"interleaved"`` (channels last).
         direction: ``"forward"`` (training), ``"inference"`` or ``"backward"`` (of training, with every gradient).
         activation: one of :data:`bn_ext.activation.NAMES`.
         residual: whether there is one. Training then keeps branch bits, if the activation has two branches.
-        set_size: images of a statistic set; all unless given.
+        set_size: images of a statistic set; all unless given. Inference has no sets.
 
     Raises:
         ValueError: for a name that is not one of these, or sizes that are not positive.
@@ -35,9 +36,7 @@ class Pass:
 
     def __init__(
         self,
-        n: int,
-        c: int,
-        s: int,
+        sizes: tuple[int, int, int],
         *,
         dtype: str = "float32",
         layout: str = "planar",

@@ -158,7 +158,7 @@ def plan(
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         residual: whether one is added.
         set_size: images of a statistic set, each of which is normalized by itself; the last set may have fewer. None:
-            all images are one set.
+            all images are one set, as in inference they always are.
         device: ``"cpu"``, or the name of a GPU: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``,
             ``"rtx5090"``.
         threads: of the CPU; ``torch.get_num_threads()`` unless given.
@@ -188,10 +188,10 @@ def plan(
     if dimensions.get(memory_format) != len(shape):
         raise ValueError(f"memory_format {memory_format} does not fit a shape of {len(shape)} dimensions")
     n, c, *rest = shape
+    if not isinstance(set_size, (int, type(None))):
+        raise TypeError(f"set_size should be an int or None, got {type(set_size).__name__}")
     call = _C.Pass(
-        n,
-        c,
-        math.prod(rest),
+        (n, c, math.prod(rest)),
         dtype=str(dtype).removeprefix("torch."),
         layout="planar" if memory_format == torch.contiguous_format else "interleaved",
         direction=direction,

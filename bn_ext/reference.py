@@ -140,33 +140,31 @@ def backward(
     return dx * _channels(dy, scale), dweight, dbias
 
 
-def block(
+def results(
     input: Tensor,
     residual: Tensor | None,
     dy: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    norm: tuple[Tensor, Tensor, Tensor, Tensor],
     training: bool,
     momentum: float,
     eps: float,
-    activation: str | None,
-    param: float = 0.0,
+    activation: tuple[str | None, float],
 ) -> dict[str, Tensor]:
     """All results of ``activation(batch_norm(input) + residual)`` by name, ``dy`` being the output's gradient.
 
-    The running statistics are those after the call.
+    ``norm`` has running mean and variance, weight and bias; ``activation`` its name and parameter. The running
+    statistics of the results are those after the call.
     """
+    running_mean, running_var, weight, bias = norm
     mean, var = statistics(input) if training else (running_mean.double(), running_var.double())
     z = forward(input, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.double()
-    dz = behind(dy, z, activation, param)
+    dz = behind(dy, z, *activation)
     dx, dweight, dbias = backward(dz, input, weight, mean, var, eps, training)
-    results = {"output": activated(z, activation, param), "dx": dx, "dweight": dweight, "dbias": dbias}
+    found = {"output": activated(z, *activation), "dx": dx, "dweight": dweight, "dbias": dbias}
     if residual is not None:
-        results["dresidual"] = dz
+        found["dresidual"] = dz
     if training:
         mean, var = running(running_mean, mean, momentum), running(running_var, unbiased(input, var), momentum)
-    return results | {"running_mean": mean, "running_var": var}
+    return found | {"running_mean": mean, "running_var": var}

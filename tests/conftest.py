@@ -11,7 +11,7 @@ from pathlib import Path
 # Threads that spin at a barrier starve each other where cores are shared (pytest -n): before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-import problems
+import cases
 import pytest
 import torch
 
@@ -27,11 +27,11 @@ torch.backends.cudnn.deterministic = True
 
 def pytest_report_header() -> str:
     isa = torch.backends.cpu.get_cpu_capability()
-    gpu = f"no cases on a GPU: {problems.NO_GPU}" if problems.NO_GPU else torch.cuda.get_device_name()
+    gpu = f"no cases on a GPU: {cases.NO_GPU}" if cases.NO_GPU else torch.cuda.get_device_name()
     return f"torch {torch.__version__}, CPU capability {isa}, {gpu}"
 
 
-@pytest.fixture(params=problems.DEVICES)
+@pytest.fixture(params=cases.DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -39,7 +39,7 @@ _RESULTS = {
 }
 
 
-class Block(NamedTuple):
+class Pattern(NamedTuple):
     """``activation(batch_norm(input) + residual)``, the last two optional."""
 
     activation: activations.Name | None = None
@@ -53,7 +53,7 @@ class Block(NamedTuple):
         return batch_norm(x, *norm, training, MOMENTUM, EPS, residual, self.activation)
 
     def torchs(self, x: Tensor, residual: Tensor | None, norm: Norm, training: bool) -> Tensor:
-        """The block as it is usually written for speed: in place where that loses nothing."""
+        """The pattern as it is usually written for speed: in place where that loses nothing."""
         y = F.batch_norm(x, *norm, training, MOMENTUM, EPS)
         if residual is not None:
             y += residual
@@ -64,13 +64,13 @@ class Block(NamedTuple):
 
 def bench(
     shape: Sequence[int],
-    block: Block = Block(),  # noqa: B008, immutable
+    pattern: Pattern = Pattern(),  # noqa: B008, immutable
     dtype: torch.dtype = torch.float32,
     channels_last: bool = False,
     device: str = "cpu",
     seconds: float = 1.0,
 ) -> Table:
-    """Times ``block`` in training and inference, torch's and ours and a plain copy in turn, results checked first.
+    """Times ``pattern`` in training and inference, torch's and ours and a plain copy in turn, results checked first.
 
     Args:
         shape: of the input, (N, C, *).
@@ -82,14 +82,14 @@ def bench(
         ValueError: a shape of one dimension, of one value per channel, or that has no layout with channels last.
         AssertionError: the results differ from float64 by more than torch's.
     """
-    problem = Problem(shape, block, dtype, channels_last, torch.device(device))
-    errors = problem.check()
+    workload = Workload(shape, pattern, dtype, channels_last, torch.device(device))
+    errors = workload.check()
     rows, others = [], Others()
-    for passed, moves in problem.moves().items():
-        calls = {name: problem.call(way, passed) for name, way in problem.ways.items()}
-        calls[COPY] = partial(torch.empty_like(problem.x).copy_, problem.x.detach())
+    for passed, moves in workload.moves().items():
+        calls = {name: workload.call(way, passed) for name, way in workload.ways.items()}
+        calls[COPY] = partial(torch.empty_like(workload.x).copy_, workload.x.detach())
         with torch.set_grad_enabled(passed != "inference"):
-            samples, _ = interleave(calls, seconds, ROUNDS, sampler(problem.x.device))
+            samples, _ = interleave(calls, seconds, ROUNDS, sampler(workload.x.device))
         low, middle, high = percentiles(ratios(samples, TORCH, OURS))
         times = [duration(median(samples[name])) for name in (TORCH, OURS)]
         of_copy = moves / 2 * median(ratios(samples, COPY, OURS))
@@ -102,14 +102,14 @@ def bench(
                 *(f"{error:.1e}" for error in errors[passed]),
             )
         )
-    return Table(_HEAD, rows, [problem.title()], others.notes())
+    return Table(_HEAD, rows, [workload.title()], others.notes())
 
 
-class Problem:
+class Workload:
     """Random tensors of one shape, and the exact results."""
 
     def __init__(
-        self, shape: Sequence[int], block: Block, dtype: torch.dtype, channels_last: bool, device: torch.device
+        self, shape: Sequence[int], pattern: Pattern, dtype: torch.dtype, channels_last: bool, device: torch.device
     ) -> None:
         if len(shape) < 2:
             raise ValueError(f"bench: a shape has two dimensions or more, got {'x'.join(map(str, shape))}")
@@ -127,15 +127,15 @@ class Problem:
         def uniform() -> Tensor:
             return torch.rand(shape[1], generator=random, device=device, dtype=of_channels) + 0.5
 
-        self.block = block
-        self.ways: dict[str, Way] = {TORCH: block.torchs, OURS: block.ours}
+        self.pattern = pattern
+        self.ways: dict[str, Way] = {TORCH: pattern.torchs, OURS: pattern.ours}
         self.x, self.dy = tensor(), tensor()
-        self.residual = tensor() if block.residual else None
+        self.residual = tensor() if pattern.residual else None
         self.mean, self.var, self.weight, self.bias = (uniform() for _ in range(4))
-        given = (self.dy, self.weight, self.bias, self.mean, self.var)
-        ends = (MOMENTUM, EPS, block.activation, activations.DEFAULTS[block.activation or "identity"] or 0.0)
-        self.exact = reference.block(self.x, self.residual, *given, True, *ends)
-        self.exact["inferred"] = reference.block(self.x, self.residual, *given, False, *ends)["output"]
+        norm = (self.mean, self.var, self.weight, self.bias)
+        ends = (MOMENTUM, EPS, (pattern.activation, activations.DEFAULTS[pattern.activation or "identity"] or 0.0))
+        self.exact = reference.results(self.x, self.residual, self.dy, norm, True, *ends)
+        self.exact["inferred"] = reference.results(self.x, self.residual, self.dy, norm, False, *ends)["output"]
         self.leaves = {"dx": self.x, "dweight": self.weight, "dbias": self.bias}
         if self.residual is not None:
             self.leaves["dresidual"] = self.residual
@@ -143,11 +143,11 @@ class Problem:
             leaf.requires_grad_()
 
     def title(self) -> str:
-        return f"{self.block}, x of {described(self.x)}, {where(self.x.device)}"
+        return f"{self.pattern}, x of {described(self.x)}, {where(self.x.device)}"
 
     def moves(self) -> dict[str, int]:
         """The least that each pass reads and writes, in tensors of the input's size."""
-        more = int(self.block.residual)
+        more = int(self.pattern.residual)
         forward, backward = 2 + more, 3 + more
         passes = (forward, backward, forward + backward, forward)
         return dict(zip(_RESULTS, passes))

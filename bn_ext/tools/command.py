@@ -15,7 +15,7 @@ from torch import nn
 
 from bn_ext import activation as activations
 from bn_ext.tools import info
-from bn_ext.tools.bench import Block, bench
+from bn_ext.tools.bench import Pattern, bench
 from bn_ext.tools.compare import compare
 from bn_ext.tools.machine import CHANNELS_LAST
 
@@ -118,10 +118,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    block = Block(options.activation, options.residual)
+    pattern = Pattern(options.activation, options.residual)
     try:
         table = bench(
-            options.shape, block, DTYPES[options.dtype], options.channels_last, options.device, options.seconds
+            options.shape, pattern, DTYPES[options.dtype], options.channels_last, options.device, options.seconds
         )
     except ValueError as error:
         raise _UsageError(error) from error

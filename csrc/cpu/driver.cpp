@@ -61,15 +61,15 @@ void parallel(int threads, int64_t tasks, const F& f) {
 // the first one touched last.
 template <class Reduce, class Finish, class Apply>
 void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, const Finish& finish, const Apply& apply) {
-  const int64_t channels = plan.blocks.c;
+  const int64_t channels = plan.patches.c;
   const auto tile = [&](int64_t set, int64_t t, int64_t chunk) {
-    const Blocks& blocks = plan.blocks_of(set);
-    return Tile{blocks,
-                set * plan.blocks.n,
+    const Patches& patches = plan.patches_of(set);
+    return Tile{patches,
+                set * plan.patches.n,
                 t * plan.tile,
                 std::min((t + 1) * plan.tile, channels),
-                chunk * blocks.per_chunk,
-                std::min((chunk + 1) * blocks.per_chunk, blocks.count),
+                chunk * patches.per_chunk,
+                std::min((chunk + 1) * patches.per_chunk, patches.count),
                 plan.ahead,
                 scratch_of_thread()};
   };
@@ -79,7 +79,7 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
       for (int64_t i = begin; i < end; ++i) {
         const int64_t set = i / tiles;
         const int64_t t = i % tiles;
-        const int64_t chunks = plan.blocks_of(set).chunks;
+        const int64_t chunks = plan.patches_of(set).chunks;
         for (int64_t chunk = 0; reduces && chunk < chunks; ++chunk) {
           reduce(tile(set, t, chunk), set, chunk);
         }
@@ -93,7 +93,7 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
     return;
   }
   // Tasks are numbered by set, chunk and tile. The last set may have fewer chunks.
-  const int64_t of_set = plan.blocks.chunks * tiles;
+  const int64_t of_set = plan.patches.chunks * tiles;
   const int64_t tasks = (plan.sets - 1) * of_set + plan.last.chunks * tiles;
   const auto for_task = [&](int64_t i, const auto& f) {
     const int64_t set = i / of_set;
@@ -136,8 +136,8 @@ bool streamable(const void* tensor) {
 class Partial {
  public:
   Partial(const Plan& plan, bool used)
-      : c_(plan.blocks.c),
-        chunks_(plan.blocks.chunks),
+      : c_(plan.patches.c),
+        chunks_(plan.patches.chunks),
         values_(workspace<double>(used ? 2 * plan.sets * chunks_ * c_ : 0)) {}
 
   double* first(int64_t set, int64_t chunk) const { return values_.get() + 2 * (set * chunks_ + chunk) * c_; }
@@ -154,7 +154,7 @@ template <class A>
 class Coefficients {
  public:
   Coefficients(const Plan& plan, Direction direction)
-      : c_(plan.blocks.c),
+      : c_(plan.patches.c),
         size_(plan.sets * c_),
         values_(workspace<A>((direction == Direction::Forward ? 3 : 5) * size_)) {}
 
@@ -214,15 +214,15 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
     kernels.moments(tile, args.x, partial.first(set, chunk), partial.second(set, chunk));
   };
   const auto merge_chunks = [&](int64_t set, int64_t begin, int64_t end) {
-    const Blocks& blocks = plan.blocks_of(set);
-    if (blocks.chunks == 1) {
+    const Patches& patches = plan.patches_of(set);
+    if (patches.chunks == 1) {
       return;
     }
     double* const mean = partial.first(set, 0);
     double* const m2 = partial.second(set, 0);
-    auto count = static_cast<double>(blocks.values(0));
-    for (int64_t chunk = 1; chunk < blocks.chunks; ++chunk) {
-      const auto of_chunk = static_cast<double>(blocks.values(chunk));
+    auto count = static_cast<double>(patches.values(0));
+    for (int64_t chunk = 1; chunk < patches.chunks; ++chunk) {
+      const auto of_chunk = static_cast<double>(patches.values(chunk));
       for (int64_t i = begin; i < end; ++i) {
         const Moments all =
             merge({count, mean[i], m2[i]}, {of_chunk, partial.first(set, chunk)[i], partial.second(set, chunk)[i]});
@@ -276,7 +276,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
                           partial.first(set, chunk), partial.second(set, chunk));
   };
   const auto add_chunks = [&](int64_t set, int64_t begin, int64_t end) {
-    for (int64_t chunk = 1; chunk < plan.blocks_of(set).chunks; ++chunk) {
+    for (int64_t chunk = 1; chunk < plan.patches_of(set).chunks; ++chunk) {
       for (int64_t i = begin; i < end; ++i) {
         partial.first(set, 0)[i] += partial.first(set, chunk)[i];
         partial.second(set, 0)[i] += partial.second(set, chunk)[i];

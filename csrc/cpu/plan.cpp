@@ -8,28 +8,28 @@
 namespace bn::cpu {
 namespace {
 
-// Values that are summed around one shift: enough that ending a block costs little (measured, 1568 x 2048 float
-// forward: 1.19 times faster with 128 rows than with 32).
-constexpr int64_t kPlanarBlock = 1024;
-constexpr int64_t kInterleavedBlock = 16384;
+// Values that are summed around one shift: enough that ending a patch costs little (measured, 1568 x 2048 float
+// forward: 1.19 times faster with 128 rows than with 32; the other two are not measured).
+constexpr int64_t kPlanarPatch = 1024;
+constexpr int64_t kInterleavedPatch = 16384;
 constexpr int64_t kInterleavedRows = 128;
 
-// What one pass without sums takes at a time: values of a plane, or rows of joined planes.
-constexpr int64_t kMappedBlock = 16384;
+// The values of a plane, or rows of joined planes, that one pass without sums takes at a time. Not measured.
+constexpr int64_t kMappedPatch = 16384;
 constexpr int64_t kMappedRows = 16;
 
-// Chunks are what threads share: enough of them to balance, not so many that merging them is felt.
+// Chunks are what threads share: enough of them to balance, not so many that merging them is felt. Not measured.
 constexpr int64_t kPlanarChunk = 16;
 constexpr int64_t kInterleavedChunk = 32768;
 constexpr int64_t kMaxChunks = 64;
 
-// Interleaved tiles are no narrower than this, for rows of some lines each.
+// Interleaved tiles are no narrower than this, for rows of some lines each. Not measured.
 constexpr int64_t kNarrowest = 64;
 
-// Tasks of unequal cost even out over this many for each thread.
+// Tasks of unequal cost even out over this many for each thread. Not measured.
 constexpr int64_t kTasksPerThread = 4;
 
-// Below this many elements another thread costs more than it brings.
+// Below this many elements another thread costs more than it brings. Not measured.
 constexpr int64_t kSerial = 32768;
 
 constexpr int64_t kLine = 64;
@@ -43,28 +43,28 @@ constexpr bool joins(const Problem& p) {
   return p.layout == Layout::Planar && p.s < kJoinBelow && (p.n >= kRowsAtOnce || p.s % kVector != 0);
 }
 
-// The blocks of a set of `n` images or positions.
-Blocks cut(Problem p, int64_t n, bool reduces) {
+// The patches of a set of `n` images or positions.
+Patches cut(Problem p, int64_t n, bool reduces) {
   p.n = n;
-  Blocks b{};
+  Patches b{};
   b.n = p.n;
   b.c = p.c;
   b.s = p.s;
   if (p.layout == Layout::Planar) {
-    const int64_t block = reduces ? kPlanarBlock : kMappedBlock;
-    b.segment = std::min(round_up(divide_up(p.s, divide_up(p.s, block)), 16), p.s);
+    const int64_t patch = reduces ? kPlanarPatch : kMappedPatch;
+    b.segment = std::min(round_up(divide_up(p.s, divide_up(p.s, patch)), 16), p.s);
     b.segments = divide_up(p.s, b.segment);
     b.joined = joins(p);
     if (b.joined) {
-      b.rows = reduces ? kRowsAtOnce * std::max<int64_t>(kPlanarBlock / p.s / kRowsAtOnce, 1) : kMappedRows;
+      b.rows = reduces ? kRowsAtOnce * std::max<int64_t>(kPlanarPatch / p.s / kRowsAtOnce, 1) : kMappedRows;
     } else {
-      b.rows = reduces && p.n < kRowsAtOnce ? std::max<int64_t>(kPlanarBlock / p.s, 1) : 1;
+      b.rows = reduces && p.n < kRowsAtOnce ? std::max<int64_t>(kPlanarPatch / p.s, 1) : 1;
     }
     b.per_chunk = reduces ? kPlanarChunk : 1;
   } else {
     b.segment = 1;
     b.segments = 1;
-    b.rows = round_up(std::max(kInterleavedBlock / p.c, kInterleavedRows), kInterleavedRows);
+    b.rows = round_up(std::max(kInterleavedPatch / p.c, kInterleavedRows), kInterleavedRows);
     b.per_chunk = std::max<int64_t>(kInterleavedChunk / p.c / b.rows, 1);
   }
   b.count = divide_up(p.n, b.rows) * b.segments;
@@ -75,11 +75,11 @@ Blocks cut(Problem p, int64_t n, bool reduces) {
   return b;
 }
 
-bool cut_into_bytes(const Problem& p, const Blocks& blocks, int64_t tile) {
+bool cut_into_bytes(const Problem& p, const Patches& patches, int64_t tile) {
   constexpr int64_t kByte = 8;
   const bool planar = p.layout == Layout::Planar;
-  const int64_t row = planar && !blocks.joined ? p.s : p.c * p.s;
-  const int64_t part = planar ? blocks.joined ? tile * p.s : blocks.segment : tile;
+  const int64_t row = planar && !patches.joined ? p.s : p.c * p.s;
+  const int64_t part = planar ? patches.joined ? tile * p.s : patches.segment : tile;
   return fills_branch_words(p.count() * p.c) && row % kByte == 0 && part % kByte == 0;
 }
 
@@ -100,7 +100,7 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
   const bool reduces = pass.reduces();
   Plan plan{};
   plan.sets = p.sets();
-  plan.blocks = cut(p, p.rows_of(0), reduces);
+  plan.patches = cut(p, p.rows_of(0), reduces);
   plan.last = cut(p, p.rows_of(plan.sets - 1), reduces);
   const int64_t elements = p.n * p.c * p.s;
   plan.threads = elements < kSerial ? 1 : threads;
@@ -110,18 +110,18 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
   const int64_t balanced = divide_up(p.c * plan.sets, enough);
   if (p.layout == Layout::Planar && !reduces) {
     plan.tile =
-        std::clamp<int64_t>((plan.blocks.joined ? kPlanarRun : kMappedBlock) / plan.blocks.segment, 1, max_tile);
+        std::clamp<int64_t>((plan.patches.joined ? kPlanarRun : kMappedPatch) / plan.patches.segment, 1, max_tile);
     plan.split = true;
   } else if (p.layout == Layout::Planar) {
     plan.tile = std::clamp<int64_t>(std::min(kPlanarRun / p.s, balanced), 1, max_tile);
     plan.split = plan.threads > 1 && plan.tiles() * plan.sets < enough;
   } else {
     plan.tile =
-        plan.blocks.chunks * plan.sets >= enough ? max_tile : std::min(round_up(balanced, kNarrowest), max_tile);
+        plan.patches.chunks * plan.sets >= enough ? max_tile : std::min(round_up(balanced, kNarrowest), max_tile);
     plan.split = !reduces || p.one_set() || plan.tiles() * plan.sets < enough;
   }
   int64_t row = (p.layout == Layout::Planar ? p.s : p.c) * size_of(p.dtype);
-  if (plan.blocks.joined) {  // rows of whole lines, where some number of planes makes them
+  if (plan.patches.joined) {  // rows of whole lines, where some number of planes makes them
     const int64_t whole = kLine / std::gcd(kLine, row);
     plan.tile = plan.tile < whole ? plan.tile : plan.tile / whole * whole;
     row *= plan.tile;
@@ -130,7 +130,7 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
   // The halves of a line, which 16 values of 2 bytes are, meet on their way.
   const int64_t vector = std::min(kLine, 16 * size_of(p.dtype));
   plan.bypass_cache = bypasses_cache(elements * size_of(p.dtype), last_cache_bytes) && row % vector == 0;
-  plan.whole_bytes = cut_into_bytes(p, plan.blocks, plan.tile) && cut_into_bytes(p, plan.last, plan.tile);
+  plan.whole_bytes = cut_into_bytes(p, plan.patches, plan.tile) && cut_into_bytes(p, plan.last, plan.tile);
   // Into the next tile (measured, 32 x 64 x 56 x 56 float forward: 22 cycles a vector, 31 without), or the next row of
   // joined planes (32 x 1024 x 14 x 14 float inference: 1.5 times faster than with none). Where a pass goes through
   // memory in order, the hardware looks ahead by itself, but not behind the end of a page (32 x 1024 x 14 x 14 float,
@@ -138,7 +138,7 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
   // for a line (measured with AVX-512: 0.95).
   if (!plan.split && p.layout == Layout::Planar) {
     plan.ahead = plan.tile * p.s;
-  } else if (plan.blocks.joined) {
+  } else if (plan.patches.joined) {
     plan.ahead = p.c * p.s;
   } else if (p.layout == Layout::Interleaved && size_of(p.dtype) > 2) {
     plan.ahead = kPage / size_of(p.dtype);
@@ -148,8 +148,8 @@ Plan plan(const Pass& pass, int threads, int64_t last_cache_bytes) {
 
 std::string to_string(const Plan& plan) {
   // All fields are named: a new one is an error here.
-  const auto& [blocks, last, sets, tile, threads, split, bypass_cache, whole_bytes, ahead] = plan;
-  const auto& [n, c, s, rows, segment, segments, count, per_chunk, chunks, joined] = blocks;
+  const auto& [patches, last, sets, tile, threads, split, bypass_cache, whole_bytes, ahead] = plan;
+  const auto& [n, c, s, rows, segment, segments, count, per_chunk, chunks, joined] = patches;
   return fields({{"n", n},
                  {"c", c},
                  {"s", s},

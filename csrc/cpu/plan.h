@@ -11,7 +11,7 @@
 // How the CPU kernels cut a problem into work: values from pure functions.
 namespace bn::cpu {
 
-// A block: images or positions [n0, n1), and of each the values [s0, s1), of every channel.
+// A patch: images or positions [n0, n1), and of each the values [s0, s1), of every channel.
 struct Extent {
   int64_t n0, n1, s0, s1;
 
@@ -20,23 +20,23 @@ struct Extent {
   BN_HD constexpr Extent quarter() const { return {n0, n0 + (n1 - n0 + 3) / 4, s0, s1}; }
 };
 
-// Blocks are what is summed in the accumulation type before double precision takes over; chunks are runs
-// of blocks whose results are merged in order. Both follow from the problem alone, never from the number
+// Patches are what is summed in the accumulation type before double precision takes over; chunks are runs
+// of patches whose results are merged in order. Both follow from the problem alone, never from the number
 // of threads, and so do the bits of every result. Each statistic set is cut by itself: its images or positions are
 // numbered from 0.
-struct Blocks {
+struct Patches {
   int64_t n, c, s;
-  int64_t rows;       // images or positions of a block
-  int64_t segment;    // of each image, the values of a block
-  int64_t segments;   // blocks an image is cut into
-  int64_t count;      // blocks in all
-  int64_t per_chunk;  // blocks of a chunk
+  int64_t rows;       // images or positions of a patch
+  int64_t segment;    // of each image, the values of a patch
+  int64_t segments;   // patches an image is cut into
+  int64_t count;      // patches in all
+  int64_t per_chunk;  // patches of a chunk
   int64_t chunks;
   bool joined;  // vectors run along all planes of an image's tile
 
-  BN_HD constexpr Extent extent(int64_t block) const {
-    const int64_t n0 = block / segments * rows;
-    const int64_t s0 = block % segments * segment;
+  BN_HD constexpr Extent extent(int64_t patch) const {
+    const int64_t n0 = patch / segments * rows;
+    const int64_t s0 = patch % segments * segment;
     return {n0, std::min(n0 + rows, n), s0, std::min(s0 + segment, s)};
   }
 
@@ -49,14 +49,14 @@ struct Blocks {
     return sum;
   }
 
-  bool operator==(const Blocks&) const = default;
+  bool operator==(const Patches&) const = default;
 
   BN_HD constexpr int64_t offset(int64_t n_, int64_t c_, int64_t s_) const { return (n_ * c + c_) * s + s_; }
 };
 
 struct Plan {
-  Blocks blocks;  // of each statistic set but the last
-  Blocks last;    // of the last set, which may be smaller
+  Patches patches;  // of each statistic set but the last
+  Patches last;     // of the last set, which may be smaller
   int64_t sets;
   int64_t tile;       // adjacent channels that are handled together
   int threads;        // that take part
@@ -67,8 +67,8 @@ struct Plan {
 
   bool operator==(const Plan&) const = default;
 
-  const Blocks& blocks_of(int64_t set) const { return set + 1 < sets ? blocks : last; }
-  BN_HD constexpr int64_t tiles() const { return divide_up(blocks.c, tile); }
+  const Patches& patches_of(int64_t set) const { return set + 1 < sets ? patches : last; }
+  BN_HD constexpr int64_t tiles() const { return divide_up(patches.c, tile); }
 };
 
 // Planar and reducing: a thread takes whole tiles, so that the second pass finds in its cache what the first one

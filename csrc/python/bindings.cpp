@@ -10,6 +10,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <array>
 #include <limits>
 #include <map>
 #include <set>
@@ -32,10 +33,8 @@ T one_of(const char* what, const std::map<std::string, T>& values, const std::st
   throw py::value_error(std::string(what) + " should be one of " + names + ", got " + name);
 }
 
-// The pass of a layer: n images of c channels of s values each; a backward wants every gradient.
-bn::Pass pass_of_layer(int64_t n,
-                       int64_t c,
-                       int64_t s,
+// The pass of a layer of sizes (n, c, s); a backward wants every gradient. In evaluation images make no sets.
+bn::Pass pass_of_layer(std::array<int64_t, 3> sizes,
                        const std::string& dtype,
                        const std::string& layout,
                        const std::string& direction,
@@ -63,6 +62,7 @@ bn::Pass pass_of_layer(int64_t n,
                                 {"inference", {{}, Direction::Forward, false, {}, {kind, residual, false}}},
                                 {"backward", {{}, Direction::Backward, true, all, kept}}},
                                direction);
+  const auto [n, c, s] = sizes;
   if (n < 1 || c < 1 || s < 1) {
     throw py::value_error("n, c and s should be positive");
   }
@@ -71,9 +71,9 @@ bn::Pass pass_of_layer(int64_t n,
     throw py::value_error("no tensor has as many values as n * c * s");
   }
   if (set_size.value_or(1) < 1) {
-    throw py::value_error("set_size should be positive");
+    throw py::value_error("set_size should be positive, got " + std::to_string(*set_size));
   }
-  pass.problem = bn::problem_of(order, type, n, c, s, std::min(set_size.value_or(n), n));
+  pass.problem = bn::problem_of(order, type, n, c, s, pass.training ? std::min(set_size.value_or(n), n) : n);
   return pass;
 }
 
@@ -148,9 +148,9 @@ PYBIND11_MODULE(_C, m) {
     return [of](const bn::Pass& p) { return std::pair((p.*of)().tensors, (p.*of)().branches); };
   };
   py::class_<bn::Pass>(m, "Pass")
-      .def(py::init(&pass_of_layer), py::arg("n"), py::arg("c"), py::arg("s"), py::kw_only(),
-           py::arg("dtype") = "float32", py::arg("layout") = "planar", py::arg("direction") = "forward",
-           py::arg("activation") = "identity", py::arg("residual") = false, py::arg("set_size") = py::none())
+      .def(py::init(&pass_of_layer), py::arg("sizes"), py::kw_only(), py::arg("dtype") = "float32",
+           py::arg("layout") = "planar", py::arg("direction") = "forward", py::arg("activation") = "identity",
+           py::arg("residual") = false, py::arg("set_size") = py::none())
       .def("wanting", &wanting, py::arg("gradients"), py::kw_only(), py::arg("training") = true)
       .def("only", &only, py::arg("stage"))
       .def_property_readonly("reduce_reads", traffic(&bn::Pass::reduce_reads))
@@ -159,19 +159,19 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("holds", &bn::Pass::holds)
       .def("__eq__", [](const bn::Pass& a, const bn::Pass& b) { return a == b; });
 
-  const auto of_blocks = [](auto member) { return [member](const CpuPlan& p) { return p.blocks.*member; }; };
-  using bn::cpu::Blocks;
+  const auto of_patches = [](auto member) { return [member](const CpuPlan& p) { return p.patches.*member; }; };
+  using bn::cpu::Patches;
   py::class_<CpuPlan>(m, "CpuPlan")
-      .def_property_readonly("n", of_blocks(&Blocks::n))
-      .def_property_readonly("c", of_blocks(&Blocks::c))
-      .def_property_readonly("s", of_blocks(&Blocks::s))
-      .def_property_readonly("rows", of_blocks(&Blocks::rows))
-      .def_property_readonly("segment", of_blocks(&Blocks::segment))
-      .def_property_readonly("segments", of_blocks(&Blocks::segments))
-      .def_property_readonly("count", of_blocks(&Blocks::count))
-      .def_property_readonly("per_chunk", of_blocks(&Blocks::per_chunk))
-      .def_property_readonly("chunks", of_blocks(&Blocks::chunks))
-      .def_property_readonly("joined", of_blocks(&Blocks::joined))
+      .def_property_readonly("n", of_patches(&Patches::n))
+      .def_property_readonly("c", of_patches(&Patches::c))
+      .def_property_readonly("s", of_patches(&Patches::s))
+      .def_property_readonly("rows", of_patches(&Patches::rows))
+      .def_property_readonly("segment", of_patches(&Patches::segment))
+      .def_property_readonly("segments", of_patches(&Patches::segments))
+      .def_property_readonly("count", of_patches(&Patches::count))
+      .def_property_readonly("per_chunk", of_patches(&Patches::per_chunk))
+      .def_property_readonly("chunks", of_patches(&Patches::chunks))
+      .def_property_readonly("joined", of_patches(&Patches::joined))
       .def_readonly("sets", &CpuPlan::sets)
       .def_property_readonly("last_n", [](const CpuPlan& p) { return p.last.n; })
       .def_property_readonly("last_joined", [](const CpuPlan& p) { return p.last.joined; })

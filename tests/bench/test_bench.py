@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # bench is no part of the installed package
 
-from bench import cpu, expect, heap, measure, memory, networks, peers, problems, record, report, training
+from bench import cpu, expect, heap, measure, memory, networks, peers, record, report, training, workloads
 
 SHAPE = "2x4x5x5"
 SHORT = ["--seconds", "0", "--rounds", "2"]
@@ -26,10 +26,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data file of one shape and a tiny network with everyone but Inductor, whose compilation takes long."""
     path = tmp_path_factory.mktemp("bench") / "cpu.json"
     before = torch.get_num_threads()
-    options = ["--shapes", SHAPE, "--threads", "1", "--passes", *problems.PASSES, "--peers", "oneDNN", *SHORT]
+    options = ["--shapes", SHAPE, "--threads", "1", "--passes", *workloads.PASSES, "--peers", "oneDNN", *SHORT]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "NETWORKS", ((18, TINY["shape"], True),))
-        patch.setattr(training, "measure", partial(training.measure, width=TINY["width"]))
+        patch.setattr(training, "Network", partial(training.Network, width=TINY["width"]))
         try:
             assert cpu.main([*options, "--out", str(path)]) == 0
         finally:
@@ -41,17 +41,17 @@ def test_data_file_is_complete(recorded: Path) -> None:
     data = json.loads(recorded.read_text())
     assert {"cpu", "cores", "caches", "isa"} <= data["machine"].keys()
     assert {"bn_ext", "torch", "python", "compiler", "date"} <= data["versions"].keys()
-    kinds = len(problems.LAYOUTS) * len(cpu.GRID["dtypes"])
-    rows = [row for row in data["rows"] if row["pass"] in problems.PASSES]
-    assert len(rows) == len(problems.BLOCKS) * kinds * len(problems.PASSES) * 4
-    assert len([row for row in data["rows"] if row["pass"] == memory.PASS]) == len(problems.BLOCKS) * kinds * 2
+    kinds = len(workloads.LAYOUTS) * len(cpu.GRID["dtypes"])
+    rows = [row for row in data["rows"] if row["pass"] in workloads.PASSES]
+    assert len(rows) == len(workloads.PATTERNS) * kinds * len(workloads.PASSES) * 4
+    assert len([row for row in data["rows"] if row["pass"] == memory.PASS]) == len(workloads.PATTERNS) * kinds * 2
     trained = [row for row in data["rows"] if row["pass"] == training.PASS]
-    assert len(trained) == len(problems.LAYOUTS) * 2
+    assert len(trained) == len(workloads.LAYOUTS) * 2
     assert all(row["status"] == "ok" and row["images_a_second"] > 0 for row in trained)
     assert all(row["peak"] > row["kept"] > 0 and row["kept_over"] > 0 and row["peak_over"] > 0 for row in trained)
     assert all(row["bound"] > row["speedup"] for row in trained if row["peer"] == peers.OURS)
     for row in rows:
-        assert {"block", "shape", "layout", "dtype", "threads", "pass", "peer", "status"} <= row.keys()
+        assert {"pattern", "shape", "layout", "dtype", "threads", "pass", "peer", "status"} <= row.keys()
         if row["status"] != "ok":
             assert row["reason"]
         elif row["peer"] != measure.COPY:
@@ -77,7 +77,7 @@ def test_report_renders(recorded: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("measured", [True, False])
 def test_what_to_expect(recorded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: bool) -> None:
-    """Each kind of block with mean and range, each network with bound and memory; what is not measured is left out."""
+    """Each pattern with mean and range, each network with bound and memory; what is not measured is left out."""
     data = json.loads(recorded.read_text())
     for row in data["rows"]:
         if row["pass"] == "both" and row["peer"] == peers.OURS:
@@ -129,7 +129,7 @@ def test_the_heap_is_chosen_before_anything_is_loaded(
 def test_the_record_of_each_heap() -> None:
     for name, path in (("kept", cpu.RECORD), ("default", cpu.AS_USERS_RUN)):
         assert cpu.arguments(["--heap", name]).out == path
-        assert cpu.arguments(["--heap", name, "--blocks", "bn"]).out == record.PARTIAL
+        assert cpu.arguments(["--heap", name, "--patterns", "bn"]).out == record.PARTIAL
 
 
 def test_targets_are_judged(recorded: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +141,7 @@ def test_targets_are_judged(recorded: Path, capsys: pytest.CaptureFixture[str]) 
 
 def test_a_bound_from_above() -> None:
     fields = {"shape": SHAPE, "layout": "contiguous", "dtype": "float32", "pass": memory.PASS, "peer": peers.OURS}
-    fields["block"] = problems.BLOCKS[-1]
+    fields["pattern"] = workloads.PATTERNS[-1]
     for kept in ([0.5, 0.5], [0.5, 0.6]):
         rows = [{**fields, "status": "ok", "kept_over": value} for value in kept]
         reached, line = report.TARGETS[-1].judge(report.Results({"machine": {}, "versions": {}, "rows": rows}))
@@ -149,52 +149,54 @@ def test_a_bound_from_above() -> None:
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
-@pytest.mark.parametrize("name", problems.PASSES)
-@pytest.mark.parametrize("block", problems.BLOCKS)
+@pytest.mark.parametrize("name", workloads.PASSES)
+@pytest.mark.parametrize("pattern", workloads.PATTERNS)
 def test_a_peer_with_wrong_results_is_refused(
-    block: str, name: str, factor: float, monkeypatch: pytest.MonkeyPatch
+    pattern: str, name: str, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(problem: problems.Problem) -> peers.Peer:
-        right = peers.torchs(problem)
+    def wrong(workload: workloads.Workload) -> peers.Peer:
+        right = peers.torchs(workload)
         return replace(
             right, train=lambda *x: factor * right.train(*x), evaluate=lambda *x: factor * right.evaluate(*x)
         )
 
     monkeypatch.setitem(peers.PEERS, "wrong", wrong)
-    problem = problems.Problem(SHAPE, "contiguous", "float32", block)
-    rows = {row["peer"]: row for row in measure.measure(problem, measure.build(problem, ["wrong"]), name, 0, 2)}
+    workload = workloads.Workload(SHAPE, "contiguous", "float32", pattern)
+    rows = {row["peer"]: row for row in measure.measure(workload, measure.build(workload, ["wrong"]), name, 0, 2)}
     assert rows["wrong"]["status"] == "wrong" and "allowed" in rows["wrong"]["reason"]
     assert "median_ms" not in rows["wrong"]
     assert rows[peers.OURS]["status"] == "ok"
 
 
 def test_a_peer_that_fails_is_recorded_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(problem: problems.Problem) -> peers.Peer:
+    def failing(workload: workloads.Workload) -> peers.Peer:
         raise RuntimeError("no compiler in /some/secret/place\nand more")
 
     monkeypatch.setitem(peers.PEERS, "failing", failing)
-    problem = problems.Problem("8x4", "contiguous", "float32")
-    rows = {row["peer"]: row for row in measure.measure(problem, measure.build(problem, ["failing"]), "forward", 0, 2)}
+    workload = workloads.Workload("8x4", "contiguous", "float32")
+    rows = {
+        row["peer"]: row for row in measure.measure(workload, measure.build(workload, ["failing"]), "forward", 0, 2)
+    }
     assert rows["failing"]["status"] == "unavailable"
     assert rows["failing"]["reason"] == "RuntimeError: no compiler in <path>"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("block", problems.BLOCKS[1:])
-def test_gradients_do_not_hang_on_rounding(block: str, dtype: str) -> None:
+@pytest.mark.parametrize("pattern", workloads.PATTERNS[1:])
+def test_gradients_do_not_hang_on_rounding(pattern: str, dtype: str) -> None:
     """However the sum before ReLU was rounded, its gradient is the same."""
-    problem = problems.Problem("8x16x14x14", "contiguous", dtype, block)
+    workload = workloads.Workload("8x16x14x14", "contiguous", dtype, pattern)
     low, high = (
-        (problem._before_relu(*problems.reference.statistics(problem.input)) + side > 0) for side in (-1e-3, 1e-3)
+        (workload._before_relu(*workloads.reference.statistics(workload.input)) + side > 0) for side in (-1e-3, 1e-3)
     )
-    assert torch.equal(problem.dy * low, problem.dy * high) == (dtype == "bfloat16")
-    assert (problem.dy == 0).float().mean() < 0.3
+    assert torch.equal(workload.dy * low, workload.dy * high) == (dtype == "bfloat16")
+    assert (workload.dy == 0).float().mean() < 0.3
 
 
 def test_what_eager_torch_keeps() -> None:
     """Its input and ReLU's result, which took the place of the sum; at the peak two gradients at the least."""
-    problem = problems.Problem("4x8x32x32", "contiguous", "float32", "bn+add+relu")
-    kept, peak = memory.of_block(peers.aten(problem))
+    workload = workloads.Workload("4x8x32x32", "contiguous", "float32", "bn+add+relu")
+    kept, peak = memory.of_pattern(peers.aten(workload))
     assert kept == pytest.approx(2, abs=0.05) and peak >= 3
 
 
@@ -212,7 +214,8 @@ def test_a_network_with_wrong_gradients_is_refused(monkeypatch: pytest.MonkeyPat
         return model
 
     monkeypatch.setitem(training.PEERS, "wrong", wrong)
-    rows = training.measure(18, **TINY, layout="channels_last", dtype="float32", others=["wrong"], seconds=0, rounds=2)
+    network = training.Network(18, **TINY, layout="channels_last", dtype="float32")
+    rows = training.measure(network, others=["wrong"], seconds=0, rounds=2)
     assert [row["status"] for row in rows] == ["ok", "ok", "wrong"]
 
 
@@ -221,7 +224,7 @@ def test_part_of_the_grid_does_not_replace_the_record() -> None:
     for part in (
         ["--quick"],
         ["--sections", "memory"],
-        ["--blocks", "bn"],
+        ["--patterns", "bn"],
         ["--shapes", SHAPE],
         ["--passes", "forward"],
         ["--peers"],

@@ -25,9 +25,9 @@ from bench import (
     measure,
     memory,
     peers,
-    problems,
     record,
     report,
+    workloads,
 )
 from bn_ext.tools import timing
 
@@ -75,11 +75,11 @@ def test_data_files_are_complete(recorded: list[Path]) -> None:
     assert [data["settings"]["cases_left"] for data in (core, fused, trained)] == [0, 0, 0]
     assert [row["peer"] for row in trained["rows"]] == [peers.BASELINE, peers.OURS, "cuDNN"]
     assert all(row["status"] == "ok" for row in trained["rows"])
-    each = len(problems.LAYOUTS) * 2 * 2 * 4  # dtypes, passes, peers and the copy
-    assert len(core["rows"]) == each + 4 and len(fused["rows"]) == 3 * each + 2 * 2 * len(problems.LAYOUTS)
+    each = len(workloads.LAYOUTS) * 2 * 2 * 4  # dtypes, passes, peers and the copy
+    assert len(core["rows"]) == each + 4 and len(fused["rows"]) == 3 * each + 2 * 2 * len(workloads.LAYOUTS)
     assert {row["pass"] for row in core["rows"]} == {"forward", "backward"}
     assert {row["pass"] for row in fused["rows"]} == {"both", "inference", memory.PASS}
-    for row in core["rows"] + [row for row in fused["rows"] if row["pass"] in problems.PASSES]:
+    for row in core["rows"] + [row for row in fused["rows"] if row["pass"] in workloads.PASSES]:
         if row["peer"] == peers.OURS:
             assert row["status"] == "ok" and row["over_best"] > 0 and row["best"] == peers.BASELINE
             assert row["on_chip"] == (row["pass"] != "inference") and row["of_copy"] > 0
@@ -87,7 +87,7 @@ def test_data_files_are_complete(recorded: list[Path]) -> None:
         if row["peer"] == peers.OURS and row["shape"] == SHAPE:
             tensor = 200 * (4 if row["dtype"] == "float32" else 2)
             assert row["calls"] == gpu_clock.sets_past(500, tensor)
-            least = tensor * problems.LEAST_MOVES[row["block"]][row["pass"]]
+            least = tensor * workloads.LEAST_MOVES[row["pattern"]][row["pass"]]
             assert row["bytes_per_second"] == pytest.approx(1e3 * least / row["median_ms"], rel=1e-3)
             assert row["over_bound_us"] == pytest.approx(1e3 * row["median_ms"] - 1e6 * least / 1e9, abs=0.1, rel=1e-3)
         elif row["peer"] == "cuDNN":
@@ -97,7 +97,7 @@ def test_data_files_are_complete(recorded: list[Path]) -> None:
 def test_what_is_worth_most_comes_first(recorded: list[Path]) -> None:
     rows = json.loads(recorded[0].read_text())["rows"]
     assert list(dict.fromkeys(row["dtype"] for row in rows)) == ["bfloat16", "float32"]
-    assert sorted(f"32x{shape}" for shape in gpu.BY_VALUE) == sorted(problems.RESNET)
+    assert sorted(f"32x{shape}" for shape in gpu.BY_VALUE) == sorted(workloads.RESNET)
     first = gpu.cases_of(gpu.arguments(["core"]))[:3]
     case = ("256x256x56x56", "channels_last", "bfloat16", "bn")
     assert first == [(case, "forward"), (case, "backward"), (("256x256x56x56", "contiguous", *case[2:]), "forward")]
@@ -108,15 +108,15 @@ def test_nothing_is_compiled_before_inductors_part() -> None:
 
 
 def test_problem_of_kernelbench(recorded: list[Path], no_gpu: None) -> None:
-    problem = kernelbench.Problem33("8x4x64x64", "cpu", sets=2)
-    for input in (problem.input, problem.others[0][0][0]):
+    workload = kernelbench.Problem33("8x4x64x64", "cpu", sets=2)
+    for input in (workload.input, workload.others[0][0][0]):
         assert input.mean().item() == pytest.approx(5, abs=0.1) and input.std().item() == pytest.approx(3, abs=0.1)
-    expected = problem.expected["forward"]
+    expected = workload.expected["forward"]
     module = torch.nn.BatchNorm2d(4).double()
-    torch.testing.assert_close(expected["output"], module(problem.input.double()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(expected["output"], module(workload.input.double()), rtol=1e-9, atol=1e-9)
     for name in ("running_mean", "running_var"):
         torch.testing.assert_close(expected[name], getattr(module, name), rtol=1e-9, atol=1e-9)
-    rows = [row for row in json.loads(recorded[0].read_text())["rows"] if row["block"] == kernelbench.NAME]
+    rows = [row for row in json.loads(recorded[0].read_text())["rows"] if row["pattern"] == kernelbench.NAME]
     assert [row["peer"] for row in rows] == [measure.COPY, peers.BASELINE, peers.OURS, "cuDNN"]
     assert rows[2]["error_per_channel"] > 0 and rows[2]["shape"] == kernelbench.SHAPE
 
@@ -124,8 +124,8 @@ def test_problem_of_kernelbench(recorded: list[Path], no_gpu: None) -> None:
 def test_running_statistics_of_kernelbench_are_compared(no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = kernelbench.Problem33.expected.func
 
-    def off(problem: kernelbench.Problem33) -> dict:
-        results = expected(problem)
+    def off(workload: kernelbench.Problem33) -> dict:
+        results = expected(workload)
         results["forward"]["running_var"] += 1e-3
         return results
 
@@ -189,7 +189,7 @@ def test_files_are_put_together(recorded: list[Path], tmp_path: Path, monkeypatc
 
 def row(**fields: object) -> measure.Row:
     usual = {
-        "block": "bn",
+        "pattern": "bn",
         "shape": SHAPE,
         "layout": "contiguous",
         "dtype": "float32",
@@ -232,10 +232,10 @@ def test_sets_past_the_cache(tensor: int, sets: int) -> None:
 
 
 def test_every_set_is_another_tensor_of_the_same_kind() -> None:
-    problem = problems.Problem(SHAPE, "channels_last", "float16", "bn+add+relu", sets=3)
-    inputs = [x for xs in (problem.inputs, *(xs for xs, _ in problem.others)) for x in xs]
+    workload = workloads.Workload(SHAPE, "channels_last", "float16", "bn+add+relu", sets=3)
+    inputs = [x for xs in (workload.inputs, *(xs for xs, _ in workload.others)) for x in xs]
     assert len({x.data_ptr() for x in inputs}) == 6
-    assert all(x.stride() == problem.input.stride() and x.dtype == torch.float16 for x in inputs)
+    assert all(x.stride() == workload.input.stride() and x.dtype == torch.float16 for x in inputs)
     assert not torch.equal(inputs[0], inputs[1])
 
 
@@ -247,12 +247,12 @@ def test_results_of_one_turn_are_all_kept() -> None:
 
 def test_seconds_are_of_one_call(no_gpu: None) -> None:
     """A turn over four sets takes four times as long as is reported."""
-    problem = problems.Problem(SHAPE, "contiguous", "float32", sets=4)
+    workload = workloads.Workload(SHAPE, "contiguous", "float32", sets=4)
 
     def clock(calls: dict, seconds: float, rounds: int) -> tuple[dict[str, list[float]], int]:
         return {name: [4.0, 4.0] for name in calls}, 1
 
-    rows = measure.measure(problem, measure.build(problem, ()), "both", 0, 2, clock)
+    rows = measure.measure(workload, measure.build(workload, ()), "both", 0, 2, clock)
     assert {r["median_ms"] for r in rows} == {1000.0} and {r["calls"] for r in rows} == {4}
 
 
@@ -260,18 +260,18 @@ def test_seconds_are_of_one_call(no_gpu: None) -> None:
 def test_ours_is_judged_without_a_baseline(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The baseline may not run here, or give its results other strides than the input has."""
 
-    def planar(problem: problems.Problem) -> peers.Peer:
-        peer = peers.aten(problem)
+    def planar(workload: workloads.Workload) -> peers.Peer:
+        peer = peers.aten(workload)
         return replace(peer, train=lambda *inputs: peer.train(*inputs).contiguous())
 
-    def off(problem: problems.Problem) -> peers.Peer:
-        peer = peers.ours(problem)
+    def off(workload: workloads.Workload) -> peers.Peer:
+        peer = peers.ours(workload)
         return replace(peer, train=lambda *inputs: peer.train(*inputs) + wrong)
 
     monkeypatch.setitem(peers.PEERS, peers.BASELINE, planar)
     monkeypatch.setitem(peers.PEERS, peers.OURS, off)
-    problem = problems.Problem(SHAPE, "channels_last", "float32")
-    found = {row["peer"]: row for row in measure.measure(problem, measure.build(problem, ()), "forward", 0, 2)}
+    workload = workloads.Workload(SHAPE, "channels_last", "float32")
+    found = {row["peer"]: row for row in measure.measure(workload, measure.build(workload, ()), "forward", 0, 2)}
     assert found[peers.BASELINE]["status"] == "wrong" and "strides" in found[peers.BASELINE]["reason"]
     assert found[peers.OURS]["status"] == ("wrong" if wrong else "ok")
     assert ("of_copy" in found[peers.OURS]) == (not wrong)
@@ -333,7 +333,7 @@ def test_samples_that_stay_late_are_counted(no_gpu: None, monkeypatch: pytest.Mo
         return timing.interleave(calls, seconds, rounds, shortest=0)
 
     monkeypatch.setattr(gpu, "timed", timed)
-    (task,) = gpu.run_blocks([(CASE, "forward")], gpu.arguments(["core", *SHORT, "--peers"]), MACHINE, float("inf"))
+    (task,) = gpu.run_patterns([(CASE, "forward")], gpu.arguments(["core", *SHORT, "--peers"]), MACHINE, float("inf"))
     assert {row["peer"]: row["late"] for row in gpu.attempted(task)} == {"copy": 0, "ATen": 0, "bn_ext": 3}
 
 
@@ -348,11 +348,11 @@ def test_time_that_is_up_ends_the_part(no_gpu: None, tmp_path: Path, capsys: pyt
     options = ["core", "--shapes", SHAPE, "--peers", *SHORT, "--out", str(out)]
     assert gpu.main([*options, "--within", "0"]) == 0
     assert "left out: 8 of 8 cases: the time was up" in capsys.readouterr().out
-    assert {row["block"] for row in record.rows_of(out)} == {kernelbench.NAME}, "for which time is kept"
+    assert {row["pattern"] for row in record.rows_of(out)} == {kernelbench.NAME}, "for which time is kept"
     assert gpu.main([*options, "--resume"]) == 0
     assert "left out" not in capsys.readouterr().out
     rows = record.rows_of(out)
-    assert [row["peer"] for row in rows if row["block"] == kernelbench.NAME].count(peers.OURS) == 1
+    assert [row["peer"] for row in rows if row["pattern"] == kernelbench.NAME].count(peers.OURS) == 1
     assert len(rows) == 3 + 8 * 3
 
 
@@ -361,7 +361,7 @@ def test_an_error_that_persists_ends_the_process(
 ) -> None:
     """With what was measured on disk, the case that ended it too, so that another process goes on behind it."""
     out = tmp_path / "core.json"
-    options = ["core", "--sections", "blocks", "--shapes", SHAPE, "--peers", *SHORT, "--out", str(out), "--resume"]
+    options = ["core", "--sections", "patterns", "--shapes", SHAPE, "--peers", *SHORT, "--out", str(out), "--resume"]
     done = iter([None, None, RuntimeError("an illegal memory access was encountered\nmore")])
 
     def synchronize() -> None:
@@ -382,11 +382,11 @@ def fail(*_: object, **__: object) -> None:
     raise RuntimeError("no more")
 
 
-@pytest.mark.parametrize("where", ["timed", "Problem"])
+@pytest.mark.parametrize("where", ["timed", "Workload"])
 def test_what_fails_is_recorded(where: str, no_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is timed, while its tensors are made."""
     monkeypatch.setattr(gpu, where, fail)
-    (task,) = gpu.run_blocks([(CASE, "forward")], gpu.arguments(["core", "--peers"]), MACHINE, float("inf"))
+    (task,) = gpu.run_patterns([(CASE, "forward")], gpu.arguments(["core", "--peers"]), MACHINE, float("inf"))
     (found,) = gpu.attempted(task)
     assert (found["peer"], found["status"], found["reason"]) == (peers.OURS, "unavailable", "RuntimeError: no more")
     assert found["shape"] == SHAPE and found["on_chip"]
@@ -423,7 +423,9 @@ def test_nothing_eager_is_measured_twice(no_gpu: None, monkeypatch: pytest.Monke
     """But the baseline, by which the compiled ones are judged."""
     measured = []
 
-    def measure(*_: object, others: Sequence[str], always: Sequence[str], **__: object) -> list[measure.Row]:
+    def measure(
+        network: object, others: Sequence[str], seconds: float, rounds: int, always: Sequence[str]
+    ) -> list[measure.Row]:
         measured.append([*always, *others])
         return [{"peer": peer} for peer in measured[-1]]
 

@@ -27,7 +27,7 @@ def stages(call: Pass) -> Stages:
 
 
 def layer(direction: str, activation: str, residual: bool) -> Pass:
-    return Pass(2, 3, 4, direction=direction, activation=activation, residual=residual)
+    return Pass((2, 3, 4), direction=direction, activation=activation, residual=residual)
 
 
 NO, ONE, TWO, THREE = ((tensors, False) for tensors in range(4))

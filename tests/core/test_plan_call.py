@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import Problem, Types, channels_last, contiguous
+from cases import Case, Types, channels_last, contiguous
 from ways import plan_of
 
 import bn_ext
@@ -61,13 +61,13 @@ def test_equal_calls_have_equal_plans(device: str) -> None:
 @pytest.mark.parametrize("direction", ["forward", "inference", "backward"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_the_plan_of_a_layer(layout: Any, direction: str, activation: str | None, residual: bool) -> None:
-    """The plan of the same problem in the terms of kernels."""
+    """The plan of the same case in the terms of kernels."""
     memory_format = {contiguous: torch.contiguous_format, channels_last: torch.channels_last}[layout]
     how = {"direction": direction, "activation": activation, "residual": residual, "device": "h100"}
     for dtype in (torch.float32, torch.float16):
         types = Types(dtype, torch.float32, torch.float32)
-        problem = Problem(SHAPE, layout, types, residual=residual, activation=activation)
-        assert bn_ext.plan(SHAPE, dtype, memory_format, **how) == plan_of(problem, direction)
+        case = Case(SHAPE, layout, types, residual=residual, activation=activation)
+        assert bn_ext.plan(SHAPE, dtype, memory_format, **how) == plan_of(case, direction)
 
 
 def test_channels_last_in_3d_is_interleaved() -> None:
@@ -121,7 +121,7 @@ def test_a_set_of_all_images_has_the_plan_of_none(device: str, direction: Any, l
 
 
 def test_plans_of_sets() -> None:
-    """A set is cut as a problem of its own; its slabs, on a GPU, are some of one launch."""
+    """A set is cut as a case of its own; its slabs, on a GPU, are some of one launch."""
     for set_size, sets, last in ((8, 8, 4), (1, 60, 1), (30, 2, 30)):
         of_sets, alone = (
             bn_ext.plan((n, 64, 56, 56), set_size=size, threads=2, last_cache_bytes=32 * MIB)
@@ -144,16 +144,24 @@ def test_plans_of_sets() -> None:
 
 
 def test_set_sizes_that_are_none() -> None:
-    with pytest.raises(ValueError, match="set_size should be positive"):
+    with pytest.raises(ValueError, match="set_size should be positive, got 0"):
         bn_ext.plan(SHAPE, set_size=0)
+    with pytest.raises(TypeError, match="set_size should be an int or None, got float"):
+        bn_ext.plan(SHAPE, set_size=2.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["cpu", "h100"])
+def test_inference_has_no_sets(device: str) -> None:
+    plain, of_sets = (bn_ext.plan(SHAPE, direction="inference", device=device, set_size=s) for s in (None, 8))
+    assert plain == of_sets
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
 @pytest.mark.parametrize("residual", [False, True])
 def test_a_stage_alone_reads_and_writes_its_part(activation: str, residual: bool) -> None:
     """The whole, less what the other stage reads or writes."""
-    forward = _C.Pass(8, 4, 100, activation=activation, residual=residual)
-    backward = _C.Pass(8, 4, 100, direction="backward", activation=activation, residual=residual)
+    forward = _C.Pass((8, 4, 100), activation=activation, residual=residual)
+    backward = _C.Pass((8, 4, 100), direction="backward", activation=activation, residual=residual)
     for whole in (forward, backward):
         reduce, apply = whole.only("reduce"), whole.only("apply")
         assert (reduce.reduce_reads, reduce.apply_reads) == (whole.reduce_reads, (0, False))

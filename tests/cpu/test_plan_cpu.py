@@ -1,4 +1,4 @@
-"""CPU plans, as tables: every batch-norm layer of some networks, and what holds for any problem."""
+"""CPU plans, as tables: every batch-norm layer of some networks, and what holds for any case."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ TASKS_PER_THREAD = 4
 
 
 def plan(n: int, c: int, s: int, threads: int = 8, last_cache: int = 32 * MIB, **call: Any) -> CpuPlan:
-    return _C.cpu_plan(Pass(n, c, s, **call), threads=threads, last_cache_bytes=last_cache)
+    return _C.cpu_plan(Pass((n, c, s), **call), threads=threads, last_cache_bytes=last_cache)
 
 
 # Few channels, single values, odd rows, one row, long rows, everything at once.
 AWKWARD = list(itertools.product([1, 2, 33, 4097], [1, 2, 3, 35, 65, 1000], [1, 3, 49, 1023, 65537]))
-PROBLEMS = [
+CASES = [
     *((n, c, side * side) for n, layers in NETWORKS.values() for side, channels in layers.items() for c in channels),
     *AWKWARD,
 ]
@@ -49,8 +49,8 @@ every = pytest.mark.parametrize(("layout", "direction"), [*itertools.product(LAY
 
 
 @every
-def test_every_value_is_in_one_block(layout: str, direction: str) -> None:
-    for sizes in PROBLEMS:
+def test_every_value_is_in_one_patch(layout: str, direction: str) -> None:
+    for sizes in CASES:
         p = plan(*sizes, layout=layout, direction=direction)
         assert p.n * p.c * p.s == sizes[0] * sizes[1] * sizes[2], p
         assert p.segment * (p.segments - 1) < p.s <= p.segment * p.segments, p
@@ -62,7 +62,7 @@ def test_every_value_is_in_one_block(layout: str, direction: str) -> None:
 
 @every
 def test_results_do_not_depend_on_threads_or_cache(layout: str, direction: str) -> None:
-    for sizes in PROBLEMS:
+    for sizes in CASES:
         plans = [
             plan(*sizes, threads, last_cache, layout=layout, direction=direction)
             for threads, last_cache in itertools.product([1, 2, 3, 64], [MIB, 256 * MIB])
@@ -73,14 +73,14 @@ def test_results_do_not_depend_on_threads_or_cache(layout: str, direction: str) 
 @every
 def test_chunks_are_few(layout: str, direction: str) -> None:
     """Merging them is serial for each channel."""
-    for sizes in PROBLEMS:
+    for sizes in CASES:
         if direction != "inference":
             assert plan(*sizes, layout=layout, direction=direction).chunks <= 64
 
 
 @every
 def test_threads_share_tiles_or_have_enough_of_them(layout: str, direction: str) -> None:
-    for sizes, threads in itertools.product(PROBLEMS, [1, 2, 8, 64]):
+    for sizes, threads in itertools.product(CASES, [1, 2, 8, 64]):
         p = plan(*sizes, threads, layout=layout, direction=direction)
         kernels = "interleaved" if p.s == 1 and p.c > 1 else "planar"
         assert 1 <= p.tile <= min(MOST_CHANNELS[kernels], p.c), p
@@ -96,7 +96,7 @@ def test_threads_share_tiles_or_have_enough_of_them(layout: str, direction: str)
 @every
 @pytest.mark.parametrize("dtype", SIZES)
 def test_outputs_past_the_cache_are_large_and_have_whole_rows(dtype: str, layout: str, direction: str) -> None:
-    for sizes, last_cache in itertools.product(PROBLEMS, [MIB, 32 * MIB]):
+    for sizes, last_cache in itertools.product(CASES, [MIB, 32 * MIB]):
         p = plan(*sizes, last_cache=last_cache, dtype=dtype, layout=layout, direction=direction)
         output = p.n * p.c * p.s * SIZES[dtype]
         row = p.tile * p.s if p.joined else p.s if p.s > 1 or p.c == 1 else p.c
@@ -107,7 +107,7 @@ def test_outputs_past_the_cache_are_large_and_have_whole_rows(dtype: str, layout
 @every
 def test_whole_bytes_of_a_mask(layout: str, direction: str) -> None:
     """No run of vectors ends within a byte, and the mask ends with a word."""
-    for sizes in PROBLEMS:
+    for sizes in CASES:
         p = plan(*sizes, layout=layout, direction=direction)
         planar = p.s > 1 or p.c == 1
         row = p.s if planar and not p.joined else p.c * p.s
@@ -117,7 +117,7 @@ def test_whole_bytes_of_a_mask(layout: str, direction: str) -> None:
 
 @every
 def test_what_is_fetched_ahead(layout: str, direction: str) -> None:
-    for sizes, dtype in itertools.product(PROBLEMS, SIZES):
+    for sizes, dtype in itertools.product(CASES, SIZES):
         p = plan(*sizes, dtype=dtype, layout=layout, direction=direction)
         interleaved = p.s == 1 and p.c > 1
         page = 4096 // SIZES[dtype] if interleaved and SIZES[dtype] > 2 else 0
@@ -125,12 +125,12 @@ def test_what_is_fetched_ahead(layout: str, direction: str) -> None:
 
 
 def test_backward_is_cut_as_forward() -> None:
-    for sizes, layout in itertools.product(PROBLEMS, LAYOUTS):
+    for sizes, layout in itertools.product(CASES, LAYOUTS):
         assert plan(*sizes, layout=layout, direction="backward") == plan(*sizes, layout=layout)
 
 
-# The plans in float32 with eight threads and a last cache of 32 MiB, training and inference: rows x segment of a block,
-# chunks x blocks of one, channels of a tile, elements ahead, and which of these hold: joined, split, bypass_cache,
+# The plans in float32 with eight threads and a last cache of 32 MiB, training and inference: rows x segment of a patch,
+# chunks x patches of one, channels of a tile, elements ahead, and which of these hold: joined, split, bypass_cache,
 # whole_bytes.
 # fmt: off
 GOLDEN = """

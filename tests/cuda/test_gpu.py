@@ -11,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from compare import check, ulps_off
-from modules import assert_same_state
-from problems import (
+from cases import (
     MODES,
     NO_GPU,
     Arguments,
-    Problem,
+    Case,
     Result,
     channels_last,
     contiguous,
@@ -25,6 +23,8 @@ from problems import (
     run_reference,
     run_torch,
 )
+from compare import check, ulps_off
+from modules import assert_same_state
 from torch import Tensor, nn
 from ways import WAYS, plan_of
 
@@ -36,7 +36,7 @@ if NO_GPU:
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
 LONG_ENOUGH = 50_000_000  # cycles, some 30 ms: whatever does not wait comes too early
-every_way = pytest.mark.parametrize("problem", WAYS, ids=str)
+every_way = pytest.mark.parametrize("case", WAYS, ids=str)
 
 
 def assert_same_bits(one: Result, other: Result, context: str) -> None:
@@ -49,15 +49,15 @@ def assert_same_bits(one: Result, other: Result, context: str) -> None:
 
 
 @every_way
-def test_results(problem: Problem) -> None:
-    slack = 1.0 if problem.activation is None else 2.0  # an activation has its own error in the last place
+def test_results(case: Case) -> None:
+    slack = 1.0 if case.activation is None else 2.0  # an activation has its own error in the last place
     for mode in (MODES[0], MODES[2]):
-        check(replace(problem, mode=mode), GPU, backward=True, slack=slack)
+        check(replace(case, mode=mode), GPU, backward=True, slack=slack)
 
 
 @every_way
-def test_run_after_run(problem: Problem) -> None:
-    a = problem.arguments(GPU)
+def test_run_after_run(case: Case) -> None:
+    a = case.arguments(GPU)
     first = run_ours(a, backward=True)
     for _ in range(5):
         assert_same_bits(run_ours(a, backward=True), first, "again")
@@ -70,8 +70,8 @@ def misaligned(t: Tensor) -> Tensor:
 
 
 @every_way
-def test_alignment(problem: Problem) -> None:
-    a = problem.arguments(GPU)
+def test_alignment(case: Case) -> None:
+    a = case.arguments(GPU)
     aligned = run_ours(a, backward=True)
     a.input, a.dy = misaligned(a.input), misaligned(a.dy)
     a.residual = None if a.residual is None else misaligned(a.residual)
@@ -80,9 +80,9 @@ def test_alignment(problem: Problem) -> None:
 
 
 @every_way
-def test_several_infinities(problem: Problem) -> None:
+def test_several_infinities(case: Case) -> None:
     """NaN and Inf are where torch has them on the CPU, whichever values a thread reads first."""
-    a = replace(problem, mode=MODES[0]).arguments(GPU)
+    a = replace(case, mode=MODES[0]).arguments(GPU)
     a.input[:, 0] = math.inf
     a.input[: len(a.input) // 2 + 1, 1] = -math.inf
     for part, ours, torchs in zip(Result._fields, run_ours(a, True), run_torch(a.to("cpu"), True), strict=True):
@@ -95,9 +95,9 @@ def test_several_infinities(problem: Problem) -> None:
 
 
 @every_way
-def test_side_stream(problem: Problem) -> None:
+def test_side_stream(case: Case) -> None:
     """The input is written late, on the stream where the call is made, for which nothing else waits."""
-    a = problem.arguments(GPU)
+    a = case.arguments(GPU)
     expected = run_ours(a, backward=True)
     tensors = {name: getattr(a, name) for name in ("input", "dy", "residual") if getattr(a, name) is not None}
     late = replace(a, **{name: torch.zeros_like(t) for name, t in tensors.items()})
@@ -114,8 +114,8 @@ def test_side_stream(problem: Problem) -> None:
 
 def test_two_streams_at_once() -> None:
     """Calls that meet on the GPU share nothing."""
-    problems = [p.arguments(GPU) for p in WAYS if math.prod(p.shape) < 1 << 22]
-    expected = [run_ours(a, backward=True) for a in problems]
+    cases = [p.arguments(GPU) for p in WAYS if math.prod(p.shape) < 1 << 22]
+    expected = [run_ours(a, backward=True) for a in cases]
     streams = [torch.cuda.Stream() for _ in range(2)]
     for stream in streams:
         stream.wait_stream(torch.cuda.current_stream())
@@ -123,18 +123,18 @@ def test_two_streams_at_once() -> None:
     for _ in range(5):
         for stream in streams:
             with torch.cuda.stream(stream):
-                got.append([run_ours(a, backward=True) for a in problems])
+                got.append([run_ours(a, backward=True) for a in cases])
     torch.cuda.synchronize()
     for results in got:
         for one, other in zip(results, expected, strict=True):
             assert_same_bits(one, other, "beside another stream")
 
 
-def module_for(problem: Problem, momentum: float | None = 0.1) -> nn.Module:
-    rank = max(len(problem.shape) - 2, 1)
-    kind = getattr(bn_ext, f"BatchNormAct{rank}d" if problem.activation else f"BatchNorm{rank}d")
-    options = {"activation": problem.activation} if problem.activation else {}
-    return kind(problem.shape[1], momentum=momentum, device=GPU, **options).train(problem.mode.training)
+def module_for(case: Case, momentum: float | None = 0.1) -> nn.Module:
+    rank = max(len(case.shape) - 2, 1)
+    kind = getattr(bn_ext, f"BatchNormAct{rank}d" if case.activation else f"BatchNorm{rank}d")
+    options = {"activation": case.activation} if case.activation else {}
+    return kind(case.shape[1], momentum=momentum, device=GPU, **options).train(case.mode.training)
 
 
 def inputs_of(a: Arguments) -> list[Tensor]:
@@ -149,11 +149,11 @@ def step(module: nn.Module, inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
 
 @every_way
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_graph_of_a_training_step(problem: Problem, momentum: float | None) -> None:
+def test_graph_of_a_training_step(case: Case, momentum: float | None) -> None:
     """Each replay is a step: results and running statistics as of the same steps without a graph."""
-    a = problem.arguments(GPU)
+    a = case.arguments(GPU)
     inputs, dy = inputs_of(a), a.dy
-    module, twin = module_for(problem, momentum), module_for(problem, momentum)
+    module, twin = module_for(case, momentum), module_for(case, momentum)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # what is set up once is not for the graph
@@ -204,9 +204,9 @@ def test_first_call_in_a_capture(way: int) -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("training", [True, False])
 def test_host_does_not_wait(momentum: float | None, training: bool) -> None:
-    for problem in WAYS:
-        a = problem.arguments(GPU)
-        module, inputs = module_for(problem, momentum).train(training), inputs_of(a)
+    for case in WAYS:
+        a = case.arguments(GPU)
+        module, inputs = module_for(case, momentum).train(training), inputs_of(a)
         torch.cuda.set_sync_debug_mode("error")
         try:
             step(module, inputs, a.dy)
@@ -234,15 +234,15 @@ def test_launches_before_the_gpu_is_ready() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
 def test_second_device() -> None:
     assert torch.cuda.current_device() == 0
-    for problem in WAYS:
-        check(problem, "cuda:1", backward=True)
+    for case in WAYS:
+        check(case, "cuda:1", backward=True)
     assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("elsewhere", ["weight", "bias", "running_mean", "running_var"])
 @pytest.mark.parametrize("training", [True, False])
 def test_parameter_on_another_device(elsewhere: str, training: bool) -> None:
-    a = Problem((4, 6, 5, 2), mode=MODES[0 if training else 2]).arguments(GPU)
+    a = Case((4, 6, 5, 2), mode=MODES[0 if training else 2]).arguments(GPU)
     b = replace(a, **{elsewhere: getattr(a, elsewhere).cpu()})
     before = b.running_mean.clone(), b.running_var.clone()
     with pytest.raises(RuntimeError, match=f"is on cpu but input is on {GPU}"):

@@ -9,20 +9,20 @@ import sys
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-import problems
+import cases
 import pytest
 import torch
-from problems import Problem, channels_last, contiguous
+from cases import Case, channels_last, contiguous
 from ways import WAYS
 
-SMALL = [problem for problem in WAYS if math.prod(problem.shape) < 1 << 19]
-every_small_way = pytest.mark.parametrize("problem", SMALL, ids=str)
+SMALL = [case for case in WAYS if math.prod(case.shape) < 1 << 19]
+every_small_way = pytest.mark.parametrize("case", SMALL, ids=str)
 
 
 def on(device: str) -> Iterator[ModuleType]:
     """tests/cuda/test_gpu.py with another device in the place of the GPU, on which every stream is the only one."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problems, "NO_GPU", None)
+        patch.setattr(cases, "NO_GPU", None)
         patch.delitem(sys.modules, "test_gpu", raising=False)
         module = importlib.import_module("test_gpu")
         patch.delitem(sys.modules, "test_gpu")
@@ -59,8 +59,8 @@ NAMES = ("test_results", "test_run_after_run", "test_alignment", "test_several_i
 
 @every_small_way
 @pytest.mark.parametrize("name", NAMES)
-def test_every_way(name: str, problem: Problem, gpu_tests: ModuleType) -> None:
-    getattr(gpu_tests, name)(problem)
+def test_every_way(name: str, case: Case, gpu_tests: ModuleType) -> None:
+    getattr(gpu_tests, name)(case)
 
 
 def test_streams_and_host(gpu_tests: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,11 +72,11 @@ def test_streams_and_host(gpu_tests: ModuleType, monkeypatch: pytest.MonkeyPatch
 
 
 @every_small_way
-def test_a_step_is_a_call(problem: Problem, gpu_tests: ModuleType) -> None:
-    """The tests with graphs capture the whole problem: activation, residual, mode."""
-    a = problem.arguments("cpu")
-    ours = problems.run_ours(a, backward=True)
-    module = gpu_tests.module_for(problem)
+def test_a_step_is_a_call(case: Case, gpu_tests: ModuleType) -> None:
+    """The tests with graphs capture the whole case: activation, residual, mode."""
+    a = case.arguments("cpu")
+    ours = cases.run_ours(a, backward=True)
+    module = gpu_tests.module_for(case)
     with torch.no_grad():
         for name in ("weight", "bias", "running_mean", "running_var"):
             getattr(module, name).copy_(getattr(a, name))
@@ -116,7 +116,7 @@ def test_sanitized(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
     sanitize = importlib.import_module("sanitize")
     assert sanitize.grids_first(WAYS)[0].shape == (20000, 24) and len(sanitize.grids_first(WAYS)) == len(WAYS)
     assert sanitize.main(SMALL[:2], "cpu") == 0
-    assert sanitize.main([Problem((5, 3), offset=math.inf), SMALL[0]], "cpu") == 1
+    assert sanitize.main([Case((5, 3), offset=math.inf), SMALL[0]], "cpu") == 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 8
     assert [line.endswith(": ok") for line in lines] == [*[True] * 4, False, False, True, True]

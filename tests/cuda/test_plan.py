@@ -61,7 +61,7 @@ NETWORKS: dict[str, tuple[int, dict[int, list[int]]]] = {
 }
 
 
-class Case(NamedTuple):
+class Planned(NamedTuple):
     """A plan and what it is of: n rows of c channels of s values each, as kernels see the problem."""
 
     n: int
@@ -91,28 +91,28 @@ class Case(NamedTuple):
 
 
 def launch_plan(n: int, c: int, s: int, gpu: str = "h100", **call: Any) -> LaunchPlan:
-    return _C.launch_plan(Pass(n, c, s, **call), gpu)
+    return _C.launch_plan(Pass((n, c, s), **call), gpu)
 
 
-def case(n: int, c: int, s: int, dtype: str, layout: str, direction: str, gpu: str) -> Case:
+def planned(n: int, c: int, s: int, dtype: str, layout: str, direction: str, gpu: str) -> Planned:
     plan = launch_plan(n, c, s, gpu=gpu, dtype=dtype, layout=layout, direction=direction)
     if c == 1:
         n, s = 1, n * s
     elif layout == "interleaved":
         n, s = n * s, 1
-    return Case(n, c, s, dtype, direction, GPUS[gpu], plan)
+    return Planned(n, c, s, dtype, direction, GPUS[gpu], plan)
 
 
-def cases(network: str) -> Iterator[Case]:
+def of_network(network: str) -> Iterator[Planned]:
     rank, layers = NETWORKS[network]
     shapes = [(n, c, side**rank) for n in BATCHES for side, channels in layers.items() for c in channels]
     for shape, *rest in itertools.product(shapes, TYPE_SIZES, LAYOUTS, WORK, GPUS):
-        yield case(*shape, *rest)
+        yield planned(*shape, *rest)
 
 
 # Few channels, single values, odd rows, one row, rows longer than a block is wide, everything at once.
 AWKWARD = [
-    case(*shape, *rest)
+    planned(*shape, *rest)
     for shape, *rest in itertools.product(
         itertools.product([1, 2, 33, 4097], [1, 2, 3, 35, 65, 1000], [1, 3, 49, 1023, 65537]),
         TYPE_SIZES,
@@ -124,11 +124,11 @@ AWKWARD = [
 
 
 @pytest.fixture(params=[*NETWORKS, "awkward sizes"], scope="module")
-def every(request: pytest.FixtureRequest) -> list[Case]:
-    return AWKWARD if request.param == "awkward sizes" else list(cases(request.param))
+def every(request: pytest.FixtureRequest) -> list[Planned]:
+    return AWKWARD if request.param == "awkward sizes" else list(of_network(request.param))
 
 
-def test_no_limit_is_exceeded(every: list[Case]) -> None:
+def test_no_limit_is_exceeded(every: list[Planned]) -> None:
     for a in every:
         p, gpu = a.plan, a.gpu
         assert p.threads in range(32, MULTIPROCESSOR_THREADS + 1, 32), a
@@ -142,7 +142,7 @@ def test_no_limit_is_exceeded(every: list[Case]) -> None:
             assert a.blocks <= gpu.multiprocessors * side_by_side, a
 
 
-def test_every_element_is_covered_once(every: list[Case]) -> None:
+def test_every_element_is_covered_once(every: list[Planned]) -> None:
     for a in every:
         p = a.plan
         assert p.slabs == -(-a.c // p.channels), a
@@ -157,14 +157,14 @@ def test_every_element_is_covered_once(every: list[Case]) -> None:
             assert p.share % p.width == 0 and p.active % p.width == 0, a
 
 
-def test_bytes_moved_lie_between_the_least_and_torchs(every: list[Case]) -> None:
+def test_bytes_moved_lie_between_the_least_and_torchs(every: list[Planned]) -> None:
     for a in every:
         least, most = (times[a.direction] * a.tensor_bytes for times in (LEAST, TORCHS))
         assert least <= a.plan.bytes_moved <= most, a
         assert (a.plan.bytes_moved == least) == (a.plan.strategy != "streaming"), a
 
 
-def test_bytes_on_chip(every: list[Case]) -> None:
+def test_bytes_on_chip(every: list[Planned]) -> None:
     for a in every:
         p = a.plan
         summed, applied = WORK[a.direction]
@@ -271,7 +271,7 @@ def golden() -> list[str]:
             for c in channels:
                 cells = []
                 for layout, direction in columns:
-                    a = case(n, c, side * side, "float32", layout, direction, gpu)
+                    a = planned(n, c, side * side, "float32", layout, direction, gpu)
                     over = a.plan.bytes_moved / (LEAST[direction] * a.tensor_bytes)
                     cells.append(f"{a.plan.strategy} {a.plan.team} {'' if over == 1 else f'{over:.2f}'}")
                 lines.append(f"{f'{c}x{side}':8}  " + "".join(f"{cell:22}" for cell in cells))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from problems import Problem
+from cases import Case
 from simt.batch_norm import Device, Kernels
 from simt.build import ROOT, sanitized
 from simt.passes import WAYS, assert_same, both_passes, limits_of, masked
@@ -150,7 +150,7 @@ def broken_passes(folder: str, sanitize: bool, shape: tuple[int, ...], layout: A
     kernels = Kernels("broken", sanitize=sanitize, include=[Path(folder)])
     for seed in range(4):
         kernels.configure(seed)
-        both_passes(kernels, Problem(shape, layout), Device(*limits))
+        both_passes(kernels, Case(shape, layout), Device(*limits))
 
 
 @pytest.mark.parametrize("broken", BROKEN, ids=[b.name for b in BROKEN])
@@ -158,13 +158,13 @@ def test_what_is_broken_is_found(broken: Broken, tmp_path: Path, capfd: pytest.C
     write_broken(broken, tmp_path, "Identity{}")
     shape, layout, device = WAYS[broken.way]
     of_memory = "heap" in broken.error
-    case = str(tmp_path), of_memory, shape, layout, limits_of(device)
+    given = str(tmp_path), of_memory, shape, layout, limits_of(device)
     with pytest.raises(RuntimeError) as caught:
         if of_memory:  # the process is this test's own: a read that also leaves the heap ends it, after the report
             with sanitized.__wrapped__() as process:
-                process.submit(broken_passes, *case).result()
+                process.submit(broken_passes, *given).result()
         else:
-            broken_passes(*case)
+            broken_passes(*given)
     said = f"{caught.value}\n{capfd.readouterr().err}"
     assert re.search(f"(?s)kernel batch_norm_(forward|backward): .*({broken.error})", said), said
 
@@ -175,6 +175,6 @@ def test_what_is_wrong_differs(wrong: Broken, tmp_path: Path) -> None:
     shape, layout, device = WAYS[wrong.way]
     name = "silu" if wrong.error == "dx" else "relu6"
     each = Kernels(), Kernels("broken", include=[tmp_path])
-    right, broken = (masked(k, device, Problem(shape, layout), name=name) for k in each)
+    right, broken = (masked(k, device, Case(shape, layout), name=name) for k in each)
     with pytest.raises(AssertionError, match=wrong.error):
         assert_same(broken, right)

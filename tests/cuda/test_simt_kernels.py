@@ -10,15 +10,14 @@ from dataclasses import replace
 import pytest
 import simt.batch_norm
 import torch
-from compare import assert_no_worse
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
     LAYOUTS,
     MODES,
     TYPES,
-    Problem,
+    Case,
     Result,
     Types,
     channels_last,
@@ -27,6 +26,7 @@ from problems import (
     run_reference,
     run_torch,
 )
+from compare import assert_no_worse
 from simt.batch_norm import Chain, Device, Kernels, Tail, Wants, batch_norm, empty_branches, problem_of
 from simt.batch_norm import Pass as Call
 from simt.build import sanitized
@@ -67,7 +67,7 @@ SHAPES = [
     (2, 32, 8, 8),
 ]
 GRID = [
-    Problem(shape, layout, types)
+    Case(shape, layout, types)
     for shape, layout, types in itertools.product(SHAPES, LAYOUTS[:2], [FLOAT, DOUBLE, HALF, BFLOAT])
     if layout is contiguous or len(shape) > 2
 ]
@@ -78,17 +78,17 @@ def kernels() -> Kernels:
     return Kernels()
 
 
-def check(kernels: Kernels, problem: Problem, device: Device) -> None:
-    a = problem.arguments("cpu")
+def check(kernels: Kernels, case: Case, device: Device) -> None:
+    a = case.arguments("cpu")
     ours = run(batch_norm(kernels, device), a, backward=True)
-    assert_no_worse(ours, run_torch(a, True), run_reference(a, True), str(problem.mode))
+    assert_no_worse(ours, run_torch(a, True), run_reference(a, True), str(case.mode))
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
-@pytest.mark.parametrize("problem", GRID, ids=str)
-def test_grid(problem: Problem, device: Device, kernels: Kernels) -> None:
+@pytest.mark.parametrize("case", GRID, ids=str)
+def test_grid(case: Case, device: Device, kernels: Kernels) -> None:
     for mode in MODES:
-        check(kernels, replace(problem, mode=mode), device)
+        check(kernels, replace(case, mode=mode), device)
 
 
 def test_every_strategy_is_on_the_grid(kernels: Kernels) -> None:
@@ -115,27 +115,27 @@ ways = pytest.mark.parametrize(
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 def test_any_order_of_threads_gives_the_same_bits(shape, layout, device, types: Types, kernels: Kernels) -> None:
     kernels.configure()
-    in_order = both_passes(kernels, Problem(shape, layout, types), device)
+    in_order = both_passes(kernels, Case(shape, layout, types), device)
     for seed in range(1, 9):
         kernels.configure(seed, preempt=seed % 3 * 20)
         torch.manual_seed(0)
-        assert_same_bits(both_passes(kernels, Problem(shape, layout, types), device), in_order)
+        assert_same_bits(both_passes(kernels, Case(shape, layout, types), device), in_order)
     kernels.configure()
 
 
 @ways
 def test_one_launch_a_pass(shape, layout, device, kernels: Kernels) -> None:
     kernels.configure()
-    both_passes(kernels, Problem(shape, layout), device)
+    both_passes(kernels, Case(shape, layout), device)
     assert kernels.launches() == 2
 
 
 @ways
 def test_cumulative_average(shape, layout, device, kernels: Kernels) -> None:
     """Without a momentum, that of the 42nd batch is 1 / 42; and it is counted once."""
-    cumulative = both_passes(kernels, Problem(shape, layout), device, None)
+    cumulative = both_passes(kernels, Case(shape, layout), device, None)
     torch.manual_seed(0)
-    assert_same_bits(cumulative, both_passes(kernels, Problem(shape, layout), device, 1 / 42))
+    assert_same_bits(cumulative, both_passes(kernels, Case(shape, layout), device, 1 / 42))
     assert cumulative.batches.item() == 42
 
 
@@ -143,12 +143,12 @@ def test_cumulative_average(shape, layout, device, kernels: Kernels) -> None:
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
 def test_subsets_of_the_gradients(shape, layout, device, mode, kernels: Kernels) -> None:
     """A result is bitwise the same whatever else is asked for."""
-    problem = Problem(shape, layout, mode=mode)
-    every = both_passes(kernels, problem, device)
+    case = Case(shape, layout, mode=mode)
+    every = both_passes(kernels, case, device)
     for wanted in itertools.product((False, True), repeat=3):
         if any(wanted):
             torch.manual_seed(0)
-            some = both_passes(kernels, problem, device, wanted=(*wanted, False))
+            some = both_passes(kernels, case, device, wanted=(*wanted, False))
             for part, want in zip(("dx", "dweight", "dbias"), wanted):
                 assert not want or torch.equal(getattr(some, part), getattr(every, part)), f"{part} of {wanted}"
 
@@ -156,20 +156,20 @@ def test_subsets_of_the_gradients(shape, layout, device, mode, kernels: Kernels)
 @ways
 @pytest.mark.parametrize("types", TYPES, ids=str)
 def test_number_types(shape, layout, device, types: Types, kernels: Kernels) -> None:
-    check(kernels, Problem(shape, layout, types), device)
+    check(kernels, Case(shape, layout, types), device)
 
 
 @ways
 @pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)], ids=str)
 def test_without_weight_or_bias(shape, layout, device, affine, kernels: Kernels) -> None:
     for mode in MODES:
-        check(kernels, Problem(shape, layout, FLOAT, mode, *affine), device)
+        check(kernels, Case(shape, layout, FLOAT, mode, *affine), device)
 
 
 @ways
 @pytest.mark.parametrize("offset", [1e3, 1e6])
 def test_mean_far_from_zero(shape, layout, device, offset: float, kernels: Kernels) -> None:
-    check(kernels, Problem(shape, layout, FLOAT, offset=offset), device)
+    check(kernels, Case(shape, layout, FLOAT, offset=offset), device)
 
 
 @ways
@@ -212,7 +212,7 @@ def test_what_floats_cannot_sum(shape, layout, device, value: float, where: int,
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 def test_several_infinities(shape, layout, device, types: Types, kernels: Kernels) -> None:
     """Mean and variance of what has Inf are torch's, though a thread may read nothing else at first."""
-    a = Problem(shape, layout, types).arguments("cpu")
+    a = Case(shape, layout, types).arguments("cpu")
     a.input[:, 0] = torch.inf
     a.input[: shape[0] // 2 + 1, 1] = -torch.inf
     ours, torchs = run(batch_norm(kernels, device), a, backward=True), run_torch(a, backward=True)
@@ -232,20 +232,20 @@ def unaligned(x: Tensor) -> Tensor:
 @ways
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 def test_tensors_that_are_not_aligned(shape, layout, device, types: Types, kernels: Kernels) -> None:
-    problem = Problem(shape, layout, types)
+    case = Case(shape, layout, types)
     torch.manual_seed(0)
-    aligned = both_passes(kernels, problem, device)
+    aligned = both_passes(kernels, case, device)
     torch.manual_seed(0)
-    shifted = replace(problem, layout=lambda x: unaligned(layout(x)))
+    shifted = replace(case, layout=lambda x: unaligned(layout(x)))
     assert_same_bits(both_passes(kernels, shifted, device), aligned)
 
 
-def passes_of(problem: Problem, device: tuple[int, ...], seed: int) -> Pass:
+def passes_of(case: Case, device: tuple[int, ...], seed: int) -> Pass:
     """In a process with AddressSanitizer."""
     kernels = Kernels(sanitize=True)
     kernels.configure(seed)
     torch.manual_seed(0)
-    return both_passes(kernels, problem, Device(*device))
+    return both_passes(kernels, case, Device(*device))
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
@@ -254,10 +254,10 @@ def passes_of(problem: Problem, device: tuple[int, ...], seed: int) -> Pass:
 def test_nothing_is_read_or_written_out_of_bounds(shape, types: Types, device: Device, kernels: Kernels) -> None:
     kernels.configure()
     for layout in (contiguous, channels_last)[: 1 if len(shape) == 2 else 2]:
-        problem = Problem(shape, layout, types)
+        case = Case(shape, layout, types)
         torch.manual_seed(0)
-        plain = both_passes(kernels, problem, device)
-        assert_same_bits(sanitized().submit(passes_of, problem, limits_of(device), 1).result(), plain)
+        plain = both_passes(kernels, case, device)
+        assert_same_bits(sanitized().submit(passes_of, case, limits_of(device), 1).result(), plain)
 
 
 PARAMS = {"leaky_relu": 0.2, "elu": 0.7, "celu": 0.7}
@@ -273,7 +273,7 @@ def test_activations(name: str, types: Types, shape, layout, device, kernels: Ke
     odd = (NAMES.index(name) + len(shape) + types.input.itemsize // 2) % 2 == 1
     for mode, residual in zip((MODES[0], MODES[2]), (odd, not odd)):
         fused = {"residual": residual, "activation": name, "activation_param": PARAMS.get(name)}
-        a = Problem(shape, layout, types, mode, **fused).arguments("cpu")
+        a = Case(shape, layout, types, mode, **fused).arguments("cpu")
         results = [together(kernels, device, a)]
         if name in BRANCHES:
             mask = empty_branches(a.input)
@@ -293,25 +293,25 @@ def test_activations(name: str, types: Types, shape, layout, device, kernels: Ke
 @ways
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 def test_any_order_of_threads_gives_the_same_mask(shape, layout, device, types: Types, kernels: Kernels) -> None:
-    problem = Problem(shape, layout, types)
-    in_order = masked(kernels, device, problem)
+    case = Case(shape, layout, types)
+    in_order = masked(kernels, device, case)
     for seed in range(1, 4):
-        assert_same(masked(kernels, device, problem, seed), in_order)
+        assert_same(masked(kernels, device, case, seed), in_order)
 
 
 @ways
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 def test_residuals_that_are_not_aligned(shape, layout, device, types: Types, kernels: Kernels) -> None:
-    problem = Problem(shape, layout, types)
-    shifted = replace(problem, layout=lambda x: unaligned(layout(x)))
-    assert_same(masked(kernels, device, shifted), masked(kernels, device, problem))
+    case = Case(shape, layout, types)
+    shifted = replace(case, layout=lambda x: unaligned(layout(x)))
+    assert_same(masked(kernels, device, shifted), masked(kernels, device, case))
 
 
 @ways
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2]], ids=str)
 @pytest.mark.parametrize("name", ["relu", "silu"])
 def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, mode, kernels: Kernels) -> None:
-    a = Problem(shape, layout, mode=mode, residual=True, activation=name).arguments("cpu")
+    a = Case(shape, layout, mode=mode, residual=True, activation=name).arguments("cpu")
     mask = empty_branches(a.input) if name == "relu" else None
     every = together(kernels, device, a, mask)
     for wanted in itertools.product((False, True), repeat=4):
@@ -325,7 +325,7 @@ def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, m
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE], ids=str)
 def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kernels: Kernels) -> None:
     """Rows of 7 values: those of 8 channels are whole bytes of a mask, those of 4 channels are whole packs."""
-    a = Problem((67, 8, 7), types=types, residual=residual, activation="relu").arguments("cpu")
+    a = Case((67, 8, 7), types=types, residual=residual, activation="relu").arguments("cpu")
     with_branches, without = (
         kernels.forward(ROOMY, a.input, None, None, a.weight, a.bias, tail=Tail("relu", 0, a.residual, mask))
         for mask in (empty_branches(a.input), None)
@@ -338,7 +338,7 @@ def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kern
 @pytest.mark.parametrize("name", ["identity", "relu", "relu6"])
 def test_a_frozen_layer_needs_no_input(name: str, residual: bool, shape, layout, device, kernels: Kernels) -> None:
     """In evaluation, for all gradients but the weight's, the backward does without x: a mask tells the branch of z."""
-    a = Problem(shape, layout, mode=MODES[2], residual=residual, activation=name).arguments("cpu")
+    a = Case(shape, layout, mode=MODES[2], residual=residual, activation=name).arguments("cpu")
     mask = empty_branches(a.input) if name in BRANCHES else None
     for dx, dbias, dresidual in itertools.product((False, True), (False, True), {False, residual and mask is not None}):
         wanted = dx, False, dbias, dresidual
@@ -357,15 +357,15 @@ def test_a_twin_of_another_size_is_found(kernels: Kernels, monkeypatch: pytest.M
         simt.batch_norm.check_sizes(kernels.library)
 
 
-def masked_of(problem: Problem, device: tuple[int, ...], seed: int) -> Masked:
+def masked_of(case: Case, device: tuple[int, ...], seed: int) -> Masked:
     """In a process with AddressSanitizer."""
-    return masked(Kernels(sanitize=True), Device(*device), problem, seed)
+    return masked(Kernels(sanitize=True), Device(*device), case, seed)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
 def test_no_mask_is_read_or_written_out_of_bounds(shape, types: Types, device: Device, kernels: Kernels) -> None:
-    problem = Problem(shape, contiguous, types)
-    plain = masked(kernels, device, problem)
-    assert_same(sanitized().submit(masked_of, problem, limits_of(device), 1).result(), plain)
+    case = Case(shape, contiguous, types)
+    plain = masked(kernels, device, case)
+    assert_same(sanitized().submit(masked_of, case, limits_of(device), 1).result(), plain)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from problems import BFLOAT, DOUBLE, FLOAT, Arguments, Problem, Types, channels_last, contiguous
+from cases import BFLOAT, DOUBLE, FLOAT, Arguments, Case, Types, channels_last, contiguous
 from simt.batch_norm import Device, Kernels, Tail, empty_branches, like
 from simt.build import sanitized
 from simt.passes import DEVICES, NO_CLUSTERS, WAYS, limits_of
@@ -91,7 +91,7 @@ def pooled(a: Arguments, set_size: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 def test_sets_are_normalized_by_themselves(shape, layout, set_size, types: Types, device: Device, kernels) -> None:
     torch.manual_seed(0)
-    a = Problem(shape, layout, types, residual=True, activation="relu").arguments("cpu")
+    a = Case(shape, layout, types, residual=True, activation="relu").arguments("cpu")
     kernels.configure()
     together = forward_and_backward(kernels, device, a, set_size, mask=empty_branches(a.input))
     assert kernels.launches() == 2
@@ -114,26 +114,26 @@ def test_order_of_threads_changes_nothing(shape, layout, set_size, device: Devic
     for seed in range(3):
         kernels.configure(seed, preempt=20 * (seed % 2))
         torch.manual_seed(0)
-        a = Problem(shape, layout).arguments("cpu")
+        a = Case(shape, layout).arguments("cpu")
         results.append(forward_and_backward(kernels, device, a, set_size))
     kernels.configure()
     for name, first in results[0].items():
         assert first is None or all(torch.equal(first, other[name]) for other in results[1:]), name
 
 
-def under_sanitizer(problem: Problem, set_size: int, limits: tuple[int, ...]) -> tuple[dict, dict]:
+def under_sanitizer(case: Case, set_size: int, limits: tuple[int, ...]) -> tuple[dict, dict]:
     """In the process of the sanitized tests: the fused kernels, and the stages."""
     torch.manual_seed(0)
-    a, kernels, device = problem.arguments("cpu"), Kernels(sanitize=True), Device(*limits)
+    a, kernels, device = case.arguments("cpu"), Kernels(sanitize=True), Device(*limits)
     return forward_and_backward(kernels, device, a, set_size), composed(kernels, device, a, set_size)
 
 
 @sets
 def test_nothing_is_read_or_written_out_of_bounds(shape, layout, set_size, kernels: Kernels) -> None:
-    problem = Problem(shape, layout, residual=True, activation="silu")
+    case = Case(shape, layout, residual=True, activation="silu")
     torch.manual_seed(0)
-    plain = forward_and_backward(kernels, NO_CLUSTERS, problem.arguments("cpu"), set_size)
-    results = sanitized().submit(under_sanitizer, problem, set_size, limits_of(NO_CLUSTERS)).result()
+    plain = forward_and_backward(kernels, NO_CLUSTERS, case.arguments("cpu"), set_size)
+    results = sanitized().submit(under_sanitizer, case, set_size, limits_of(NO_CLUSTERS)).result()
     for name, one in results[0].items():
         assert one is None or torch.equal(one, plain[name]), name
 
@@ -170,7 +170,7 @@ def composed(kernels: Kernels, device: Device, a: Arguments, set_size: int | Non
 )
 def test_stages_compose_to_the_fused_kernels(shape, layout, set_size, device, types, activation, kernels) -> None:
     torch.manual_seed(0)
-    a = Problem(shape, layout, types, residual=activation is not None, activation=activation).arguments("cpu")
+    a = Case(shape, layout, types, residual=activation is not None, activation=activation).arguments("cpu")
     fused = forward_and_backward(kernels, device, a, set_size)
     of_stages = composed(kernels, device, a, set_size)
     ulp = torch.finfo(types.input).eps
@@ -192,7 +192,7 @@ BROKEN = [
 @pytest.mark.parametrize("broken", BROKEN, ids=[b.name for b in BROKEN])
 def test_what_is_broken_of_sets_differs(broken: Broken, tmp_path: Path, kernels: Kernels) -> None:
     write_broken(broken, tmp_path, "Identity{}")
-    wrong, a = Kernels("broken", include=[tmp_path]), Problem((7, 3, 40), contiguous).arguments("cpu")
+    wrong, a = Kernels("broken", include=[tmp_path]), Case((7, 3, 40), contiguous).arguments("cpu")
     right, other = (forward_and_backward(k, NO_CLUSTERS, a, 3) for k in (kernels, wrong))
     differ = [name for name, one in right.items() if one is not None and not torch.equal(one, other[name])]
     assert any(name.startswith(broken.error) for name in differ), differ

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-from problems import channels_last
+from cases import channels_last
 from ways import WAYS, plan_of
 
 DIRECTIONS = ("forward", "backward")
 
 
 def test_every_strategy_and_team() -> None:
-    plans = [plan_of(problem, direction) for problem, direction in itertools.product(WAYS, DIRECTIONS)]
+    plans = [plan_of(case, direction) for case, direction in itertools.product(WAYS, DIRECTIONS)]
     found = {(p.strategy, p.team, p.per_lane) for p in plans}
     both = (False, True)
     assert found >= {("small", "block", lanes) for lanes in both}
@@ -19,7 +19,7 @@ def test_every_strategy_and_team() -> None:
     assert found >= {("streaming", "grid", lanes) for lanes in both}
     assert any(p.team == "grid" and 1 < p.teams < p.slabs for p in plans), "teams with more than one slab"
     assert any(p.layout is channels_last for p in WAYS)
-    assert all(plan_of(problem, "inference").strategy == "elementwise" for problem in WAYS)
+    assert all(plan_of(case, "inference").strategy == "elementwise" for case in WAYS)
 
 
 def test_every_epilogue() -> None:

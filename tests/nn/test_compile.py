@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from cases import same_format
 from modules import PREPARATIONS, SHAPES, assert_same_state, constructible
 from networks import NETWORKS, BasicBlock, Network, assert_same_training
-from problems import same_format
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

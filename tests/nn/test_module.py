@@ -9,8 +9,8 @@ import pickle
 
 import pytest
 import torch
+from cases import TYPES, Types
 from modules import CHANNELS, NAMES, SHAPES, assert_same_state, assert_same_step, constructible, ours, pair, torchs
-from problems import TYPES, Types
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

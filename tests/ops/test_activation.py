@@ -17,8 +17,7 @@ from typing import get_args
 
 import pytest
 import torch
-from compare import assert_same_sums, check
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
@@ -26,7 +25,7 @@ from problems import (
     MODES,
     STRAIGHT,
     TYPES,
-    Problem,
+    Case,
     Types,
     channels_last,
     contiguous,
@@ -35,6 +34,7 @@ from problems import (
     transposed,
     unaligned,
 )
+from compare import assert_same_sums, check
 from torch import Tensor
 
 import bn_ext
@@ -43,7 +43,7 @@ from bn_ext.functional import batch_norm
 
 OPS = torch.ops.bn_ext
 ROOT = Path(__file__).parents[2]
-check = partial(check, slack=2.0)  # of thousands of problems some are off by chance
+check = partial(check, slack=2.0)  # of thousands of cases some are off by chance
 # Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
 # Rows, runs of planes and masks that end with a byte, or with a word, or not.
@@ -72,7 +72,7 @@ with_and_without_residual = pytest.mark.parametrize("residual", [False, True], i
 @with_and_without_residual
 def test_types(activation: str, residual: bool, types: Types, layout, device: str) -> None:
     for mode in MODES:
-        check(Problem((5, 19, 6, 7), layout, types, mode, residual=residual, activation=activation), device, True)
+        check(Case((5, 19, 6, 7), layout, types, mode, residual=residual, activation=activation), device, True)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -81,7 +81,7 @@ def test_types(activation: str, residual: bool, types: Types, layout, device: st
 @with_and_without_residual
 def test_shapes(shape, layout, activation: str, residual: bool, device: str) -> None:
     for types, mode in itertools.product((FLOAT, DOUBLE, BFLOAT), MODES):
-        check(Problem(shape, layout, types, mode, residual=residual, activation=activation), device, True)
+        check(Case(shape, layout, types, mode, residual=residual, activation=activation), device, True)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -90,15 +90,15 @@ def test_shapes(shape, layout, activation: str, residual: bool, device: str) -> 
 @with_and_without_residual
 def test_large(shape, layout, activation: str, residual: bool, device: str) -> None:
     for types in (FLOAT, BFLOAT):
-        check(Problem(shape, layout, types, residual=residual, activation=activation), device, True)
+        check(Case(shape, layout, types, residual=residual, activation=activation), device, True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("residual_layout", LAYOUTS)
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_residual_of_another_layout(layout, residual_layout, activation: str, device: str) -> None:
-    problem = Problem((3, 19, 5, 7), layout, residual=True, residual_layout=residual_layout, activation=activation)
-    check(problem, device, backward=layout is not LAYOUTS[-1])
+    case = Case((3, 19, 5, 7), layout, residual=True, residual_layout=residual_layout, activation=activation)
+    check(case, device, backward=layout is not LAYOUTS[-1])
 
 
 @pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)], ids=str)
@@ -106,8 +106,8 @@ def test_residual_of_another_layout(layout, residual_layout, activation: str, de
 @with_and_without_residual
 def test_without_weight_or_bias(affine, activation: str, residual: bool, device: str) -> None:
     for mode in MODES:
-        problem = Problem((3, 19, 5, 7), channels_last, FLOAT, mode, *affine, residual=residual, activation=activation)
-        check(problem, device, backward=True)
+        case = Case((3, 19, 5, 7), channels_last, FLOAT, mode, *affine, residual=residual, activation=activation)
+        check(case, device, backward=True)
 
 
 @pytest.mark.parametrize("activation", PARAMETERS)
@@ -116,10 +116,10 @@ def test_without_weight_or_bias(affine, activation: str, residual: bool, device:
 def test_parameter(activation: str, param: float, residual: bool, device: str) -> None:
     if (activation, param) == ("celu", 0.0):  # a division by zero, in torch too
         with pytest.raises(ValueError, match="activation_param of celu should not be 0"):
-            run_ours(Problem((3, 5), activation=activation, activation_param=param).arguments(device))
+            run_ours(Case((3, 5), activation=activation, activation_param=param).arguments(device))
         return
-    problem = Problem((3, 19, 5, 7), residual=residual, activation=activation, activation_param=param)
-    check(problem, device, backward=True)
+    case = Case((3, 19, 5, 7), residual=residual, activation=activation, activation_param=param)
+    check(case, device, backward=True)
 
 
 SUBSETS = [subset for subset in itertools.product((False, True), repeat=4) if any(subset)]
@@ -131,7 +131,7 @@ SUBSETS = [subset for subset in itertools.product((False, True), repeat=4) if an
 def test_subsets_of_the_gradients(wanted, activation: str, layout, device: str) -> None:
     """A result is the same whatever else is asked for."""
     for mode, types in itertools.product(MODES, (FLOAT, BFLOAT)):
-        a = Problem((5, 19, 6, 7), layout, types, mode, residual=True, activation=activation).arguments(device)
+        a = Case((5, 19, 6, 7), layout, types, mode, residual=True, activation=activation).arguments(device)
         every = run_ours(a, backward=True)
         leaves = (a.input, a.weight, a.bias, a.residual)
         input, weight, bias, residual = (t.detach().requires_grad_(w) for t, w in zip(leaves, wanted, strict=True))
@@ -206,7 +206,7 @@ def test_large_values_have_values_and_two_derivatives(activation: str, dtype: to
 def test_gradient_is_that_of_the_output(layout, types: Types, residual: bool, device: str) -> None:
     """Where relu let nothing through, no gradient comes back; elsewhere all of it: z is the same number both ways."""
     mode = MODES[2]
-    a = Problem((9, 37, 15, 14), layout, types, mode, residual=residual, activation="relu").arguments(device)
+    a = Case((9, 37, 15, 14), layout, types, mode, residual=residual, activation="relu").arguments(device)
     a.dy, a.weight = torch.ones_like(a.dy), a.weight.abs() + 0.5
     r = run_ours(a, backward=True)
     passed = r.output > 0
@@ -225,7 +225,7 @@ def test_mask(activation: str, types: Types, layout, shape, training: bool, resi
     """A bit an element in the order of memory, and none beyond them, whatever was there before. All else is the same
     without a mask."""
     mode = MODES[0 if training else 2]
-    a = Problem(shape, layout, types, mode, residual=residual, activation=activation).arguments(device)
+    a = Case(shape, layout, types, mode, residual=residual, activation=activation).arguments(device)
     behind = a.eps, a.residual, NAMES.index(activation), a.param
     if training:
         call = partial(OPS.batch_norm_forward, a.input, a.weight, a.bias, None, None, None, 0.1, *behind, None)
@@ -250,7 +250,7 @@ def test_mask(activation: str, types: Types, layout, shape, training: bool, resi
 
 
 def test_large_values_that_overflow_a_sum(device: str) -> None:
-    a = Problem((64, 5, 8, 8), residual=True, activation="relu").arguments(device)
+    a = Case((64, 5, 8, 8), residual=True, activation="relu").arguments(device)
     a.dy = a.dy * 1e37
     ours, torchs = run_ours(a, backward=True), run_torch(replace(a, dy=a.dy), backward=True)
     torch.testing.assert_close(ours.dresidual, torchs.dresidual)
@@ -265,10 +265,8 @@ def test_large_values_that_overflow_a_sum(device: str) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("layout", [contiguous, channels_last, transposed])
 def test_first_and_second_derivatives(activation: str, residual: bool, training: bool, layout, device: str) -> None:
-    problem = Problem(
-        (3, 2, 2, 3), layout, DOUBLE, MODES[0 if training else 2], residual=residual, activation=activation
-    )
-    a = problem.arguments(device)
+    case = Case((3, 2, 2, 3), layout, DOUBLE, MODES[0 if training else 2], residual=residual, activation=activation)
+    a = case.arguments(device)
     leaves = [t.detach().requires_grad_() for t in (a.input, a.weight, a.bias, a.residual) if t is not None]
 
     def call(input: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -289,7 +287,7 @@ def test_first_and_second_derivatives(activation: str, residual: bool, training:
 @pytest.mark.parametrize("activation", ["relu", "silu", None])
 @pytest.mark.parametrize("change", [lambda r: r[:, :, :1], lambda r: r[0], lambda r: r.double()], ids=["1", "2", "3"])
 def test_residual_that_torch_would_broadcast_or_promote(activation, change, device: str) -> None:
-    a = Problem((3, 4, 5, 6), residual=True).arguments(device)
+    a = Case((3, 4, 5, 6), residual=True).arguments(device)
     residual = change(a.residual).requires_grad_()
     input = a.input.requires_grad_()
     mine = batch_norm(input, None, None, a.weight, a.bias, True, residual=residual, activation=activation)
@@ -326,7 +324,7 @@ def test_number_for_a_residual(device: str) -> None:
 
 
 def test_residual_that_is_the_input(device: str) -> None:
-    a = Problem((4, 5, 6, 6), types=DOUBLE, activation="relu").arguments(device)
+    a = Case((4, 5, 6, 6), types=DOUBLE, activation="relu").arguments(device)
     x = a.input.requires_grad_()
     mine = batch_norm(x, None, None, a.weight, a.bias, True, residual=x, activation="relu")
     theirs = torch.relu(torch.nn.functional.batch_norm(x, None, None, a.weight, a.bias, True) + x)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import DOUBLE, MODES, Case, channels_last, contiguous, transposed
 from modules import PREPARATIONS, pair
 from networks import NETWORKS
-from problems import DOUBLE, MODES, Problem, channels_last, contiguous, transposed
 from torch import Tensor, nn
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
@@ -20,9 +20,9 @@ from bn_ext import activation as activations
 SHAPES = [(5, 3), (3, 2, 4), (3, 2, 2, 3), (2, 2, 2, 1, 3)]
 
 
-def call_of(problem: Problem, device: str):
-    """The problem's call as a function of what is differentiable, and that; the running statistics are copied."""
-    a = problem.arguments(device)
+def call_of(case: Case, device: str):
+    """The case's call as a function of what is differentiable, and that; the running statistics are copied."""
+    a = case.arguments(device)
     leaves = [t.detach().requires_grad_() for t in (a.input, a.weight, a.bias) if t is not None]
 
     def call(input: Tensor, *params: Tensor) -> Tensor:
@@ -39,14 +39,14 @@ def call_of(problem: Problem, device: str):
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("affine", [(True, True), (True, False), (False, True), (False, False)], ids=str)
 def test_first_and_second_derivatives(shape, layout, mode, affine, device: str) -> None:
-    call, leaves = call_of(Problem(shape, layout, DOUBLE, mode, *affine), device)
+    call, leaves = call_of(Case(shape, layout, DOUBLE, mode, *affine), device)
     assert gradcheck(call, leaves)
     assert gradgradcheck(call, leaves)
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_forward_mode(mode, device: str) -> None:
-    call, leaves = call_of(Problem((4, 3, 2, 3), types=DOUBLE, mode=mode), device)
+    call, leaves = call_of(Case((4, 3, 2, 3), types=DOUBLE, mode=mode), device)
     assert gradcheck(call, leaves, check_forward_ad=True, check_backward_ad=False)
 
 
@@ -288,7 +288,7 @@ def test_second_derivative_of_no_channels() -> None:
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_gradients_that_are_differentiable_are_the_same(mode, affine, layout, device: str) -> None:
     """With create_graph they come from other formulas than without; gradgradcheck only differentiates those."""
-    a = Problem((3, 4, 5, 2), layout, DOUBLE, mode, *affine, eps=0.1).arguments(device)
+    a = Case((3, 4, 5, 2), layout, DOUBLE, mode, *affine, eps=0.1).arguments(device)
     leaves = [t.detach().requires_grad_() for t in (a.input, a.weight, a.bias) if t is not None]
     rest = iter(leaves[1:])
     weight, bias = (None if t is None else next(rest) for t in (a.weight, a.bias))

@@ -7,8 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compare import assert_same_sums, check, check_arguments
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
@@ -17,27 +16,28 @@ from problems import (
     MODES,
     SMALL_GRID,
     TYPES,
-    Problem,
+    Case,
     Types,
     channels_last,
     contiguous,
     expanded,
     run_ours,
 )
+from compare import assert_same_sums, check, check_arguments
 
 import bn_ext
 
 
-@pytest.mark.parametrize("problem", SMALL_GRID, ids=str)
-def test_small(problem: Problem, device: str) -> None:
+@pytest.mark.parametrize("case", SMALL_GRID, ids=str)
+def test_small(case: Case, device: str) -> None:
     for mode in MODES:
-        check(replace(problem, mode=mode), device, backward=True)
+        check(replace(case, mode=mode), device, backward=True)
 
 
-@pytest.mark.parametrize("problem", LARGE_GRID, ids=str)
-def test_large(problem: Problem, device: str) -> None:
+@pytest.mark.parametrize("case", LARGE_GRID, ids=str)
+def test_large(case: Case, device: str) -> None:
     for mode in (MODES[0], MODES[2]):
-        check(replace(problem, mode=mode), device, backward=True)
+        check(replace(case, mode=mode), device, backward=True)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -45,7 +45,7 @@ def test_large(problem: Problem, device: str) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("affine", [(True, False), (False, True), (False, False)], ids=str)
 def test_without_weight_or_bias(layout, types: Types, mode, affine: tuple[bool, bool], device: str) -> None:
-    check(Problem((3, 19, 5, 7), layout, types, mode, *affine), device, backward=True)
+    check(Case((3, 19, 5, 7), layout, types, mode, *affine), device, backward=True)
 
 
 @pytest.mark.parametrize("dy_layout", LAYOUTS)
@@ -53,7 +53,7 @@ def test_without_weight_or_bias(layout, types: Types, mode, affine: tuple[bool, 
 @pytest.mark.parametrize("shape", [(6, 5), (3, 19, 8), (3, 19, 5, 7), (2, 3, 3, 5, 2)], ids=str)
 def test_gradient_of_another_layout(shape: tuple[int, ...], layout, dy_layout, device: str) -> None:
     for mode in MODES:
-        check(Problem(shape, layout, mode=mode, dy_layout=dy_layout), device, backward=True)
+        check(Case(shape, layout, mode=mode, dy_layout=dy_layout), device, backward=True)
 
 
 SUBSETS = [subset for subset in itertools.product((False, True), repeat=3) if any(subset)]
@@ -65,7 +65,7 @@ SUBSETS = [subset for subset in itertools.product((False, True), repeat=3) if an
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 def test_subsets_of_the_gradients(wanted, mode, layout, types: Types, device: str) -> None:
     """A result is the same whatever else is asked for."""
-    a = Problem((5, 19, 6, 7), layout, types, mode).arguments(device)
+    a = Case((5, 19, 6, 7), layout, types, mode).arguments(device)
     every = run_ours(a, backward=True)
     tensors = [t.detach().requires_grad_(w) for t, w in zip((a.input, a.weight, a.bias), wanted, strict=True)]
     running = [None if t is None else t.clone() for t in (a.running_mean, a.running_var)]
@@ -80,7 +80,7 @@ def test_subsets_of_the_gradients(wanted, mode, layout, types: Types, device: st
 
 
 def test_evaluation_gradient_of_the_input_does_not_read_it(device: str) -> None:
-    a = Problem((4, 5, 6, 6), mode=MODES[2]).arguments(device)
+    a = Case((4, 5, 6, 6), mode=MODES[2]).arguments(device)
     a.input = torch.full_like(a.input, torch.nan)
     input = a.input.requires_grad_()
     output = bn_ext.functional.batch_norm(input, a.running_mean, a.running_var, a.weight, a.bias)
@@ -90,13 +90,13 @@ def test_evaluation_gradient_of_the_input_does_not_read_it(device: str) -> None:
 
 def test_gradient_of_a_sum(device: str) -> None:
     """Its gradient of the output is one number expanded to the whole shape."""
-    a = Problem((4, 35, 7, 7)).arguments(device)
+    a = Case((4, 35, 7, 7)).arguments(device)
     a.dy = torch.ones((), device=device).expand(a.input.shape)
     check_arguments(a, True, "sum")
 
 
 def test_backward_twice_gives_the_same(device: str) -> None:
-    a = Problem((4, 35, 7, 7), channels_last).arguments(device)
+    a = Case((4, 35, 7, 7), channels_last).arguments(device)
     leaves = [t.requires_grad_() for t in (a.input, a.weight, a.bias)]
     output = bn_ext.functional.batch_norm(a.input, None, None, a.weight, a.bias, training=True)
     first = torch.autograd.grad(output, leaves, a.dy, retain_graph=True)
@@ -105,14 +105,14 @@ def test_backward_twice_gives_the_same(device: str) -> None:
 
 
 def test_expanded_input(device: str) -> None:
-    check(Problem((6, 5, 4, 4), expanded, dy_layout=channels_last), device, backward=True)
+    check(Case((6, 5, 4, 4), expanded, dy_layout=channels_last), device, backward=True)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 def test_results_past_the_cache(types, layout, device: str) -> None:
     """4 MiB and more, with rows of whole lines."""
-    check(Problem((32, 64, 32, 32), layout, types), device, backward=True)
+    check(Case((32, 64, 32, 32), layout, types), device, backward=True)
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -121,4 +121,4 @@ def test_results_past_the_cache(types, layout, device: str) -> None:
 def test_outputs_beyond_a_core_s_cache(shape: tuple[int, ...], types: Types, layout, device: str) -> None:
     """Of more than 4 MiB; rows end with a line of the cache or within one."""
     for mode in (MODES[0], MODES[2]):
-        check(Problem(shape, layout, types, mode), device, backward=True)
+        check(Case(shape, layout, types, mode), device, backward=True)

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from problems import BFLOAT, DOUBLE, FLOAT, MODES, Problem, Result, channels_last, contiguous, run_ours, unaligned
+from cases import BFLOAT, DOUBLE, FLOAT, MODES, Case, Result, channels_last, contiguous, run_ours, unaligned
 
 SHAPES = [
     (5, 3),
@@ -19,14 +19,14 @@ SHAPES = [
     (1, 3, 150, 151),
     (2, 5, 9, 31, 33),
 ]
-PROBLEMS = [
-    Problem(shape, layout, types)
+CASES = [
+    Case(shape, layout, types)
     for shape in SHAPES
     for layout in (contiguous, channels_last)
     for types in (FLOAT, DOUBLE, BFLOAT)
 ]
-PROBLEMS += [
-    Problem(shape, layout, FLOAT, residual=True, activation=activation)
+CASES += [
+    Case(shape, layout, FLOAT, residual=True, activation=activation)
     for shape in SHAPES
     for layout in (contiguous, channels_last)
     for activation in ("relu", "silu")
@@ -39,9 +39,9 @@ def assert_same_bits(one: Result, other: Result, context: str) -> None:
         assert first is second is None or torch.equal(first, second), f"{context}: {part} differs"
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_number_of_threads(problem: Problem) -> None:
-    a = problem.arguments("cpu")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_number_of_threads(case: Case) -> None:
+    a = case.arguments("cpu")
     torch.set_num_threads(1)
     alone = run_ours(a, backward=True)
     for threads in (2, 3, 8):
@@ -49,9 +49,9 @@ def test_number_of_threads(problem: Problem) -> None:
         assert_same_bits(run_ours(a, backward=True), alone, f"{threads} threads")
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_run_after_run(problem: Problem, device: str) -> None:
-    a = problem.arguments(device)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_run_after_run(case: Case, device: str) -> None:
+    a = case.arguments(device)
     first = run_ours(a, backward=True)
     for _ in range(3):
         assert_same_bits(run_ours(a, backward=True), first, "again")
@@ -60,7 +60,7 @@ def test_run_after_run(problem: Problem, device: str) -> None:
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_alignment(shape: tuple[int, ...], types, device: str) -> None:
-    a = Problem(shape, types=types).arguments(device)
+    a = Case(shape, types=types).arguments(device)
     aligned = run_ours(a, backward=True)
     a.input, a.dy = unaligned(a.input), unaligned(a.dy)
     assert_same_bits(run_ours(a, backward=True), aligned, "unaligned")
@@ -68,7 +68,7 @@ def test_alignment(shape: tuple[int, ...], types, device: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_gradients_change_nothing_in_the_forward(mode, device: str) -> None:
-    a = Problem((3, 65, 9, 7), mode=mode).arguments(device)
+    a = Case((3, 65, 9, 7), mode=mode).arguments(device)
     with_gradients, without = run_ours(a, backward=True), run_ours(a)
     assert torch.equal(with_gradients.output, without.output)
 
@@ -76,7 +76,7 @@ def test_gradients_change_nothing_in_the_forward(mode, device: str) -> None:
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 @pytest.mark.parametrize("shape", [(2, 2, 300001), (150001, 7)], ids=str)
 def test_number_of_threads_with_many_blocks(shape, types) -> None:
-    a = Problem(shape, types=types).arguments("cpu")
+    a = Case(shape, types=types).arguments("cpu")
     torch.set_num_threads(1)
     alone = run_ours(a, backward=True)
     for threads in (2, 3, 8):

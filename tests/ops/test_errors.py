@@ -10,9 +10,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from cases import MODES, Case, Result, Types, run_reference
 from compare import ulps_off
 from modules import CHANNELS
-from problems import MODES, Problem, Result, Types, run_reference
 from torch import Tensor
 
 import bn_ext
@@ -170,7 +170,7 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("types", [Types(*t) for t in itertools.product(FLOATS, repeat=3)], ids=str)
 def test_every_mixture_of_number_types(types: Types, training: bool, device: str) -> None:
     """Ours accepts what torch accepts, and refuses the rest with nothing changed, or computes it right."""
-    a = Problem((4, C, 5, 2), types=types, mode=MODES[0 if training else 2]).arguments(device)
+    a = Case((4, C, 5, 2), types=types, mode=MODES[0 if training else 2]).arguments(device)
     arguments = a.input, a.running_mean, a.running_var, a.weight, a.bias, training
     expected = run_reference(a)
     before = a.running_mean.clone(), a.running_var.clone()

@@ -6,14 +6,14 @@ import copy
 
 import pytest
 import torch
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
     MODES,
     STRAIGHT,
     Arguments,
-    Problem,
+    Case,
     Types,
     channels_last,
     contiguous,
@@ -64,7 +64,7 @@ def call(a: Arguments) -> Tensor:
 @with_and_without_residual
 @pytest.mark.parametrize("training", [True, False])
 def test_nothing_of_the_input_s_size_is_kept(activation: str, residual: bool, training: bool, device: str) -> None:
-    a = Problem((8, 16, 32, 32), residual=residual, activation=activation).arguments(device)
+    a = Case((8, 16, 32, 32), residual=residual, activation=activation).arguments(device)
     a.training = training
     leaves = [t.requires_grad_() for t in (a.input, a.weight, a.bias, a.residual) if t is not None]
     with Kept(*leaves) as kept:
@@ -75,7 +75,7 @@ def test_nothing_of_the_input_s_size_is_kept(activation: str, residual: bool, tr
 
 def test_residual_is_kept_only_where_z_is_needed(device: str) -> None:
     for activation in NAMES:
-        a = Problem((4, 8, 6, 6), residual=True, activation=activation).arguments(device)
+        a = Case((4, 8, 6, 6), residual=True, activation=activation).arguments(device)
         input, residual = a.input.requires_grad_(), a.residual.requires_grad_() * 1
         output = batch_norm(input, None, None, training=True, residual=residual, activation=activation)
         with torch.no_grad():
@@ -98,8 +98,8 @@ def evaluated(
 ) -> tuple[Arguments, list[Tensor]]:
     """A call in evaluation, the same for every ``learnt``, and the tensors that have gradients in it."""
     torch.manual_seed(0)
-    problem = Problem(shape, layout, types, EVALUATION, residual=residual, activation=activation)
-    a = problem.arguments(device)
+    case = Case(shape, layout, types, EVALUATION, residual=residual, activation=activation)
+    a = case.arguments(device)
     names = "input", "residual", *LEARNT[learnt]
     return a, [t.requires_grad_() for t in (getattr(a, name) for name in names) if t is not None]
 

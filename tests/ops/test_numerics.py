@@ -7,15 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compare import assert_same_sums, check, check_arguments, ulps_off
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
     MODES,
     TYPES,
     Arguments,
-    Problem,
+    Case,
     Result,
     Types,
     channels_last,
@@ -24,6 +23,7 @@ from problems import (
     run_reference,
     run_torch,
 )
+from compare import assert_same_sums, check, check_arguments, ulps_off
 
 HALF = Types(torch.float16, torch.float32, torch.float32)
 SHAPES = [(67, 5), (4, 3, 49), (3, 35, 5, 7), (2, 6, 41, 43), (5, 2, 3, 31, 33)]
@@ -39,13 +39,13 @@ both_layouts = pytest.mark.parametrize("layout", [contiguous, channels_last])
 )
 def test_mean_far_larger_than_deviation(shape, layout, types: Types, offset: float, device: str) -> None:
     for mode in MODES:
-        check(Problem(shape, layout, types, mode, offset=offset), device, backward=True)
+        check(Case(shape, layout, types, mode, offset=offset), device, backward=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 2**24 + 3), (2**19 + 1, 5)], ids=str)
 def test_long_reduction(shape: tuple[int, ...], device: str) -> None:
     """The first has more values a channel than float32 can count."""
-    check(Problem(shape, offset=10.0), device)
+    check(Case(shape, offset=10.0), device)
 
 
 @both_layouts
@@ -55,7 +55,7 @@ def test_long_reduction(shape: tuple[int, ...], device: str) -> None:
 def test_constant_channels_give_exactly_the_bias(shape, layout, value: float, types: Types, device: str) -> None:
     if types.input == torch.float16:
         value = min(value, 6e4)
-    a = Problem(shape, layout, types).arguments(device)
+    a = Case(shape, layout, types).arguments(device)
     a.input = layout(torch.full(shape, value, dtype=types.input, device=device))
     per_channel = (1, -1, *[1] * (len(shape) - 2))
     bias = a.bias.to(types.input).view(per_channel).expand(shape)
@@ -67,7 +67,7 @@ def test_constant_channels_give_exactly_the_bias(shape, layout, value: float, ty
 @pytest.mark.parametrize("value", [0.1, 1e6])
 def test_almost_constant_channels(layout, value: float, device: str) -> None:
     """One value of each channel is off by one ulp."""
-    a = Problem((3, 35, 15, 9), layout).arguments(device)
+    a = Case((3, 35, 15, 9), layout).arguments(device)
     x = torch.full(a.input.shape, value, device=device)
     x[1, :, 3, 4] = torch.nextafter(x[1, :, 3, 4], torch.tensor(torch.inf, device=device))
     a.input = layout(x)
@@ -76,7 +76,7 @@ def test_almost_constant_channels(layout, value: float, device: str) -> None:
 
 @both_layouts
 def test_one_outlier(layout, device: str) -> None:
-    a = Problem((3, 35, 15, 9), layout).arguments(device)
+    a = Case((3, 35, 15, 9), layout).arguments(device)
     a.input[1, :, 3, 4] = 1e8
     # The outlier's own gradient is the difference of equals: a draw of four roundings, by us and by torch.
     check_arguments(a, True, "outlier", slack=2.0)
@@ -90,7 +90,7 @@ def test_one_outlier(layout, device: str) -> None:
 )
 def test_extreme_magnitudes(layout, types: Types, scale: float, device: str) -> None:
     for mode in MODES:
-        a = Problem((3, 35, 5, 7), layout, types, mode).arguments(device)
+        a = Case((3, 35, 5, 7), layout, types, mode).arguments(device)
         a.input = a.input * scale
         check_arguments(a, True, f"{mode}, times {scale}")
 
@@ -100,7 +100,7 @@ def test_extreme_magnitudes(layout, types: Types, scale: float, device: str) -> 
 @pytest.mark.parametrize("scale", [1e19, 1e30, 1e37])
 def test_sums_beyond_the_range_of_float(scale: float, types: Types, layout, device: str) -> None:
     """torch's own results are lost there, so that it is no measure."""
-    a = Problem((3, 35, 5, 7), layout, types).arguments(device)
+    a = Case((3, 35, 5, 7), layout, types).arguments(device)
     a.input = a.input * scale
     a.running_var = a.running_mean = None
     ours, expected = run_ours(a, backward=True), run_reference(a, backward=True)
@@ -113,7 +113,7 @@ def test_sums_beyond_the_range_of_float(scale: float, types: Types, layout, devi
 @pytest.mark.parametrize("shape", [(67, 5), (4, 3, 49), (2, 6, 41, 43)], ids=str)
 def test_gradient_keeps_the_digits_of_the_mean(shape, layout, device: str) -> None:
     """torch rounds the mean to float, so that it is no measure here."""
-    a = Problem(shape, layout, FLOAT, offset=1e6).arguments(device)
+    a = Case(shape, layout, FLOAT, offset=1e6).arguments(device)
     expected = run_reference(a, backward=True)
     assert ulps_off(run_ours(a, backward=True).dx, expected.result.dx, expected.scale.dx) <= 2
 
@@ -146,7 +146,7 @@ def assert_poison_as_torch(a: Arguments, clean: Result, context: str) -> None:
 @pytest.mark.parametrize("part", ["input", "dy"])
 def test_poisoned_element(part: str, poison: str, types: Types, layout, device: str) -> None:
     for shape, mode in itertools.product([(2, 3, 5, 7), (3, 3, 37, 33)], MODES):
-        a = Problem(shape, layout, types, mode).arguments(device)
+        a = Case(shape, layout, types, mode).arguments(device)
         clean = run_ours(a, backward=True)
         for name, place in PLACES.items():
             poisoned = getattr(a, part).clone()
@@ -159,7 +159,7 @@ def test_poisoned_element(part: str, poison: str, types: Types, layout, device: 
 @pytest.mark.parametrize("part", ["weight", "bias", "running_mean", "running_var"])
 def test_poisoned_parameter(part: str, poison: str, layout, device: str) -> None:
     for mode in MODES:
-        a = Problem((2, 3, 5, 7), layout, mode=mode).arguments(device)
+        a = Case((2, 3, 5, 7), layout, mode=mode).arguments(device)
         if getattr(a, part) is None:
             continue
         clean = run_ours(a, backward=True)
@@ -171,7 +171,7 @@ def test_poisoned_parameter(part: str, poison: str, layout, device: str) -> None
 def test_weight_zero(layout, device: str) -> None:
     """The output is the bias; the gradient of the weight is not zero."""
     for mode in MODES:
-        a = Problem((3, 35, 5, 7), layout, mode=mode).arguments(device)
+        a = Case((3, 35, 5, 7), layout, mode=mode).arguments(device)
         a.weight.zero_()
         assert torch.equal(run_ours(a).output, a.bias.view(1, -1, 1, 1).expand(a.input.shape))
         check_arguments(a, True, str(mode))
@@ -179,4 +179,4 @@ def test_weight_zero(layout, device: str) -> None:
 
 @both_layouts
 def test_evaluation_with_eps_zero(layout, device: str) -> None:
-    check(Problem((3, 35, 5, 7), layout, mode=MODES[2], eps=0.0), device, backward=True)
+    check(Case((3, 35, 5, 7), layout, mode=MODES[2], eps=0.0), device, backward=True)

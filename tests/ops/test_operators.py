@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_same_sums
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
     MODES,
     STRAIGHT,
+    Case,
     Mode,
-    Problem,
     channels_last,
     contiguous,
     same_format,
@@ -25,6 +24,7 @@ from problems import (
     transposed,
     unaligned,
 )
+from compare import assert_same_sums
 from torch import Tensor
 from torch._ops import OpOverload
 from torch._subclasses import FakeTensorMode
@@ -71,10 +71,10 @@ def test_schema(name: str) -> None:
     assert torch.Tag.pt2_compliant_tag in op.tags
 
 
-def arguments_of(problem: Problem, device: str, gradients: bool = False, momentum: float | None = 0.1) -> tuple:
+def arguments_of(case: Case, device: str, gradients: bool = False, momentum: float | None = 0.1) -> tuple:
     """Those of batch_norm."""
-    a = problem.arguments(device)
-    counter = torch.tensor(3, device=device) if problem.mode.running else None
+    a = case.arguments(device)
+    counter = torch.tensor(3, device=device) if case.mode.running else None
     input, weight, bias, residual = (
         None if t is None else t.requires_grad_(gradients) for t in (a.input, a.weight, a.bias, a.residual)
     )
@@ -82,85 +82,85 @@ def arguments_of(problem: Problem, device: str, gradients: bool = False, momentu
     return *norm, residual, a.activation, a.activation_param
 
 
-def numbered(problem: Problem) -> tuple[int, float]:
+def numbered(case: Case) -> tuple[int, float]:
     """The activation as the operators below batch_norm take it."""
-    name = problem.activation or "identity"
-    param = problem.activation_param
+    name = case.activation or "identity"
+    param = case.activation_param
     return NAMES.index(name), (DEFAULTS[name] or 0.0) if param is None else param
 
 
-def forward_call(problem: Problem, device: str) -> tuple[OpOverload, tuple]:
+def forward_call(case: Case, device: str) -> tuple[OpOverload, tuple]:
     """The operator of the forward below autograd, in training or evaluation, and its arguments."""
-    arguments = *arguments_of(problem, device)[:-2], *numbered(problem)
-    if problem.mode.training:
-        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:], None, has_branch_bits(problem))
-    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:], has_branch_bits(problem))
+    arguments = *arguments_of(case, device)[:-2], *numbered(case)
+    if case.mode.training:
+        return OPS.batch_norm_forward.default, (*arguments[:6], *arguments[7:], None, has_branch_bits(case))
+    return OPS.batch_norm_forward.evaluation, (*arguments[:5], *arguments[8:], has_branch_bits(case))
 
 
-def backward_arguments(problem: Problem, device: str, output_mask: tuple[bool, ...] = (True,) * 4) -> tuple:
-    a = problem.arguments(device)
-    forward, arguments = forward_call(problem, device)
+def backward_arguments(case: Case, device: str, output_mask: tuple[bool, ...] = (True,) * 4) -> tuple:
+    a = case.arguments(device)
+    forward, arguments = forward_call(case, device)
     _, mean, invstd, mask = forward(*arguments)
-    kept = (None, mask) if has_branch_bits(problem) else (a.residual, None)
-    fused = *kept, *numbered(problem), None
+    kept = (None, mask) if has_branch_bits(case) else (a.residual, None)
+    fused = *kept, *numbered(case), None
     return a.dy, a.input, a.weight, a.bias, mean, invstd, a.training, *fused, list(output_mask)
 
 
-def has_branch_bits(problem: Problem) -> bool:
-    return problem.residual and problem.activation in STRAIGHT
+def has_branch_bits(case: Case) -> bool:
+    return case.residual and case.activation in STRAIGHT
 
 
 TRAINING, BATCH, EVALUATION = MODES
-PROBLEMS = [
-    Problem((5, 3)),
-    Problem((5, 3), strided, BFLOAT, EVALUATION),
-    Problem((3, 4, 5), channels_last, BFLOAT, TRAINING, bias=False),
-    Problem((3, 4, 5), mode=EVALUATION, weight=False),
-    Problem((3, 4, 2, 3), contiguous, BFLOAT, BATCH),
-    Problem((3, 4, 2, 3), channels_last, FLOAT, TRAINING),
-    Problem((3, 4, 2, 3), channels_last, FLOAT, BATCH, weight=False, bias=False),
-    Problem((3, 4, 2, 3), strided, FLOAT, TRAINING, weight=False),
-    Problem((3, 4, 2, 3), transposed, FLOAT, EVALUATION),
-    Problem((2, 4, 2, 3, 2), channels_last, BFLOAT, EVALUATION, weight=False, bias=False),
-    Problem((2, 4, 2, 3, 2), unaligned, FLOAT, TRAINING),
-    Problem((3, 4, 2, 3), activation="silu"),
-    Problem((3, 4, 2, 3), channels_last, BFLOAT, residual=True, activation="relu"),
-    Problem((3, 4, 5), mode=EVALUATION, residual=True, activation="leaky_relu", activation_param=0.2),
-    Problem((3, 4, 2, 3), residual=True, activation="gelu", residual_layout=channels_last),
-    Problem((5, 3), residual=True),
+CASES = [
+    Case((5, 3)),
+    Case((5, 3), strided, BFLOAT, EVALUATION),
+    Case((3, 4, 5), channels_last, BFLOAT, TRAINING, bias=False),
+    Case((3, 4, 5), mode=EVALUATION, weight=False),
+    Case((3, 4, 2, 3), contiguous, BFLOAT, BATCH),
+    Case((3, 4, 2, 3), channels_last, FLOAT, TRAINING),
+    Case((3, 4, 2, 3), channels_last, FLOAT, BATCH, weight=False, bias=False),
+    Case((3, 4, 2, 3), strided, FLOAT, TRAINING, weight=False),
+    Case((3, 4, 2, 3), transposed, FLOAT, EVALUATION),
+    Case((2, 4, 2, 3, 2), channels_last, BFLOAT, EVALUATION, weight=False, bias=False),
+    Case((2, 4, 2, 3, 2), unaligned, FLOAT, TRAINING),
+    Case((3, 4, 2, 3), activation="silu"),
+    Case((3, 4, 2, 3), channels_last, BFLOAT, residual=True, activation="relu"),
+    Case((3, 4, 5), mode=EVALUATION, residual=True, activation="leaky_relu", activation_param=0.2),
+    Case((3, 4, 2, 3), residual=True, activation="gelu", residual_layout=channels_last),
+    Case((5, 3), residual=True),
 ]
 
 
-def named(p: Problem) -> str:
+def named(p: Case) -> str:
     return f"{p}-{p.mode}" + "-weight" * p.weight + "-bias" * p.bias
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
+@pytest.mark.parametrize("case", CASES, ids=named)
 @pytest.mark.parametrize("gradients", [True, False])
-def test_opcheck_batch_norm(problem: Problem, gradients: bool, device: str) -> None:
-    torch.library.opcheck(OPS.batch_norm.default, arguments_of(problem, device, gradients))
+def test_opcheck_batch_norm(case: Case, gradients: bool, device: str) -> None:
+    torch.library.opcheck(OPS.batch_norm.default, arguments_of(case, device, gradients))
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
-def test_opcheck_lower_operators(problem: Problem, device: str) -> None:
-    torch.library.opcheck(*forward_call(problem, device))
-    mask = (True, problem.weight, problem.bias, problem.residual)
-    torch.library.opcheck(OPS.batch_norm_backward.default, backward_arguments(problem, device, mask))
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_opcheck_lower_operators(case: Case, device: str) -> None:
+    torch.library.opcheck(*forward_call(case, device))
+    mask = (True, case.weight, case.bias, case.residual)
+    torch.library.opcheck(OPS.batch_norm_backward.default, backward_arguments(case, device, mask))
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 def test_opcheck_backward_without_input(layout, activation: str, device: str) -> None:
-    problem = Problem((3, 4, 2, 3), layout, FLOAT, EVALUATION, activation=activation)
-    forward, arguments = forward_call(problem, device)
+    case = Case((3, 4, 2, 3), layout, FLOAT, EVALUATION, activation=activation)
+    forward, arguments = forward_call(case, device)
     _, mean, invstd, mask = forward(*arguments[:-1], activation == "relu")
-    a = problem.arguments(device)
-    behind = None, mask, *numbered(problem), None, [True, False, True, False]
+    a = case.arguments(device)
+    behind = None, mask, *numbered(case), None, [True, False, True, False]
     torch.library.opcheck(OPS.batch_norm_backward.default, (a.dy, None, a.weight, a.bias, mean, invstd, False, *behind))
 
 
 def test_opcheck_cumulative_average(device: str) -> None:
-    torch.library.opcheck(OPS.batch_norm.default, arguments_of(PROBLEMS[0], device, True, momentum=None))
+    torch.library.opcheck(OPS.batch_norm.default, arguments_of(CASES[0], device, True, momentum=None))
 
 
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
@@ -168,27 +168,27 @@ def test_opcheck_cumulative_average(device: str) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
     """Those of the batch to float32's precision of the deviation, whatever the mean; the running ones exactly."""
-    problem = Problem((5, 19, 33, 7), layout, mode=mode, offset=offset)
-    forward, arguments = forward_call(problem, device)
+    case = Case((5, 19, 33, 7), layout, mode=mode, offset=offset)
+    forward, arguments = forward_call(case, device)
     input, _, _, running_mean, running_var, *_ = arguments
     _, mean, invstd, _ = forward(*(t.clone() if isinstance(t, Tensor) else t for t in arguments))
     assert mean.dtype == invstd.dtype == torch.float64
     assert mean.shape == invstd.shape == (19,)
     if not mode.training:
         assert torch.equal(mean, running_mean.double())
-        torch.testing.assert_close(invstd, (running_var.double() + problem.eps).rsqrt(), rtol=1e-15, atol=0)
+        torch.testing.assert_close(invstd, (running_var.double() + case.eps).rsqrt(), rtol=1e-15, atol=0)
         return
     exact_mean, exact_var = reference.statistics(input)
     deviation = exact_var.sqrt()
     assert ((mean - exact_mean).abs() / deviation).max() < 2**-22
-    torch.testing.assert_close(invstd, (exact_var + problem.eps).rsqrt(), rtol=2**-22, atol=0)
+    torch.testing.assert_close(invstd, (exact_var + case.eps).rsqrt(), rtol=2**-22, atol=0)
 
 
 @pytest.mark.parametrize("mask", list(itertools.product((False, True), repeat=4)), ids=str)
-@pytest.mark.parametrize("problem", [p for p in PROBLEMS if p.weight and p.bias], ids=named)
-def test_output_mask(problem: Problem, mask: tuple[bool, ...], device: str) -> None:
+@pytest.mark.parametrize("case", [p for p in CASES if p.weight and p.bias], ids=named)
+def test_output_mask(case: Case, mask: tuple[bool, ...], device: str) -> None:
     """A result is the same whatever else is asked for, and None if it is not asked for."""
-    arguments = backward_arguments(problem, device)
+    arguments = backward_arguments(case, device)
     every = OPS.batch_norm_backward(*arguments)
     for name, wanted, one, other in zip(
         ("dx", "dweight", "dbias", "dresidual"),
@@ -204,7 +204,7 @@ def test_output_mask(problem: Problem, mask: tuple[bool, ...], device: str) -> N
 
 
 def test_counter(device: str) -> None:
-    arguments = list(arguments_of(Problem((5, 3)), device))
+    arguments = list(arguments_of(Case((5, 3)), device))
     counter = arguments[5]
     OPS.batch_norm(*arguments)
     assert counter.item() == 4
@@ -221,10 +221,10 @@ def assert_alike(one: Tensor, other: Tensor) -> None:
     assert same_format(one, other)
 
 
-@pytest.mark.parametrize("problem", PROBLEMS, ids=named)
-def test_fake_tensors(problem: Problem, device: str) -> None:
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_fake_tensors(case: Case, device: str) -> None:
     """Shapes, dtypes and strides as of real ones, also of the gradients; the counter is not read."""
-    arguments = arguments_of(problem, device, gradients=True, momentum=None if problem.mode.running else 0.1)
+    arguments = arguments_of(case, device, gradients=True, momentum=None if case.mode.running else 0.1)
     real = OPS.batch_norm(*arguments)
     leaves = [arguments[i] for i in (0, 1, 2, 9) if arguments[i] is not None]
     real_grads = torch.autograd.grad(real.sum(), leaves)
@@ -261,7 +261,7 @@ WRONG = {
 @pytest.mark.parametrize("where", ["real", "meta", "fake", "symbolic"])
 def test_mistakes_are_seen_without_data(wrong: str, where: str, device: str) -> None:
     i, change, message = WRONG[wrong]
-    arguments = list(arguments_of(Problem((3, 4, 2, 3)), "meta" if where == "meta" else device))
+    arguments = list(arguments_of(Case((3, 4, 2, 3)), "meta" if where == "meta" else device))
     if where in ("fake", "symbolic"):
         mode = FakeTensorMode(shape_env=ShapeEnv() if where == "symbolic" else None, static_shapes=where == "fake")
         arguments = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in arguments]
@@ -275,9 +275,9 @@ LOWER = (OPS.batch_norm_forward.default, OPS.batch_norm_forward.evaluation, OPS.
 
 def lower_arguments(op: OpOverload, device: str) -> dict[str, Any]:
     mode = EVALUATION if op is OPS.batch_norm_forward.evaluation else TRAINING
-    problem = Problem((3, 4, 5), mode=mode, residual=True, activation="relu")
+    case = Case((3, 4, 5), mode=mode, residual=True, activation="relu")
     backward = op is OPS.batch_norm_backward.default
-    given = backward_arguments(problem, "cpu") if backward else forward_call(problem, "cpu")[1]
+    given = backward_arguments(case, "cpu") if backward else forward_call(case, "cpu")[1]
     names = [argument.name for argument in op._schema.arguments]
     return {name: a.to(device) if isinstance(a, Tensor) else a for name, a in zip(names, given, strict=True)}
 
@@ -335,8 +335,8 @@ def test_lower_operators_refuse_the_same_on_every_device(op: OpOverload, wrong: 
 @pytest.mark.parametrize("training", [True, False])
 def test_strided_parameters_and_statistics(types, layout, training: bool, device: str) -> None:
     """Every second element of a longer vector; the others are neither read nor written."""
-    problem = Problem((3, 7, 4, 5), layout, types, Mode(training, True))
-    arguments = list(arguments_of(problem, device))
+    case = Case((3, 7, 4, 5), layout, types, Mode(training, True))
+    arguments = list(arguments_of(case, device))
     expected = [t.clone() if isinstance(t, Tensor) else t for t in arguments]
     reference_output = OPS.batch_norm(*expected)
     wide = {}

@@ -1,25 +1,25 @@
-"""Any problem at all: hypothesis draws the shape, layout, number types and mode."""
+"""Any case at all: hypothesis draws the shape, layout, number types and mode."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from cases import DEVICES, LAYOUTS, MODES, TYPES, Case
 from compare import check
-from problems import DEVICES, LAYOUTS, MODES, TYPES, Problem
 
-pytest.importorskip("hypothesis", reason="needs hypothesis, to draw problems")
+pytest.importorskip("hypothesis", reason="needs hypothesis, to draw cases")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
+def cases(draw: st.DrawFn) -> Case:
     spatial = draw(st.lists(st.integers(1, 40), max_size=3))
     batch, channels = draw(st.integers(1, 70)), draw(st.integers(1, 70))
     while batch * channels * torch.Size(spatial).numel() > 30_000:
         batch, channels, spatial = (batch + 1) // 2, (channels + 1) // 2, [(s + 1) // 2 for s in spatial]
     values = batch * torch.Size(spatial).numel()
-    return Problem(
+    return Case(
         shape=(batch, channels, *spatial),
         layout=draw(st.sampled_from(LAYOUTS)),
         types=draw(st.sampled_from(TYPES)),
@@ -36,8 +36,8 @@ def problems(draw: st.DrawFn) -> Problem:
 @pytest.mark.parametrize("device", DEVICES)
 # The same examples in every run, so that a failure is everyone's failure.
 @settings(max_examples=300, deadline=None, derandomize=True, print_blob=False)
-@given(problem=problems(), seed=st.integers(0, 2**31), threads=st.integers(1, 4))
-def test_any_problem(problem: Problem, seed: int, threads: int, device: str) -> None:
+@given(case=cases(), seed=st.integers(0, 2**31), threads=st.integers(1, 4))
+def test_any_case(case: Case, seed: int, threads: int, device: str) -> None:
     torch.manual_seed(seed)
     torch.set_num_threads(threads)
-    check(problem, device, backward=True, slack=3.0)
+    check(case, device, backward=True, slack=3.0)

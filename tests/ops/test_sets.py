@@ -10,19 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from compare import assert_same_sums
-from problems import (
+from cases import (
     BFLOAT,
     DOUBLE,
     FLOAT,
     Arguments,
-    Problem,
+    Case,
     Types,
     channels_last,
     contiguous,
     same_format,
     transposed,
 )
+from compare import assert_same_sums
 from staged import fused
 from torch import Tensor
 
@@ -52,10 +52,8 @@ TAILS = [(False, None), (True, "relu"), (True, "silu")]
 tails = pytest.mark.parametrize(("residual", "activation"), TAILS, ids=str)
 
 
-def problem(
-    shape: Any, layout: Callable, types: Types = FLOAT, residual: bool = False, activation: Any = None
-) -> Problem:
-    return Problem(shape, layout, types, residual=residual, activation=activation)
+def case(shape: Any, layout: Callable, types: Types = FLOAT, residual: bool = False, activation: Any = None) -> Case:
+    return Case(shape, layout, types, residual=residual, activation=activation)
 
 
 def pooled(a: Arguments, set_size: int, momentum: float) -> dict[str, Tensor]:
@@ -72,7 +70,7 @@ def pooled(a: Arguments, set_size: int, momentum: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
 def test_each_set_is_a_call_of_its_own(shape, layout, set_size, types, residual, activation, device: str) -> None:
     """Bit by bit; parameters' gradients are the sums over the sets, which float32 and bfloat16 then round."""
-    a = problem(shape, layout, types, residual, activation).arguments(device)
+    a = case(shape, layout, types, residual, activation).arguments(device)
     together = fused(a, set_size)
     summed = {"dweight": 0.0, "dbias": 0.0}
     for i in range(0, shape[0], set_size):
@@ -99,28 +97,28 @@ def test_each_set_is_a_call_of_its_own(shape, layout, set_size, types, residual,
 @pytest.mark.parametrize("shape", [(6, 35, 7), (64, 35), (7, 6, 40, 40)], ids=str)
 @pytest.mark.parametrize("more", [0, 5, 2**63 - 100])
 def test_a_set_of_all_images_is_no_set(shape, more: int, residual, activation, device: str) -> None:
-    a = problem(shape, contiguous, FLOAT, residual, activation).arguments(device)
+    a = case(shape, contiguous, FLOAT, residual, activation).arguments(device)
     one, plain = fused(a, shape[0] + more), fused(a, None)
     for name, value in plain.items():
         assert torch.equal(one[name], value), name
 
 
 def test_evaluation_knows_no_sets(device: str) -> None:
-    a = problem((6, 35, 7), contiguous).arguments(device)
+    a = case((6, 35, 7), contiguous).arguments(device)
     one, plain = fused(a, 2, training=False), fused(a, None, training=False)
     for name, value in plain.items():
         assert torch.equal(one[name], value), name
 
 
 def test_cumulative_average(device: str) -> None:
-    a = problem((7, 6, 4, 4), channels_last).arguments(device)
+    a = case((7, 6, 4, 4), channels_last).arguments(device)
     for name, expected in pooled(a, 3, 1 / 4).items():
         torch.testing.assert_close(fused(a, 3, momentum=None)[name].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 @sets
 def test_threads_change_nothing(shape, layout, set_size) -> None:
-    a = problem(shape, layout, FLOAT, True, "relu").arguments("cpu")
+    a = case(shape, layout, FLOAT, True, "relu").arguments("cpu")
     threads = torch.get_num_threads()
     results = []
     for number in (1, 2, 3, 8):
@@ -204,7 +202,7 @@ def test_residual_that_torch_adds(residual: tuple[int, ...], device: str) -> Non
 
 
 def test_compiled_whole(device: str) -> None:
-    a = problem((6, 35, 7), contiguous, FLOAT, True, "relu").arguments(device)
+    a = case((6, 35, 7), contiguous, FLOAT, True, "relu").arguments(device)
 
     def step(x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
         return BATCH_NORM(x, weight, a.bias, None, None, None, True, 0.1, 1e-5, residual, "relu", None, 4)
@@ -221,7 +219,7 @@ def test_compiled_whole(device: str) -> None:
 
 @pytest.mark.parametrize("set_size", [0, -3])
 def test_sets_without_images(set_size: int, device: str) -> None:
-    a = problem((6, 3, 7), contiguous).arguments(device)
+    a = case((6, 3, 7), contiguous).arguments(device)
     before = a.running_mean.clone()
     with pytest.raises(ValueError, match=f"set_size should be positive, got {set_size}"):
         BATCH_NORM(a.input, None, None, a.running_mean, a.running_var, None, True, 0.1, 1e-5, set_size=set_size)
@@ -249,7 +247,7 @@ def test_no_images(device: str) -> None:
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_forward_mode_moves_the_running_statistics(momentum: float | None, device: str) -> None:
     """Primitives answer there, and move them as the kernels do."""
-    a = problem((7, 6, 4, 4), contiguous, DOUBLE).arguments(device)
+    a = case((7, 6, 4, 4), contiguous, DOUBLE).arguments(device)
     running, batches = [a.running_mean.clone(), a.running_var.clone()], torch.tensor(3, device=device)
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(a.input, a.dy)

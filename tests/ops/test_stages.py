@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from problems import BFLOAT, DOUBLE, FLOAT, Problem, Types, channels_last, contiguous, strided
+from cases import BFLOAT, DOUBLE, FLOAT, Case, Types, channels_last, contiguous, strided
 from staged import composed, fused
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
@@ -35,7 +35,7 @@ def test_the_stages_are_the_fused_operators(
 ) -> None:
     """Bit by bit on the CPU, but for what torch computes there: square roots in float64 for sets that stay apart, and
     sums over sets. On a GPU sums may be cut in another way."""
-    a = Problem(shape, layout, types, residual=residual, activation=activation).arguments(device)
+    a = Case(shape, layout, types, residual=residual, activation=activation).arguments(device)
     keeps_branches = activation == "relu" and types != FLOAT
     whole, parts = fused(a, set_size), composed(a, set_size, keeps_branches)
     whole = {name: one for name, one in whole.items() if set_size is None or name not in SHARED}
@@ -192,7 +192,7 @@ def test_a_stage_has_no_derivative(device: str) -> None:
 
 def calls(layout: Callable, types: Types, set_size: int | None, device: str) -> dict[Any, tuple]:
     """Each stage with arguments that it takes."""
-    a = Problem((5, 3, 2, 4), layout, types, residual=True, activation="relu").arguments(device)
+    a = Case((5, 3, 2, 4), layout, types, residual=True, activation="relu").arguments(device)
     moments = stats(a.input, set_size)
     statistics = moments.each()
     parameters = a.weight, a.bias, statistics.mean, statistics.invstd

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from problems import channel_slice, channels_last, contiguous, expanded, strided, transposed
+from cases import channel_slice, channels_last, contiguous, expanded, strided, transposed
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 

@@ -201,7 +201,7 @@ def timed(*arguments, late):
 gpu.DEVICE, gpu.timed, gpu.LONGEST = "cpu", timed, float(longest)
 gpu.machine = lambda: {"gpu": "NVIDIA H100", "l2_bytes": 1, "copy_bytes_per_second": 1e9}
 faulthandler.register(signal.SIGALRM, chain=True)
-options = "--sections blocks --shapes 2x4x5x5 --peers --seconds 0 --rounds 2 --resume --within 100 --out"
+options = "--sections patterns --shapes 2x4x5x5 --peers --seconds 0 --rounds 2 --resume --within 100 --out"
 sys.exit(gpu.main(["core", *options.split(), out]))
 """
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from problems import Arguments, Problem, Result, channels_last, contiguous
+from cases import Arguments, Case, Result, channels_last, contiguous
 from simt.batch_norm import Device, Kernels, Tail, empty_branches
 from torch import Tensor
 
@@ -19,7 +19,7 @@ CLUSTERS = Device(2, 36 * KIB, 74 * KIB, 16)
 NO_CLUSTERS = Device(2, 40 * KIB, 82 * KIB, 1)
 DEVICES = {"roomy": ROOMY, "clusters": CLUSTERS, "no clusters": NO_CLUSTERS}
 
-# One problem for each way through the kernels: rows of one channel or of several; a block, a cluster, a grid that
+# One case for each way through the kernels: rows of one channel or of several; a block, a cluster, a grid that
 # holds everything or streams.
 WAYS = [
     ((2, 32, 8, 8), contiguous, ROOMY),
@@ -52,9 +52,9 @@ class Pass(NamedTuple):
 
 
 def both_passes(
-    kernels: Kernels, problem: Problem, device: Device, momentum: float | None = None, **of_backward: Any
+    kernels: Kernels, case: Case, device: Device, momentum: float | None = None, **of_backward: Any
 ) -> Pass:
-    a = problem.arguments("cpu")
+    a = case.arguments("cpu")
     running = a.running_mean.clone(), a.running_var.clone()
     batches = torch.tensor(41)
     out = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, momentum, batches=batches)
@@ -110,11 +110,11 @@ class Masked(NamedTuple):
     mask: Tensor | None
 
 
-def masked(kernels: Kernels, device: Device, problem: Problem, seed: int = 0, name: str = "relu") -> Masked:
+def masked(kernels: Kernels, device: Device, case: Case, seed: int = 0, name: str = "relu") -> Masked:
     """The results with a residual and an activation."""
     kernels.configure(seed, preempt=seed % 3 * 20)
     torch.manual_seed(0)
-    a = replace(problem, residual=True, activation=name).arguments("cpu")
+    a = replace(case, residual=True, activation=name).arguments("cpu")
     mask = empty_branches(a.input) if name in BRANCHES else None
     result = together(kernels, device, a, mask)
     kernels.configure()

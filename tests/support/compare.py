@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 
 import torch
-from problems import (
+from cases import (
     Arguments,
+    Case,
     Expected,
-    Problem,
     Result,
     channels_last,
     run_ours,
@@ -19,7 +19,7 @@ from problems import (
 )
 from torch import Tensor
 
-SLACK = 1.0  # ulps that ours may be worse than torch's (more where many problems are drawn, to allow for chance)
+SLACK = 1.0  # ulps that ours may be worse than torch's (more where many cases are drawn, to allow for chance)
 FEW, LUCK = 64, 1.0  # of so few values, an error of torch's below so many ulps is luck
 
 
@@ -74,9 +74,9 @@ def assert_same_sums(one: Tensor, other: Tensor, what: str) -> None:
         torch.testing.assert_close(one, other, msg=lambda m: f"{what}: {m}")
 
 
-def check(problem: Problem, device: str, backward: bool = False, slack: float = SLACK) -> None:
-    """Runs ``problem`` and holds all that it gives to the rule; nothing but running statistics may be changed."""
-    check_arguments(problem.arguments(device), backward, str(problem.mode), slack)
+def check(case: Case, device: str, backward: bool = False, slack: float = SLACK) -> None:
+    """Runs ``case`` and holds all that it gives to the rule; nothing but running statistics may be changed."""
+    check_arguments(case.arguments(device), backward, str(case.mode), slack)
 
 
 def check_arguments(a: Arguments, backward: bool, context: str, slack: float = SLACK) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
-from problems import MODES, Arguments, Problem, run_ours
+from cases import MODES, Arguments, Case, run_ours
 from staged import composed, fused
 from torch import Tensor
 from ways import WAYS, plan_of
@@ -25,7 +25,7 @@ from ways import WAYS, plan_of
 from bn_ext.stages import merge_stats, stats
 
 
-def grids_first(ways: Iterable[Problem]) -> list[Problem]:
+def grids_first(ways: Iterable[Case]) -> list[Case]:
     """Puts grids first: all their blocks run at once, for which a tool's additions to kernels might leave no room."""
     return sorted(ways, key=lambda way: plan_of(way, "forward").team != "grid")
 
@@ -39,7 +39,7 @@ def in_stages(a: Arguments) -> dict[str, Tensor]:
     return {"merged mean": merged.mean, "merged invstd": merged.invstd} | parts
 
 
-def main(ways: Iterable[Problem], device: str = "cuda") -> int:
+def main(ways: Iterable[Case], device: str = "cuda") -> int:
     """Runs all of them, whatever becomes of the others; 1 if any failed."""
     torch.manual_seed(0)
     failed = 0

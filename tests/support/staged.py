@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from problems import Arguments
+from cases import Arguments
 
 from bn_ext.stages import Chain, backward_elemt, backward_reduce, elemt, merge_stats, stats
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from bn_ext import activation
 from bn_ext.tools import bench as module
 from bn_ext.tools import command
-from bn_ext.tools.bench import Block
+from bn_ext.tools.bench import Pattern
 
 MODELS = """\
 from torch import nn
@@ -146,7 +146,7 @@ def test_every_rank_and_activation(shape: tuple[int, ...], residual: bool) -> No
     for name in (None, *activation.NAMES):
         for dtype in (torch.float32, torch.bfloat16):
             channels_last = len(shape) in (4, 5)
-            errors = module.Problem(shape, Block(name, residual), dtype, channels_last, torch.device("cpu")).check()
+            errors = module.Workload(shape, Pattern(name, residual), dtype, channels_last, torch.device("cpu")).check()
             assert all(ours >= 0 for ours, _ in errors.values())
 
 
@@ -170,20 +170,20 @@ def test_bench_refuses_wrong_results(monkeypatch: pytest.MonkeyPatch, result: st
 
 def test_bench_refuses_wrong_results_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else they would excuse ours."""
-    right = Block.torchs
-    monkeypatch.setattr(Block, "torchs", lambda self, *given: right(self, *given) * 1.01)
+    right = Pattern.torchs
+    monkeypatch.setattr(Pattern, "torchs", lambda self, *given: right(self, *given) * 1.01)
     with pytest.raises(AssertionError, match=r"bench: forward is off by .*, torch's by"):
         module.bench((4, 3, 5, 5), seconds=0)
 
 
 @pytest.mark.parametrize(
-    ("block", "moved"),
+    ("pattern", "moved"),
     [
-        (Block(), {"forward": 2, "backward": 3, "forward + backward": 5, "inference": 2}),
-        (Block("relu", residual=True), {"forward": 3, "backward": 4, "forward + backward": 7, "inference": 3}),
+        (Pattern(), {"forward": 2, "backward": 3, "forward + backward": 5, "inference": 2}),
+        (Pattern("relu", residual=True), {"forward": 3, "backward": 4, "forward + backward": 7, "inference": 3}),
     ],
 )
-def test_the_rate_beside_a_copy(monkeypatch: pytest.MonkeyPatch, block: Block, moved: dict[str, int]) -> None:
+def test_the_rate_beside_a_copy(monkeypatch: pytest.MonkeyPatch, pattern: Pattern, moved: dict[str, int]) -> None:
     """A copy moves two tensors: where it takes twice our time, our rate is the least number that we move."""
     with_gradients = []
 
@@ -193,7 +193,7 @@ def test_the_rate_beside_a_copy(monkeypatch: pytest.MonkeyPatch, block: Block, m
         return {name: [2.0 if name == "copy" else 1.0] * 3 for name in calls}, 1
 
     monkeypatch.setattr(module, "interleave", timed)
-    rows = module.bench((4, 3, 5, 5), block).rows
+    rows = module.bench((4, 3, 5, 5), pattern).rows
     rate = module._HEAD.index("of a copy's rate")
     assert {row[0]: row[rate] for row in rows} == {passed: f"{100 * n} %" for passed, n in moved.items()}
     assert with_gradients == [True, False, False, False], "inference records none"

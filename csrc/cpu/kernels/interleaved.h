@@ -17,7 +17,7 @@ struct Interleaved {
   // The fewest rows that fill whole vectors: a power of two, no larger than the number of lanes.
   const int64_t copies = fold(tile);
 
-  // The sums of u and of u * w over a block, for each channel of the tile. Coefficients are per channel of the tile.
+  // The sums of u and of u * w over a patch, for each channel of the tile. Coefficients are per channel of the tile.
   template <class Term, int N>
   BN_NOINLINE void sums(const Extent& e,
                         const Term& term,
@@ -63,7 +63,7 @@ struct Interleaved {
  private:
   static int64_t fold(const Tile& tile) {
     int64_t k = 1;
-    if (tile.channels() < kFoldBelow && tile.channels() == tile.blocks.c) {
+    if (tile.channels() < kFoldBelow && tile.channels() == tile.patches.c) {
       while (k * tile.channels() % kWidth<T> != 0) {
         k *= 2;
       }
@@ -81,15 +81,15 @@ struct Interleaved {
     }
   }
 
-  // Visits the folded rows of a block, then the rows that are left over.
+  // Visits the folded rows of a patch, then the rows that are left over.
   template <class Visit>
   void for_each_part(const Extent& e, const Visit& visit) const {
     const int64_t wide = (e.n1 - e.n0) / copies;
-    const int64_t start = tile.blocks.offset(e.n0, tile.c0, 0);
-    visit(LaneRows{start, wide, copies * tile.blocks.c, copies * tile.channels()});
+    const int64_t start = tile.patches.offset(e.n0, tile.c0, 0);
+    visit(LaneRows{start, wide, copies * tile.patches.c, copies * tile.channels()});
     const int64_t left = (e.n1 - e.n0) - wide * copies;
     if (left > 0) {
-      visit(LaneRows{start + wide * copies * tile.blocks.c, left, tile.blocks.c, tile.channels()});
+      visit(LaneRows{start + wide * copies * tile.patches.c, left, tile.patches.c, tile.channels()});
     }
   }
 };

@@ -42,9 +42,9 @@ constexpr bool kFitsScratch = [] {
 }();
 static_assert(kFitsScratch<Interleaved<double>> && kFitsScratch<Planar<double>>);
 
-// The shift of a block is the mean of the blocks before it: if the block is far from that mean, the variance is as
-// large. The shift of the first block is the mean of its first quarter, which takes a pass of its own: the squared
-// distance of that mean from the block's mean is at most three times the block's variance. If the mean is within one
+// The shift of a patch is the mean of the patches before it: if the patch is far from that mean, the variance is as
+// large. The shift of the first patch is the mean of its first quarter, which takes a pass of its own: the squared
+// distance of that mean from the patch's mean is at most three times the patch's variance. If the mean is within one
 // deviation of zero, the shift is zero, because differences from zero are exact. Means are kept as distances from the
 // set's first value: if that value is like the others, their common offset costs no digits, and the mean of equal
 // values is exactly that value.
@@ -59,7 +59,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   mean += tile.c0;
   m2 += tile.c0;
   for (int64_t c = 0; c < tile.channels(); ++c) {
-    origin[c] = finite_or_zero(static_cast<double>(x[tile.blocks.offset(tile.n0, tile.c0 + c, 0)]));
+    origin[c] = finite_or_zero(static_cast<double>(x[tile.patches.offset(tile.n0, tile.c0 + c, 0)]));
     mean[c] = 0;
     m2[c] = 0;
   }
@@ -72,7 +72,7 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   };
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
     const Extent e = tile.extent(b);
-    const auto block_count = static_cast<double>(e.count());
+    const auto patch_count = static_cast<double>(e.count());
     set_shift(count);
     if (b == tile.b0) {
       rows.sums(e.quarter(), MomentTerm<T>{x}, about, sum, sum_sq, scratch);
@@ -87,12 +87,12 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
     }
     rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq, scratch);
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      const Moments block = shifted_moments(block_count, shift[c] - origin[c], sum[c], sum_sq[c]);
-      const Moments all = merge({count, mean[c], m2[c]}, block);
+      const Moments patch = shifted_moments(patch_count, shift[c] - origin[c], sum[c], sum_sq[c]);
+      const Moments all = merge({count, mean[c], m2[c]}, patch);
       mean[c] = all.mean;
       m2[c] = all.m2;
     }
-    count += block_count;
+    count += patch_count;
   }
 }
 

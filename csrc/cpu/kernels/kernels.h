@@ -41,10 +41,10 @@ class Scratch {
   std::byte* next_;
 };
 
-// The channels [c0, c1) of the blocks [b0, b1) of a statistic set, whose first image or position is n0. While a tile is
-// written, the input `ahead` elements further on, which is needed next, is prefetched.
+// The channels [c0, c1) of the patches [b0, b1) of a statistic set, whose first image or position is n0. While a tile
+// is written, the input `ahead` elements further on, which is needed next, is prefetched.
 struct Tile {
-  const Blocks& blocks;
+  const Patches& patches;
   int64_t n0;
   int64_t c0, c1;
   int64_t b0, b1;
@@ -52,8 +52,8 @@ struct Tile {
   Scratch scratch;
 
   BN_HD constexpr int64_t channels() const { return c1 - c0; }
-  BN_HD constexpr Extent extent(int64_t block) const {
-    const Extent e = blocks.extent(block);
+  BN_HD constexpr Extent extent(int64_t patch) const {
+    const Extent e = patches.extent(patch);
     return {n0 + e.n0, n0 + e.n1, e.s0, e.s1};
   }
 };

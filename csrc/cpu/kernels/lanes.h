@@ -59,7 +59,7 @@ void add_rows(const Term& term,
   }
   if (const int64_t left = rows.lanes - i; left > 0) {  // lanes past the end may belong to other channels
     const Vec<T> mask = lane_mask<T>(left);
-    add_column(i, [&](int64_t at) { return Part<T>{at, left, mask}; });
+    add_column(i, [&](int64_t at) { return FirstLanes<T>{at, left, mask}; });
   }
 }
 

@@ -14,9 +14,9 @@ struct Planar {
   static constexpr int64_t kMaxLanes = kPlanarRun + kWidth<T>;
 
   const Tile& tile;
-  const bool joined = tile.blocks.joined;
+  const bool joined = tile.patches.joined;
 
-  // The sums of u and of u * w over a block, for each channel of the tile. Coefficients are per channel of the tile.
+  // The sums of u and of u * w over a patch, for each channel of the tile. Coefficients are per channel of the tile.
   template <class Term, int N>
   void sums(const Extent& e,
             const Term& term,
@@ -40,8 +40,8 @@ struct Planar {
 
  private:
   LaneRows joined_rows(const Extent& e) const {
-    return {tile.blocks.offset(e.n0, tile.c0, e.s0), e.n1 - e.n0, tile.blocks.c * tile.blocks.s,
-            tile.channels() * tile.blocks.s};
+    return {tile.patches.offset(e.n0, tile.c0, e.s0), e.n1 - e.n0, tile.patches.c * tile.patches.s,
+            tile.channels() * tile.patches.s};
   }
 
   template <int K>
@@ -63,7 +63,7 @@ struct Planar {
     for (int j = 0; j < K; ++j) {
       Acc<T>* lanes = lanes_of[j];
       for (int64_t c = 0; c < tile.channels(); ++c) {
-        lanes = std::fill_n(lanes, tile.blocks.s, coefficients[j][c]);
+        lanes = std::fill_n(lanes, tile.patches.s, coefficients[j][c]);
       }
       std::fill_n(lanes, kWidth<T>, Acc<T>(0));
     }
@@ -85,7 +85,7 @@ struct Planar {
       const Extent e = tile.extent(b);
       for (int64_t n = e.n0; n < e.n1; ++n) {
         for (int64_t c = 0; c < tile.channels(); ++c) {
-          const int64_t start = tile.blocks.offset(n, tile.c0 + c, e.s0);
+          const int64_t start = tile.patches.offset(n, tile.c0 + c, e.s0);
           const auto k = of_channel<K>(coefficients, c);
           write_row<T>(start, e.s1 - e.s0, writes.aligned, writes.streamed,
                        [&](int64_t i, int64_t count, bool streamed)
@@ -111,8 +111,8 @@ struct Planar {
     spread(coefficients, lanes_of);
     sum_lanes<T>(term, rows, lanes_of, u, uw);
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      sum[c] = sum_of(u + c * tile.blocks.s, tile.blocks.s);
-      sum_product[c] = sum_of(uw + c * tile.blocks.s, tile.blocks.s);
+      sum[c] = sum_of(u + c * tile.patches.s, tile.patches.s);
+      sum_product[c] = sum_of(uw + c * tile.patches.s, tile.patches.s);
     }
   }
 
@@ -128,7 +128,7 @@ struct Planar {
     for (int64_t n = e.n0; n < e.n1; ++n) {
       for (int64_t c = 0; c < tile.channels(); ++c) {
         const auto k = of_channel<Term::kCoefficients>(coefficients, c);
-        add_row(term, tile.blocks.offset(n, tile.c0 + c, e.s0), length, mask, k.of, u[c], uw[c]);
+        add_row(term, tile.patches.offset(n, tile.c0 + c, e.s0), length, mask, k.of, u[c], uw[c]);
       }
     }
     for (int64_t c = 0; c < tile.channels(); ++c) {
@@ -168,7 +168,7 @@ struct Planar {
         term.add(Whole<T>{start + i}, k, u, uw);
       }
       if (i < length) {
-        term.add(Part<T>{start + i, length - i, mask}, k, u, uw);
+        term.add(FirstLanes<T>{start + i, length - i, mask}, k, u, uw);
       }
       sum.add(u);
       sum_product.add(uw);

@@ -35,7 +35,7 @@ struct WholeAndAhead {
 
 // The first `count` lanes of a vector at element i. `keep` clears the lanes that are not in the lane mask.
 template <class T>
-struct Part {
+struct FirstLanes {
   int64_t i;
   int64_t count;
   const Vec<T>& lane_mask;
@@ -112,13 +112,13 @@ struct SumTerm {
   }
 };
 
-// The sums of one channel of a block, element by element in double precision.
+// The sums of one channel of a patch, element by element in double precision.
 template <class Term, class A, int K>
-Pair exact_sums(const Blocks& blocks, const Extent& e, int64_t c, const Term& term, const A (&k)[K]) {
+Pair exact_sums(const Patches& patches, const Extent& e, int64_t c, const Term& term, const A (&k)[K]) {
   Pair total{0, 0};
   for (int64_t n = e.n0; n < e.n1; ++n) {
     for (int64_t s = e.s0; s < e.s1; ++s) {
-      const auto [u, w] = term.exact(blocks.offset(n, c, s), k);
+      const auto [u, w] = term.exact(patches.offset(n, c, s), k);
       total.u += u;
       total.w += u * w;
     }
@@ -149,7 +149,7 @@ void repair_sums(const Tile& tile,
         for (int j = 0; j < Term::kCoefficients; ++j) {
           k[j] = coefficients[j][c];
         }
-        const auto [u, w] = exact_sums(tile.blocks, e, tile.c0 + c, term, k);
+        const auto [u, w] = exact_sums(tile.patches, e, tile.c0 + c, term, k);
         sum[c] = u;
         sum_product[c] = w;
       }

@@ -211,29 +211,29 @@ template <class T>
 class DoubleLanes {
  public:
   explicit DoubleLanes(const double* lanes) {
-    for (int k = 0; k < kParts; ++k) {
-      parts_[k] = Part::loadu(lanes + k * Part::size());
+    for (int k = 0; k < kVectors; ++k) {
+      doubles_[k] = Doubles::loadu(lanes + k * Doubles::size());
     }
   }
   void add(const Vec<T>& v) {
-    for (int k = 0; k < kParts; ++k) {
-      parts_[k] = parts_[k] + widened(v, k);
+    for (int k = 0; k < kVectors; ++k) {
+      doubles_[k] = doubles_[k] + widened(v, k);
     }
   }
   void store(double* lanes) const {
-    for (int k = 0; k < kParts; ++k) {
-      parts_[k].store(lanes + k * Part::size());
+    for (int k = 0; k < kVectors; ++k) {
+      doubles_[k].store(lanes + k * Doubles::size());
     }
   }
 
  private:
-  using Part = at::vec::Vectorized<double>;
-  static constexpr int kParts = kWidth<T> / Part::size();
+  using Doubles = at::vec::Vectorized<double>;
+  static constexpr int kVectors = kWidth<T> / Doubles::size();
 
-  Part parts_[kParts];
+  Doubles doubles_[kVectors];
 
-  // The lanes of v that part k sums.
-  static Part widened(const Vec<T>& v, int k) {
+  // The lanes of v that vector k sums.
+  static Doubles widened(const Vec<T>& v, int k) {
     if constexpr (std::is_same_v<T, double>) {
       return v;
     } else {
@@ -244,9 +244,9 @@ class DoubleLanes {
 #else
       float values[kWidth<T>];
       v.store(values);
-      double wide[Part::size()];
-      std::copy_n(values + k * Part::size(), Part::size(), wide);
-      return Part::loadu(wide);
+      double wide[Doubles::size()];
+      std::copy_n(values + k * Doubles::size(), Doubles::size(), wide);
+      return Doubles::loadu(wide);
 #endif
     }
   }

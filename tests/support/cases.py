@@ -1,6 +1,6 @@
-"""The problems the kernels are tested on (shapes, memory layouts, number types, modes) and how to run one.
+"""The cases the kernels are tested on (shapes, memory layouts, number types, modes) and how to run one.
 
-A problem is run three times: by bn_ext, by torch, and by the float64 formulas of `bn_ext.reference`.
+A case is run three times: by bn_ext, by torch, and by the float64 formulas of `bn_ext.reference`.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ MODES = [Mode(True, True), Mode(True, False), Mode(False, True)]
 
 
 @dataclass(frozen=True)
-class Problem:
+class Case:
     shape: tuple[int, ...]
     layout: Callable[[Tensor], Tensor] = contiguous
     types: Types = FLOAT
@@ -169,7 +169,7 @@ class Problem:
         return f"{'x'.join(map(str, self.shape))}-{self.layout.__name__}-{self.types}{fused}{evaluation}"
 
     def arguments(self, device: str) -> Arguments:
-        """Random tensors of this problem: channels of differing mean and deviation."""
+        """Random tensors of this case: channels of differing mean and deviation."""
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(shape, device=device, dtype=torch.float64)
@@ -203,8 +203,8 @@ class Problem:
         return made
 
 
-def _grid(shapes: list[tuple[int, ...]], layouts: list[Callable], every_types: list[Types]) -> list[Problem]:
-    grid = [Problem(*point) for point in itertools.product(shapes, layouts, every_types)]
+def _grid(shapes: list[tuple[int, ...]], layouts: list[Callable], every_types: list[Types]) -> list[Case]:
+    grid = [Case(*point) for point in itertools.product(shapes, layouts, every_types)]
     return [p for p in grid if p.layout is not channels_last or len(p.shape) > 2]  # two dimensions are that anyhow
 
 
@@ -291,7 +291,7 @@ def _torchs(
 
 
 def run_torch(a: Arguments, backward: bool = False) -> Result:
-    """torch's own; on a GPU not cuDNN, which takes but some of the problems. The one mixture that torch refuses, half
+    """torch's own; on a GPU not cuDNN, which takes but some of the cases. The one mixture that torch refuses, half
     parameters with float32 statistics, runs with the same parameters held in float32 and its gradients rounded."""
     param = next((t for t in (a.weight, a.bias) if t is not None), None)
     mixed = param is not None and a.running_mean is not None and param.dtype != a.running_mean.dtype
@@ -360,9 +360,12 @@ def run_reference(a: Arguments, backward: bool = False) -> Expected:
 
 
 def largest(z: Tensor, a: Arguments) -> Tensor:
-    """Of z and the two that it is the sum of, the largest."""
+    """Of z and the terms that may cancel in it, the largest: the normalized values, the bias and the residual."""
     residual = torch.zeros_like(z) if a.residual is None else a.residual.double()
-    return torch.stack([z.abs(), residual.abs(), (z - residual).abs()]).amax(0)
+    bias = torch.zeros_like(z)
+    if a.bias is not None:
+        bias += a.bias.view(1, -1, *[1] * (z.dim() - 2))
+    return torch.stack([t.abs() for t in (z, residual, z - residual, bias)]).amax(0)
 
 
 # Those of two straight branches, whose gradient takes one bit of z.

@@ -1,4 +1,4 @@
-"""The bench measures these blocks, shapes and passes; one problem has its tensors and the results to expect."""
+"""The bench measures these patterns, shapes and passes; one workload has its tensors and the results to expect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_MOVES = {
     "bn+relu": _ONE_INPUT,
     "bn+add+relu": {"forward": 3, "backward": 4, "both": 7, "inference": 3},
 }
-BLOCKS = tuple(LEAST_MOVES)
+PATTERNS = tuple(LEAST_MOVES)
 PASSES = tuple(_ONE_INPUT)
 
 MOMENTUM = 0.1
@@ -39,18 +39,18 @@ def layouts(shape: str) -> tuple[str, ...]:
     return tuple(LAYOUTS) if shape.count("x") == 3 else ("contiguous",)
 
 
-class Problem:
+class Workload:
     """Inputs (the second, if there is one, is the residual), gradient, parameters and statistics of one shape, layout,
-    dtype and block; ``others`` has more such inputs and gradients, ``sets`` in all, for calls that are not to find
+    dtype and pattern; ``others`` has more such inputs and gradients, ``sets`` in all, for calls that are not to find
     their tensors in a cache.
 
     The parameters and statistics are float32 for a half-precision input too, as under autocast.
     """
 
     def __init__(
-        self, shape: str, layout: str, dtype: str, block: str = "bn", device: str = "cpu", sets: int = 1
+        self, shape: str, layout: str, dtype: str, pattern: str = "bn", device: str = "cpu", sets: int = 1
     ) -> None:
-        self.shape, self.layout, self.dtype, self.block = shape, layout, dtype, block
+        self.shape, self.layout, self.dtype, self.pattern = shape, layout, dtype, pattern
         sizes = sizes_of(shape)
         channels = sizes[1]
         random = torch.Generator(device).manual_seed(0)
@@ -67,7 +67,7 @@ class Problem:
 
         def inputs() -> tuple[Tensor, ...]:
             input = tensor().mul_(1.5).add_(0.5)
-            return (input, tensor()) if "add" in block else (input,)
+            return (input, tensor()) if "add" in pattern else (input,)
 
         self.inputs, self.dy = inputs(), tensor()
         self.input = self.inputs[0]
@@ -81,7 +81,7 @@ class Problem:
 
     @property
     def relu(self) -> bool:
-        return "relu" in self.block
+        return "relu" in self.pattern
 
     def _before_relu(self, mean: Tensor, var: Tensor) -> Tensor:
         output = reference.forward(self.input, self.weight, self.bias, mean, var, EPS)
