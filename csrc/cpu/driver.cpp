@@ -56,6 +56,17 @@ void parallel(int threads, int64_t tasks, const F& f) {
   }
 }
 
+// Calls f(i) for every i below `count`, on all threads where there are several statistic sets: the loops over sets and
+// channels are long then.
+template <class F>
+void for_each(const Plan& plan, int64_t count, const F& f) {
+  parallel(plan.sets > 1 ? plan.threads : 1, count, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      f(i);
+    }
+  });
+}
+
 // Runs reduce(tile, set, chunk), then finish(set, c0, c1), then apply(tile, set) over a problem: tile by tile while it
 // is in a thread's cache, or, where tiles are shared, pass by pass. The second pass goes backwards, to begin with what
 // the first one touched last.
@@ -251,9 +262,8 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
   if (finishes_sets(args)) {
-    for (int64_t i = 0; i < args.problem.c; ++i) {
-      finish_sets(args, i, momentum, [](const double* p) { return *p; });
-    }
+    for_each(plan, args.problem.c,
+             [&](int64_t i) { finish_sets(args, i, momentum, [](const double* p) { return *p; }); });
   }
 }
 
@@ -265,11 +275,11 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
   const Partial partial(plan, reduces);
   Coefficients<A> coefficients(plan, Direction::Backward);
-  for (int64_t set = 0; set < plan.sets; ++set) {
+  for_each(plan, plan.sets, [&](int64_t set) {
     for (int64_t i = 0; i < args.problem.c; ++i) {
       coefficients.set_channel(set, i, repeat_forward<A>(args, set, i));
     }
-  }
+  });
 
   const auto reduce = [&](const Tile& tile, int64_t set, int64_t chunk) {
     kernels.gradient_sums(tile, args.dy, reduces_dz_alone ? nullptr : args.x, args.epilogue, coefficients.of_set(set),
@@ -300,9 +310,7 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
   };
   run(plan, reduces, pass.applies(), reduce, finish, apply);
   if (finishes_sets(args)) {
-    for (int64_t i = 0; i < args.problem.c; ++i) {
-      finish_sets(args, i, [](const double* p) { return *p; });
-    }
+    for_each(plan, args.problem.c, [&](int64_t i) { finish_sets(args, i, [](const double* p) { return *p; }); });
   }
 }
 

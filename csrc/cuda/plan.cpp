@@ -11,6 +11,7 @@
 namespace bn::cuda {
 namespace {
 
+// Of a block that is alone on a multiprocessor, and of one of two. Not measured.
 constexpr int kThreadsAlone = kMaxThreads;
 constexpr int kThreadsOfTwo = kMaxThreads / 2;
 constexpr int kWarp = 32;
@@ -21,11 +22,11 @@ constexpr int kByte = 8;
 // Runs of a row that memory serves without waste.
 constexpr int64_t kLine = 64;
 
-// A slab's sums and coefficients take 96 bytes a channel of every block's shared memory.
+// A slab's sums and coefficients take 96 bytes a channel of every block's shared memory. Not measured.
 constexpr int64_t kMaxChannels = 256;
 
 // Packs a thread should have: enough loads under way to cover the latency of memory, and enough work to pay for the
-// start of a block.
+// start of a block. Not measured.
 constexpr int64_t kPacksPerThread = 8;
 
 // The system's own share of a block's shared memory.

@@ -12,7 +12,8 @@ namespace bn::cuda {
 // What one access to memory moves.
 constexpr int kPackBytes = 16;
 
-// Registers suffice, 65536 / 512 a thread, for one such block on a multiprocessor, or for two of half the threads.
+// Registers suffice, 65536 / 512 a thread, for one such block on a multiprocessor, or for two of half the threads. Not
+// measured.
 constexpr int kMaxThreads = 512;
 
 // What a device has, as far as plans depend on it.
