@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bn_ext import activation
 
-SOURCES = "plan.cpp", "passes/forward.cu", "passes/backward.cu", "passes/merge_rows.cu"
+PASSES = "passes/forward.cu", "passes/backward.cu"
 ALL, REDUCE, APPLY = range(3)  # Stages of csrc/core/pass.h
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
 
@@ -194,14 +194,14 @@ def statistics(x: Tensor, set_size: int | None, number: int) -> Tensor:
 
 
 class Kernels:
-    """The backend, compiled for the model. Files under ``include`` replace files of ``csrc``."""
+    """The backend, compiled for the model. Kernel files under ``include`` replace files of ``csrc``."""
 
     def __init__(self, name: str = "batch_norm", *, sanitize: bool = False, include: Sequence[Path] = ()) -> None:
-        folders = [*include, ROOT / "csrc"]
-        sources = [
-            next(f for f in (folder / "cuda" / source for folder in folders) if f.exists()) for source in SOURCES
-        ]
-        built = library(name, [HERE / "batch_norm.cpp", *sources], sanitize=sanitize, include=include)
+        folders = [folder / "cuda" for folder in (*include, ROOT / "csrc")]
+        passes = [next(f for f in (folder / file for folder in folders) if f.exists()) for file in PASSES]
+        rest = [HERE / "batch_norm.cpp", *(ROOT / "csrc/cuda" / file for file in ("plan.cpp", "passes/merge_rows.cu"))]
+        of_passes = {"sources": rest, "changed": passes} if include else {"sources": [*rest, *passes]}
+        built = library(name, **of_passes, sanitize=sanitize, include=include)
         self.library = Library(str(built))
         check_sizes(self.library)
         self.library.batch_norm_forward.argtypes = [POINTER(ForwardArgs), POINTER(Device)]

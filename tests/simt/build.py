@@ -35,6 +35,7 @@ FLAGS = [
 FLAGS += [f"-I{folder}" for folder in (HERE, ROOT / "csrc", TORCH / "include")]
 CHECKS = ["-fsanitize=alignment,null"]  # of kernels; sanitizers.cpp replaces the runtime library
 ADDRESSES = ["-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"]
+UNOPTIMIZED = ["-O0"]  # of kernels that are changed for one test, which runs less than it compiles
 JOBS = 2
 
 
@@ -44,27 +45,30 @@ def library(
     *,
     sanitize: bool = False,
     defines: Iterable[str] = (),
+    changed: Iterable[Path] = (),
     include: Iterable[Path] = (),
 ) -> Path:
-    """The shared object of ``sources`` and the model, compiled if a source or a header is newer. Headers in the folders
-    ``include`` come before the headers of csrc."""
+    """The shared object of ``sources`` and the model, compiled if a source or a header is newer. The sources that are
+    ``changed`` find headers in the folders ``include`` before those of csrc."""
     folders = list(include)
     flags = [*FLAGS, *(f"-D{define}" for define in defines), *(["-DBN_SIMT_SANITIZE"] if sanitize else [])]
-    of_kernels = [*(f"-I{folder}" for folder in folders), *flags, *CHECKS, *(ADDRESSES if sanitize else [])]
-    model_time = newest([Path(__file__), *headers_of(HERE), *headers_of(ROOT / "csrc")])
-    kernel_time = max(model_time, newest(header for folder in folders for header in headers_of(folder)))
+    of_kernels = [*flags, *CHECKS, *(ADDRESSES if sanitize else [])]
+    of_changed = [*(f"-I{folder}" for folder in folders), *of_kernels, *([] if sanitize else UNOPTIMIZED)]
+    headers = newest([Path(__file__), *headers_of(HERE), *headers_of(ROOT / "csrc")])
+    changed_headers = newest(header for folder in folders for header in headers_of(folder))
 
-    def compiled(source: Path, flags: list[str], headers_time: float) -> Path:
+    def compiled(source: Path, flags: list[str], headers: float) -> Path:
         target = folder_of(flags) / f"{source.stem}.o"
-        if not is_newer(target, max(headers_time, source.stat().st_mtime)):
+        if not is_newer(target, max(headers, source.stat().st_mtime)):
             run(["g++", *flags, "-x", "c++", "-c", str(source), "-o", str(target)])
         return target
 
-    target = folder_of(of_kernels) / f"{name}.so"
+    target = folder_of(of_changed if folders else of_kernels) / f"{name}.so"
     with (BUILD / "lock").open("w") as lock, ThreadPoolExecutor(JOBS) as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        units = [(source, of_kernels, kernel_time) for source in sources]
-        units += [(source, flags, model_time) for source in MODEL]
+        units = [(source, of_changed, max(headers, changed_headers)) for source in changed]
+        units += [(source, of_kernels, headers) for source in sources]
+        units += [(source, flags, headers) for source in MODEL]
         objects = list(pool.map(compiled, *zip(*units, strict=True)))
         if not is_newer(target, newest(objects)):
             run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), *ADDRESSES[:sanitize], "-o", str(target)])
