@@ -12,6 +12,9 @@ def instruction_set() -> str:
 def last_cache_bytes() -> int:
     """The size of the first core's last cache in bytes, 32 MiB where the system does not tell."""
 
+def set_last_cache_bytes(bytes: int) -> int:
+    """Makes CPU kernels take this for the size of the last cache, as tests do. Returns the size so far."""
+
 def bypasses_cache(output_bytes: int, last_cache_bytes: int) -> bool:
     """Whether the CPU kernels write an output of this size past a last cache of this size."""
 

@@ -1,5 +1,6 @@
 #include "cpu/last_cache.h"
 
+#include <atomic>
 #include <fstream>
 #include <string>
 
@@ -28,11 +29,19 @@ int64_t ask() {
   return kib > 0 ? kib << 10 : kUnlessKnown;
 }
 
+std::atomic<int64_t>& known() {
+  static std::atomic<int64_t> bytes = ask();
+  return bytes;
+}
+
 }  // namespace
 
 int64_t last_cache_bytes() {
-  static const int64_t bytes = ask();
-  return bytes;
+  return known();
+}
+
+int64_t set_last_cache_bytes(int64_t bytes) {
+  return known().exchange(bytes);
 }
 
 }  // namespace bn::cpu

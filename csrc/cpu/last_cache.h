@@ -8,4 +8,7 @@ namespace bn::cpu {
 // does not. Asked once.
 int64_t last_cache_bytes();
 
+// Plans go by this size from here on. Returns the size so far.
+int64_t set_last_cache_bytes(int64_t bytes);
+
 }  // namespace bn::cpu

@@ -138,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
       py::arg("activation"));
   m.def("instruction_set", &bn::cpu::instruction_set);
   m.def("last_cache_bytes", &bn::cpu::last_cache_bytes);
+  m.def("set_last_cache_bytes", &bn::cpu::set_last_cache_bytes, py::arg("bytes"));
   m.def("bypasses_cache", &bn::cpu::bypasses_cache, py::arg("output_bytes"), py::arg("last_cache_bytes"));
 
   m.def(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from cases import (
     BFLOAT,
-    DOUBLE,
     FLOAT,
     LARGE_GRID,
     LAYOUTS,
@@ -106,19 +105,3 @@ def test_backward_twice_gives_the_same(device: str) -> None:
 
 def test_expanded_input(device: str) -> None:
     check(Case((6, 5, 4, 4), expanded, dy_layout=channels_last), device, backward=True)
-
-
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
-def test_results_past_the_cache(types, layout, device: str) -> None:
-    """4 MiB and more, with rows of whole lines."""
-    check(Case((32, 64, 32, 32), layout, types), device, backward=True)
-
-
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
-@pytest.mark.parametrize("shape", [(80, 152, 14, 14), (80, 153, 14, 14), (50, 64, 28, 28), (35, 1030, 7, 9)], ids=str)
-def test_outputs_beyond_a_core_s_cache(shape: tuple[int, ...], types: Types, layout, device: str) -> None:
-    """Of more than 4 MiB; rows end with a line of the cache or within one."""
-    for mode in (MODES[0], MODES[2]):
-        check(Case(shape, layout, types, mode), device, backward=True)
