@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import cuda_check
 import pytest
 
@@ -25,8 +28,27 @@ ptxas info    : Function properties for bn::helper(double)
 
 
 @pytest.mark.skipif(cuda_check.nvcc() is None, reason="needs nvcc, on the PATH or in /usr/local/cuda/bin")
-def test_every_file_compiles_for_every_architecture() -> None:
-    assert cuda_check.main() == 0
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("__global__ void batch_norm_kernel(float* x) { *x = y; }", 'broken.cu does not compile for sm_90:.*"y"'),
+        ("inline int not_a_kernel() { return 1; }", "broken.cu has no kernel for sm_90"),
+        (
+            "__global__ void batch_norm_kernel(float* x, int i) { float held[64]; held[i] = *x; *x = held[i / 2]; }",
+            "batch_norm_kernel.*, sm_90: 256 bytes of stack",
+        ),
+    ],
+    ids=["error", "no kernel", "stack"],
+)
+def test_a_wrong_file_is_reported(
+    source: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The check of all files for all architectures takes minutes: `make cuda-check`, which CI runs too."""
+    (tmp_path / "broken.cu").write_text(source)
+    monkeypatch.setitem(cuda_check.SETUP, "GPU_SOURCES", [str(tmp_path / "broken.cu")])
+    monkeypatch.setattr(cuda_check, "ARCHITECTURES", ("sm_90",))
+    assert cuda_check.main() == 1
+    assert re.search(f"(?s){said}", capsys.readouterr().out)
 
 
 def test_what_ptxas_says_is_understood() -> None:
