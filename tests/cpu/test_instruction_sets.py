@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-OPS = Path(__file__).parents[1] / "ops"
-ACTIVATIONS = [f"test_activation.py::{name}" for name in ("test_types", "test_shapes", "test_mask")]
-CORE = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py", *ACTIVATIONS]
+TESTS = Path(__file__).parents[1]
+ACTIVATIONS = [f"test_activation.py::{name}" for name in ("test_types", "test_shapes", "test_branches")]
+OPS = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py", *ACTIVATIONS]
+CORE = [*(f"ops/{name}" for name in OPS), "cpu/test_bypass.py"]
+# Of these, the conversions of a half type are an instruction set's; which tensors have it is not, nor is a long sum.
+LEFT_OUT = "not bf16-bf16 and not f16-f16 and not test_long_reduction"
 AVAILABLE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
 
 
@@ -27,10 +30,10 @@ def test_level(level: str) -> None:
     def python(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, *arguments]
         return subprocess.run(
-            command, cwd=OPS, env=environment, capture_output=True, text=True, timeout=300, check=False
+            command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=300, check=False
         )
 
     used = python("-c", "import bn_ext._C; print(bn_ext._C.instruction_set())")
     assert used.stdout.strip() == level.upper(), used.stdout + used.stderr
-    run = python("-m", "pytest", "-q", "--tb=line", "-m", "not gpu", "-p", "no:cacheprovider", *CORE)
+    run = python("-m", "pytest", "-q", "--tb=line", "-m", "not gpu", "-p", "no:cacheprovider", "-k", LEFT_OUT, *CORE)
     assert run.returncode == 0, "\n".join(run.stdout.splitlines()[-40:])

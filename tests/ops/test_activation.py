@@ -44,10 +44,10 @@ from bn_ext.functional import batch_norm
 OPS = torch.ops.bn_ext
 ROOT = Path(__file__).parents[2]
 check = partial(check, slack=2.0)  # of thousands of cases some are off by chance
-# Rows that are whole bytes of a mask, that end or begin within one; planes that are joined and that are not.
+# Rows of whole bytes of branch bits, that end or begin within one; planes that are joined and that are not.
 SHAPES = [(33, 65), (3, 1, 7, 7), (8, 64, 1, 1), (3, 65, 49), (2, 16, 33, 32), (9, 24, 14, 14), (2, 3, 3, 5, 2)]
-# Rows, runs of planes and masks that end with a byte, or with a word, or not.
-MASKED = [(2, 16, 33, 32), (3, 64, 7, 7), (3, 65, 7, 7), (32, 65, 7, 7), (3, 8, 1, 5), (2, 24, 1, 4), (5, 3)]
+# Rows, runs of planes and branch bits that end with a byte, or with a word, or not.
+BRANCHED = [(2, 16, 33, 32), (3, 64, 7, 7), (3, 65, 7, 7), (32, 65, 7, 7), (3, 8, 1, 5), (2, 24, 1, 4), (5, 3)]
 LARGE = [(5003, 7), (4, 2, 70001), (16, 33, 14, 14), (32, 64, 32, 32)]
 
 
@@ -66,21 +66,18 @@ every_activation = pytest.mark.parametrize("activation", NAMES)
 with_and_without_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("types", TYPES, ids=str)
 @every_activation
 @with_and_without_residual
-def test_types(activation: str, residual: bool, types: Types, layout, device: str) -> None:
-    for mode in MODES:
+def test_types(activation: str, residual: bool, device: str) -> None:
+    for layout, types, mode in itertools.product((contiguous, channels_last), TYPES, MODES):
         check(Case((5, 19, 6, 7), layout, types, mode, residual=residual, activation=activation), device, True)
 
 
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("activation", ["identity", "relu", "relu6", "silu"])
 @with_and_without_residual
-def test_shapes(shape, layout, activation: str, residual: bool, device: str) -> None:
-    for types, mode in itertools.product((FLOAT, DOUBLE, BFLOAT), MODES):
+def test_shapes(shape, activation: str, residual: bool, device: str) -> None:
+    for layout, types, mode in itertools.product((contiguous, channels_last), (FLOAT, DOUBLE, BFLOAT), MODES):
         check(Case(shape, layout, types, mode, residual=residual, activation=activation), device, True)
 
 
@@ -215,38 +212,38 @@ def test_gradient_is_that_of_the_output(layout, types: Types, residual: bool, de
         assert torch.equal(r.dresidual, passed.to(a.dy.dtype))
 
 
+BRANCH = {
+    "relu": lambda y: y <= 0,
+    "relu6": lambda y: (y <= 0) | (y >= 6),
+    "leaky_relu": lambda y: y > 0,
+    "hardsigmoid": lambda y: (y > 0) & (y < 1),
+}
+
+
 @pytest.mark.parametrize("activation", STRAIGHT)
-@pytest.mark.parametrize("layout", [contiguous, channels_last])
-@pytest.mark.parametrize("shape", MASKED, ids=str)
-@pytest.mark.parametrize("types", [DOUBLE, FLOAT], ids=str)
-@pytest.mark.parametrize("training", [True, False])
-@with_and_without_residual
-def test_mask(activation: str, types: Types, layout, shape, training: bool, residual: bool, device: str) -> None:
+@pytest.mark.parametrize("shape", BRANCHED, ids=str)
+def test_branches(activation: str, shape, device: str) -> None:
     """A bit an element in the order of memory, and none beyond them, whatever was there before. All else is the same
-    without a mask."""
-    mode = MODES[0 if training else 2]
-    a = Case(shape, layout, types, mode, residual=residual, activation=activation).arguments(device)
-    behind = a.eps, a.residual, NAMES.index(activation), a.param
-    if training:
-        call = partial(OPS.batch_norm_forward, a.input, a.weight, a.bias, None, None, None, 0.1, *behind, None)
-    else:
-        running = a.running_mean, a.running_var
-        call = partial(OPS.batch_norm_forward.evaluation, a.input, a.weight, a.bias, *running, *behind)
-    with filled_memory():
-        output, *statistics, mask = call(True)
-    for one, other in zip((output, *statistics), call(False)[:3], strict=True):
-        assert torch.equal(one, other)
-    assert mask.numel() == (a.input.numel() + 31) // 32 * 4
-    bits = (mask[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
-    stored = output if output.is_contiguous() else output.movedim(1, -1)
-    branch = {
-        "relu": lambda y: y <= 0,
-        "relu6": lambda y: (y <= 0) | (y >= 6),
-        "leaky_relu": lambda y: y > 0,
-        "hardsigmoid": lambda y: (y > 0) & (y < 1),
-    }
-    assert torch.equal(bits[: output.numel()], branch[activation](stored.flatten()))
-    assert not bits[output.numel() :].any()
+    without branches."""
+    layouts, modes = (contiguous, channels_last), (MODES[0], MODES[2])
+    for layout, types, mode, residual in itertools.product(layouts, (DOUBLE, FLOAT), modes, (False, True)):
+        case = Case(shape, layout, types, mode, residual=residual, activation=activation)
+        a = case.arguments(device)
+        behind = a.eps, a.residual, NAMES.index(activation), a.param
+        if mode.training:
+            call = partial(OPS.batch_norm_forward, a.input, a.weight, a.bias, None, None, None, 0.1, *behind, None)
+        else:
+            running = a.running_mean, a.running_var
+            call = partial(OPS.batch_norm_forward.evaluation, a.input, a.weight, a.bias, *running, *behind)
+        with filled_memory():
+            output, *statistics, branches = call(True)
+        for one, other in zip((output, *statistics), call(False)[:3], strict=True):
+            assert torch.equal(one, other), case
+        assert branches.numel() == (a.input.numel() + 31) // 32 * 4
+        bits = (branches[:, None] >> torch.arange(8, device=device) & 1).bool().flatten()
+        stored = output if output.is_contiguous() else output.movedim(1, -1)
+        assert torch.equal(bits[: output.numel()], BRANCH[activation](stored.flatten())), case
+        assert not bits[output.numel() :].any(), case
 
 
 def test_large_values_that_overflow_a_sum(device: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -27,7 +28,8 @@ from bn_ext.functional import batch_norm
 
 every_activation = pytest.mark.parametrize("activation", NAMES)
 with_and_without_residual = pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
-layouts = pytest.mark.parametrize("layout", [contiguous, channels_last, transposed])
+LAYOUTS = contiguous, channels_last, transposed
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 EVALUATION = MODES[2]
 
 
@@ -106,45 +108,40 @@ def evaluated(
 
 @every_activation
 @with_and_without_residual
-@layouts
-@pytest.mark.parametrize("shape", [(3, 5, 7, 9), (2, 8, 4, 4), (33, 5)], ids=str)
 @pytest.mark.parametrize("learnt", LEARNT)
-def test_evaluation_keeps_what_its_backward_needs(
-    learnt: str, shape: tuple[int, ...], layout, activation: str, residual: bool, device: str
-) -> None:
+def test_evaluation_keeps_what_its_backward_needs(learnt: str, activation: str, residual: bool, device: str) -> None:
     """Of a frozen layer nothing, or a bit an element. A curved activation needs its input z; the gradient of the weight
     needs the input."""
-    a, _ = evaluated(shape, layout, FLOAT, residual, activation, learnt, device)
-    channels = a.input.size(1)
-    with Kept(a.weight, a.bias) as kept:
-        output = call(a)
-    tensor, bits = a.input.untyped_storage().nbytes(), -(-output.numel() // 32) * 4
-    if activation == "identity":
-        needed = tensor * (learnt == "all")
-    elif activation in STRAIGHT:
-        needed = bits * (residual or learnt != "all") + tensor * (learnt == "all")
-    else:
-        needed = tensor * (2 if residual else 1)
-    assert kept.total() == needed + 2 * 8 * channels, "statistics are all else that may be kept"
+    for layout, shape in itertools.product(LAYOUTS, ((3, 5, 7, 9), (2, 8, 4, 4), (33, 5))):
+        a, _ = evaluated(shape, layout, FLOAT, residual, activation, learnt, device)
+        channels = a.input.size(1)
+        with Kept(a.weight, a.bias) as kept:
+            output = call(a)
+        tensor, bits = a.input.untyped_storage().nbytes(), -(-output.numel() // 32) * 4
+        if activation == "identity":
+            needed = tensor * (learnt == "all")
+        elif activation in STRAIGHT:
+            needed = bits * (residual or learnt != "all") + tensor * (learnt == "all")
+        else:
+            needed = tensor * (2 if residual else 1)
+        assert kept.total() == needed + 2 * 8 * channels, f"{shape}, {layout.__name__}: more is kept than statistics"
 
 
 @every_activation
 @with_and_without_residual
-@layouts
-@pytest.mark.parametrize("dy_layout", [contiguous, channels_last, transposed])
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
-def test_a_frozen_layer_has_the_same_gradients(
-    types: Types, dy_layout, layout, activation: str, residual: bool, device: str
-) -> None:
+def test_a_frozen_layer_has_the_same_gradients(types: Types, activation: str, residual: bool, device: str) -> None:
     """To the bit, whatever is kept, and in whatever layout the gradient of the output comes."""
-    for shape in ((3, 5, 7, 9), (2, 16, 33, 4), (70, 5)):
+    shapes = (3, 5, 7, 9), (2, 16, 33, 4), (70, 5)
+    for layout, dy_layout, shape in itertools.product(LAYOUTS, LAYOUTS, shapes):
         gradients = {}
         for learnt in LEARNT:
             a, leaves = evaluated(shape, layout, types, residual, activation, learnt, device)
             gradients[learnt] = torch.autograd.grad(call(a), leaves, dy_layout(a.dy.contiguous()))
         *shared, _, dbias = gradients["all"]
-        assert all(map(torch.equal, gradients["none"], shared))
-        assert all(map(torch.equal, gradients["bias"], (*shared, dbias)))
+        here = f"{shape}, {layout.__name__}, {dy_layout.__name__}"
+        assert all(map(torch.equal, gradients["none"], shared)), here
+        assert all(map(torch.equal, gradients["bias"], (*shared, dbias))), here
 
 
 @every_activation
