@@ -56,15 +56,17 @@ void parallel(int threads, int64_t tasks, const F& f) {
   }
 }
 
-// Calls f(i) for every i below `count`, on all threads where there are several statistic sets: the loops over sets and
-// channels are long then.
+// Calls f(i) for every i below `count`, which together finish every channel of every set: on all threads if they are
+// many.
 template <class F>
 void for_each(const Plan& plan, int64_t count, const F& f) {
-  parallel(plan.sets > 1 ? plan.threads : 1, count, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      f(i);
-    }
-  });
+  constexpr int64_t kSerial = 4096;  // not measured
+  parallel(plan.sets > 1 && plan.sets * plan.patches.c >= kSerial ? plan.threads : 1, count,
+           [&](int64_t begin, int64_t end) {
+             for (int64_t i = begin; i < end; ++i) {
+               f(i);
+             }
+           });
 }
 
 // Runs reduce(tile, set, chunk), then finish(set, c0, c1), then apply(tile, set) over a problem: tile by tile while it
