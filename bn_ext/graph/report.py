@@ -165,7 +165,7 @@ def _of_program(fold: Fold) -> Row:
 
 
 def _of_calls(calls: Sequence[Fusion], own: str) -> tuple[str, str, str]:
-    """Where captured calls of one batch norm run, what they compute besides, and why no more."""
+    """The place where captured calls of one batch norm run, what they compute besides, and why no more."""
     kinds = _distinct([" + ".join(call.fused) or own or "nothing" for call in calls] or [own], " or ")
     reasons = [] if own else [call.reason for call in calls]
     runs_on = _distinct(["bn_ext" if call.on_kernels else "torch" for call in calls], " or ")
@@ -203,7 +203,7 @@ def _of_tensors(module: nn.Module) -> str:
 
 
 def _of_forward(module: nn.Module) -> tuple[str, str]:
-    """Where the forward of ``module`` runs, and why not on our kernels."""
+    """The place where the forward of ``module`` runs, and why not on our kernels."""
     if "forward" in vars(module):
         return _UNKNOWN, "its forward was replaced, and what the new one calls is not seen"
     cls = type_before_parametrizations(module)

@@ -1,4 +1,4 @@
-"""Where something is measured, and what else runs there meanwhile."""
+"""The machine that something is measured on, and the load that other processes put on it meanwhile."""
 
 from __future__ import annotations
 

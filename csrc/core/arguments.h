@@ -6,7 +6,7 @@
 #include "core/pass.h"
 #include "core/problem.h"
 
-// What a backend is asked to do: raw pointers, all of one device.
+// The arguments of a call to a backend: raw pointers, all of one device.
 namespace bn {
 
 // A value per channel of any floating type, or none at all.
@@ -35,7 +35,7 @@ struct PerChannel {
   }
 };
 
-// What follows the normalization: y = activation(z), z = normalized + residual.
+// Behind the normalization: y = activation(z), z = normalized + residual.
 struct Epilogue {
   Activation activation;
   const void* residual = nullptr;  // laid out as x, or null

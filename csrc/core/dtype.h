@@ -9,7 +9,7 @@
 
 namespace bn {
 
-// What values of a type are summed and computed in.
+// The type that values are summed and computed in.
 template <class T>
 using Acc = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

@@ -24,7 +24,7 @@ enum class Direction : int { Forward, Backward };
 // given them.
 enum class Stages : int { All, Reduce, Apply };
 
-// What follows the normalization, as a pass reads and writes it.
+// The residual and the activation behind the normalization, as a pass reads and writes them.
 struct Chain {
   ActivationKind activation = ActivationKind::Identity;
   bool residual = false;  // is read
@@ -103,7 +103,7 @@ struct Pass {
   // A forward may hold x between the stages. A backward may hold dz and, if dx needs it, x.
   int holds() const { return !applies() ? 0 : through_statistics() ? 2 : 1; }
 
-  // What apply_reads counts and a held element need not be read for. dz is made of all that a backward reads.
+  // The part of apply_reads that is not read again for a held element. dz is made of all that a backward reads.
   Traffic spared_by_holding() const { return forward() ? Traffic{1, false} : apply_reads(); }
 
   Traffic writes() const {

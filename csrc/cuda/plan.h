@@ -9,14 +9,14 @@
 // How a problem is laid out on a GPU: a value from a pure function.
 namespace bn::cuda {
 
-// What one access to memory moves.
+// One access to memory moves these bytes.
 constexpr int kPackBytes = 16;
 
 // Registers suffice, 65536 / 512 a thread, for one such block on a multiprocessor, or for two of half the threads. Not
 // measured.
 constexpr int kMaxThreads = 512;
 
-// What a device has, as far as plans depend on it.
+// A device, as far as plans depend on it.
 struct Limits {
   std::string name;
   int multiprocessors = 0;
@@ -27,7 +27,7 @@ struct Limits {
   bool operator==(const Limits&) const = default;
 };
 
-// Those of the GPUs that tests and tables name; throws std::invalid_argument for a name it does not know.
+// The limits of a GPU that tests and tables name. Throws std::invalid_argument for a name it does not know.
 const Limits& named_limits(const std::string& name);
 
 // Who shares the sums of a channel.

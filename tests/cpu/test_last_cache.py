@@ -1,4 +1,4 @@
-"""Where the CPU kernels write an output: through the last cache while its reader can find it there."""
+"""The CPU kernels write an output through the last cache while its reader can find it there."""
 
 from __future__ import annotations
 

@@ -148,7 +148,7 @@ def test_strided_parameters_and_statistics(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("wants", ["input", "residual"])
 def test_tensors_made_in_inference_mode(wants: str, training: bool, activation: str | None) -> None:
-    """Where only one of input and residual has a gradient, torch's two calls take the other from inference mode."""
+    """If only one of input and residual has a gradient, torch's two calls take the other from inference mode."""
     with torch.inference_mode():
         other = torch.randn(4, 3, 5)
     tensor = torch.randn(4, 3, 5, requires_grad=True)

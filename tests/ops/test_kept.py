@@ -1,4 +1,4 @@
-"""What autograd keeps of a call for its backward."""
+"""Autograd keeps no more of a call than its backward needs."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_schema(name: str) -> None:
 
 
 def arguments_of(case: Case, device: str, gradients: bool = False, momentum: float | None = 0.1) -> tuple:
-    """Those of batch_norm."""
+    """The arguments of batch_norm."""
     a = case.arguments(device)
     counter = torch.tensor(3, device=device) if case.mode.running else None
     input, weight, bias, residual = (
@@ -167,7 +167,7 @@ def test_opcheck_cumulative_average(device: str) -> None:
 @pytest.mark.parametrize("offset", [2.0, 1e6])
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_statistics(mode: Mode, layout, offset: float, device: str) -> None:
-    """Those of the batch to float32's precision of the deviation, whatever the mean; the running ones exactly."""
+    """The batch's statistics, to float32's precision of the deviation, whatever the mean; the running ones exactly."""
     case = Case((5, 19, 33, 7), layout, mode=mode, offset=offset)
     forward, arguments = forward_call(case, device)
     input, _, _, running_mean, running_var, *_ = arguments

@@ -1,4 +1,4 @@
-"""Where the output lies in memory: as torch's, for every layout of the input."""
+"""The output lies in memory as torch's does, for every layout of the input."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@
 namespace bn::simt {
 namespace {
 
-// What -fsanitize=alignment,null passes to its handler. The handler below replaces the compiler's runtime library.
+// -fsanitize=alignment,null passes this to its handler. The handler below replaces the compiler's runtime library.
 struct TypeMismatch {
   const char* file;
   uint32_t line;

@@ -43,7 +43,7 @@ struct Thread {
   Fiber* fiber;
   bool returned = false;
 
-  // What the thread waits for.
+  // The thread waits for this.
   const char* call = nullptr;
   Site site;
   unsigned lanes = 0;  // of an exchange

@@ -382,7 +382,7 @@ KINKS = {
 
 
 def near_kinks(a: Arguments) -> Tensor:
-    """Where rounding could decide on which side of a kink z is."""
+    """Marks elements where rounding could decide on which side of a kink z is."""
     mean, var = reference.statistics(a.input) if a.training else (a.running_mean, a.running_var)
     z = reference.forward(a.input, a.weight, a.bias, mean, var, a.eps)
     z = z if a.residual is None else z + a.residual.double()

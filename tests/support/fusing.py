@@ -108,7 +108,7 @@ def operators(call: Callable[[], object]) -> dict[str, int]:
 
 
 def graphs_of(model: nn.Module, *args: Tensor) -> list[torch.fx.Graph]:
-    """Those that a first call of a fused model runs."""
+    """The graphs that a first call of a fused model runs."""
     from bn_ext.graph.fusion import fused
 
     graphs = []

@@ -25,7 +25,7 @@ SHAPES = {
 
 
 def constructible(options: list[dict]) -> list[dict]:
-    """Those of these constructor arguments that this torch has: 2.11 knows no bias=False."""
+    """Filters constructor arguments by what this torch has: 2.11 knows no bias=False."""
     known = inspect.signature(nn.BatchNorm2d).parameters
     return [one for one in options if one.keys() <= known.keys()]
 

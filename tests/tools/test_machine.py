@@ -1,4 +1,4 @@
-"""Where something is measured, what else runs there, and durations in words."""
+"""The machine in words, the load of other processes, and durations in words."""
 
 from __future__ import annotations
 
