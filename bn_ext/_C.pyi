@@ -3,8 +3,11 @@ from typing import Literal
 def activations() -> list[tuple[str, str | None, float | None]]:
     """Name, parameter's name and parameter's default of each activation; None for both where it has no parameter."""
 
-def keeps_branches(activation: str) -> bool:
-    """Whether the gradient of an activation behind a residual needs no more than one bit an element."""
+def backward_chain(activation: str, *, residual: bool, frozen: bool = False) -> tuple[bool, bool]:
+    """Whether a backward reads the residual, and whether it reads branch bits (``csrc/core/pass.h``)."""
+
+def empty_output(input: Tensor) -> Tensor:
+    """An uninitialized output for an input, with the strides of torch's."""
 
 def instruction_set() -> str:
     """The instruction set whose CPU kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""

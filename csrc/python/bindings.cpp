@@ -133,9 +133,13 @@ void warn_of_fallback(const at::Tensor& input, const char* reason) {
 PYBIND11_MODULE(_C, m) {
   m.def("activations", known_activations);
   m.def(
-      "keeps_branches",
-      [](const std::string& name) { return has_branches(bn::ops::activation_of(name, std::nullopt)); },
-      py::arg("activation"));
+      "backward_chain",
+      [](const std::string& name, bool residual, bool frozen) {
+        const bn::Chain read = bn::backward_chain(bn::ops::activation_of(name, std::nullopt).kind, residual, frozen);
+        return std::pair(read.residual, read.branches);
+      },
+      py::arg("activation"), py::kw_only(), py::arg("residual"), py::arg("frozen") = false);
+  define_fakes(m);
   m.def("instruction_set", &bn::cpu::instruction_set);
   m.def("last_cache_bytes", &bn::cpu::last_cache_bytes);
   m.def("set_last_cache_bytes", &bn::cpu::set_last_cache_bytes, py::arg("bytes"));

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
-from bn_ext._C import Pass
+from bn_ext._C import Pass, backward_chain
+from bn_ext.activation import NAMES
 
 ALL = frozenset({"dx", "dweight", "dbias"})
 WITH_RESIDUAL = ALL | {"dresidual"}
@@ -78,6 +79,17 @@ def test_stages_of_backwards_that_want_less(
 ) -> None:
     call = layer("backward", activation, residual).wanting(set(gradients), training=training)
     assert stages(call) == PARTIAL[activation, residual, gradients, training]
+
+
+def test_a_backward_reads_a_residual_or_branch_bits() -> None:
+    """The residual where the activation is curved, bits where one tells the branch of z and spares a tensor."""
+    straight = {"relu", "relu6", "leaky_relu", "hardsigmoid"}
+    for name in NAMES:
+        curved = name not in straight | {"identity"}
+        assert backward_chain(name, residual=True) == (curved, name in straight), name
+        assert backward_chain(name, residual=True, frozen=True) == (curved, name in straight), name
+        assert backward_chain(name, residual=False) == (False, False), name
+        assert backward_chain(name, residual=False, frozen=True) == (False, name in straight), name
 
 
 def test_a_pass_is_a_value() -> None:

@@ -222,7 +222,7 @@ class _Rewriting:
         if not all(map(only_computes, between(norm, last))):
             raise _ObstacleError("gradient mode, autocast or a nested graph is between it and the activation")
         residual = norm.kwargs["residual"]
-        is_read = value(last).requires_grad and not _C.keeps_branches(activation.name)
+        is_read = value(last).requires_grad and _C.backward_chain(activation.name, residual=True)[0]
         if is_read and isinstance(residual, Node) and self.may_be_written(residual, norm):
             raise _ObstacleError("what is added may be written to before the backward, which reads it")
         norm.update_kwarg("activation", activation.name)
