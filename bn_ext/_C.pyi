@@ -1,4 +1,10 @@
+from collections.abc import Callable
 from typing import Literal
+
+from torch import Tensor
+
+# The fake kernel of each operator below batch_norm.
+fakes: dict[str, Callable[..., tuple[Tensor | None, ...]]]
 
 def activations() -> list[tuple[str, str | None, float | None]]:
     """Name, parameter's name and parameter's default of each activation; None for both where it has no parameter."""

@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from bn_ext._fake import FLOATING
 from bn_ext._table import Table
 from bn_ext.functional import has_kernels
 from bn_ext.graph.arguments import check_model
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 _HEAD = ("batch norm", "class", "runs on", "fused", "reason")
 _UNKNOWN = "not known"
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _TENSORS = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -197,7 +198,7 @@ def _of_tensors(module: nn.Module) -> str:
             continue
         if not has_kernels(tensor.device):
             return f"there are no kernels for {tensor.device.type}"
-        if tensor.dtype not in FLOATING:
+        if tensor.dtype not in _FLOATING:
             return f"there are no kernels for {tensor.dtype}"
     return ""
 

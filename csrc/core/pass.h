@@ -10,8 +10,9 @@
 namespace bn {
 
 // The size of the branch bits of this many elements: whole words of 32 bits.
-BN_HD constexpr int64_t branch_bytes(int64_t elements) {
-  return divide_up(elements, 32) * 4;
+template <class Size>
+BN_HD constexpr Size branch_bytes(const Size& elements) {
+  return (elements + 31) / 32 * 4;
 }
 
 BN_HD constexpr bool fills_branch_words(int64_t elements) {

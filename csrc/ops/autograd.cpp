@@ -30,8 +30,9 @@ FourTensors call_forward(const Arguments& a, bool with_branches) {
   return a.training
              ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
                              a.momentum, a.eps, a.residual, number, a.activation.param, a.set_size, with_branches)
-             : evaluation.call(a.input, a.weight, a.bias, *a.running_mean, *a.running_var, a.eps, a.residual, number,
-                               a.activation.param, with_branches);
+             : evaluation.call(a.input, a.weight, a.bias, a.running_mean.value_or(Tensor()),
+                               a.running_var.value_or(Tensor()), a.eps, a.residual, number, a.activation.param,
+                               with_branches);
 }
 
 FourTensors call_backward(const BackwardArguments& a, Layout layout) {
@@ -62,8 +63,6 @@ Kept kept(const Arguments& a) {
 // What a backward has to know besides tensors. Autograd keeps values by name, in a table that small calls would feel:
 // all of this is one.
 struct Call {
-  static constexpr int64_t kMostImages = int64_t{1} << 53;  // no more fit into a double, or into memory
-
   bool has_bias;
   bool has_residual;
   bool training;
@@ -248,8 +247,7 @@ Tensor batch_norm(const Arguments& a) {
   if (const char* reason = obstacle_behind(a, recorded)) {
     return decomposed(a, reason, by_kernels);
   }
-  check_inputs(a);  // here too: fake kernels have other words for some mistakes
-  check_running_statistics(a, recorded);
+  check_running_statistics(a, recorded);  // the operators below check the rest
   return by_kernels(a);
 }
 
@@ -273,7 +271,7 @@ Tensor with_arguments(const Tensor& input,
                       Name activation,
                       Param activation_param,
                       SetSize set_size) {
-  check_set_size(set_size);
+  check_set_size("batch_norm", set_size);
   // Of one dimension; autograd gives the gradients the parameters' shapes.
   const auto flat = [](const OptionalTensor& t, OptionalTensor& made) -> const OptionalTensor& {
     return !t.has_value() || t->dim() == 1 ? t : made = t->reshape(-1);

@@ -1,3 +1,4 @@
+#include "ops/checks.h"
 #include "ops/inputs.h"
 #include "ops/tensor_math.h"
 
@@ -23,16 +24,14 @@ std::pair<std::vector<int64_t>, std::vector<int64_t>> dimensions(const Tensor& i
   return {others, per_channel};
 }
 
-// Calls f(first image, images) for each statistic set, and joins the results along images.
-template <class F>
-Tensor joined_sets(const Tensor& input, SetSize set_size, const F& f) {
-  const int64_t n = input.size(0);
-  const int64_t images = images_per_set(input, set_size);
-  std::vector<Tensor> parts;
-  for (int64_t first = 0; first < n; first += images) {
-    parts.push_back(f(first, std::min(images, n - first)));
-  }
-  return parts.empty() ? input : at::cat(parts);
+// The images of a statistic set, at least one.
+c10::SymInt images_of_set(const c10::SymInt& n, int64_t set_size) {
+  return TORCH_GUARD_OR_FALSE(n.sym_le(set_size)) ? n.max(1) : c10::SymInt(set_size);
+}
+
+// A row for each image, of rows for each set.
+Tensor of_images(const Tensor& of_sets, const c10::SymInt& n, int64_t set_size) {
+  return of_sets.repeat_interleave_symint(images_of_set(n, set_size), 0).narrow_symint(0, 0, n);
 }
 
 // The mean of each channel in each statistic set, of sizes that broadcast with t.
@@ -41,23 +40,32 @@ Tensor average(const Tensor& t, SetSize set_size) {
   if (!set_size.has_value()) {
     return t.mean(others, true);
   }
-  return joined_sets(t, set_size, [&](int64_t first, int64_t images) {
-    const Tensor set = t.narrow(0, first, images);
-    return set.mean(others, true).expand_as(set);
-  });
+  const c10::SymInt n = t.sym_size(0);
+  const c10::SymInt images = images_of_set(n, *set_size);
+  const c10::SymInt whole = n / images;
+  const c10::SymInt rest = n - whole * images;  // images of a last, smaller set
+  const auto of_sets = [&](const c10::SymInt& first, const c10::SymInt& sets, const c10::SymInt& images) {
+    const Tensor part = t.narrow_symint(0, first, sets * images).unflatten_symint(0, {sets, images});
+    std::vector<int64_t> in_set{1};
+    for (int64_t d = 3; d < part.dim(); ++d) {
+      in_set.push_back(d);
+    }
+    return part.mean(in_set, true).squeeze(1);
+  };
+  const Tensor means = of_sets(0, whole, images);
+  return of_images(TORCH_GUARD_OR_FALSE(rest.sym_eq(0)) ? means : at::cat({means, of_sets(whole * images, 1, rest)}), n,
+                   *set_size);
 }
 
 // Statistics of each channel, or set and channel, of sizes that broadcast with the input.
 Tensor spread(const Tensor& statistics, const Tensor& input, SetSize set_size) {
-  const auto per_channel = dimensions(input).second;
   if (!set_size.has_value()) {
-    return statistics.view(per_channel);
+    return statistics.view(dimensions(input).second);
   }
-  return joined_sets(input, set_size, [&](int64_t first, int64_t images) {
-    return statistics.select(0, first / images_per_set(input, set_size))
-        .view(per_channel)
-        .expand_as(input.narrow(0, first, images));
-  });
+  std::vector<c10::SymInt> sizes(input.dim(), 1);
+  sizes[0] = statistics.sym_size(0);
+  sizes[1] = statistics.sym_size(1);
+  return of_images(statistics.view_symint(sizes), input.sym_size(0), *set_size);
 }
 
 OptionalTensor to(const OptionalTensor& t, at::ScalarType type) {
@@ -183,8 +191,8 @@ Tensor by_primitives(const Arguments& a) {
 Normalized by_sets(const Arguments& a, const Tensor& momentum) {
   const auto others = dimensions(a.input).first;
   const Tensor x = a.input.detach().to(at::kDouble);
-  const int64_t free = x.numel() / std::max<int64_t>(x.size(1), 1) - sets_of(a.input, a.set_size);
-  const Tensor within = (x - average(x, a.set_size)).square().sum(others) / free;
+  const c10::SymInt values = x.sym_numel() / x.sym_size(1).max(1);
+  const Tensor within = (x - average(x, a.set_size)).square().sum(others) / at::Scalar(values - sets_of(x, a.set_size));
   return {by_primitives(a), moved(a.running_mean, x.mean(others), momentum, at::kDouble, x),
           moved(a.running_var, within, momentum, at::kDouble, x)};
 }
@@ -253,7 +261,7 @@ void tell(const Tensor& input, const char* reason) {
 
 Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(const Arguments&)) {
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
-    check_inputs(a);
+    Checks("batch_norm", a.input, a.set_size).forward(a);
   }
   if (a.residual.has_value()) {
     check_addition(a.input, *a.residual);

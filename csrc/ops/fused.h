@@ -1,15 +1,29 @@
 #pragma once
 
 #include "core/arguments.h"
+#include "ops/checks.h"
 #include "ops/inputs.h"
 
 #include <ATen/OpMathType.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 
-// batch_norm_forward and batch_norm_backward for any backend: check, view as a problem, allocate, run. A backend has
+#include <type_traits>
+
+// batch_norm_forward and batch_norm_backward for any backend: check, allocate, view as a problem, run. A backend has
 // two static functions, forward(args, input) and backward(args, input), for inputs with elements.
 namespace bn::ops {
+
+// The backend of fake kernels: an operator ends when it has checked its arguments and made its results, uninitialized.
+// Sizes may be symbolic.
+struct Fake {
+  static void forward(const ForwardArgs&, const Tensor&) {}
+  static void backward(const BackwardArgs&, const Tensor&) {}
+  static void merge_rows(const MergeArgs&, const Tensor&) {}
+};
+
+template <class Backend>
+constexpr bool computes = !std::is_same_v<Backend, Fake>;
 
 // One value per channel to be read; `t` has to outlive the result.
 inline PerChannel per_channel(const OptionalTensor& t) {
@@ -59,23 +73,17 @@ class Operand {
   Tensor tensor_;
 };
 
-// The gradient of a residual: dy itself, or uninitialized for a kernel to write. Not defined unless it is wanted.
-class ResidualGradient {
- public:
-  ResidualGradient(bool wanted, const View& view, const Tensor& dy, const Activation& activation)
-      : tensor_(wanted ? empty_like(view) : Tensor()), is_dy_(dresidual_is_dy(activation.kind)) {
-    if (wanted && is_dy_) {
-      tensor_.copy_(dy);
-    }
+// Where a kernel writes the gradient of a residual; null if none does: dy itself is copied.
+inline void* residual_to_write(const Tensor& dresidual, const Tensor& dy, const Activation& activation) {
+  if (!dresidual.defined()) {
+    return nullptr;
   }
-
-  const Tensor& tensor() const { return tensor_; }
-  void* to_write() const { return tensor_.defined() && !is_dy_ ? tensor_.mutable_data_ptr() : nullptr; }
-
- private:
-  Tensor tensor_;
-  bool is_dy_;
-};
+  if (dresidual_is_dy(activation.kind)) {
+    dresidual.copy_(dy);
+    return nullptr;
+  }
+  return dresidual.mutable_data_ptr();
+}
 
 // All that a backward reads but sums and counts. The operands and the tensors of `a` have to outlive the result.
 inline BackwardArgs to_read(
@@ -94,14 +102,14 @@ inline BackwardArgs to_read(
 
 template <class Backend>
 FourTensors run_forward(const Arguments& a, bool with_branches) {
-  check_inputs(a);
-  check_residual(a.residual, a.input);
-  check_with_branches(with_branches, a.activation);
-  const View x = view_as_problem(a.input, a.set_size);
-  Tensor output = empty_like(x);
+  Checks("batch_norm", a.input, a.set_size).forward_by_kernels(a, with_branches);
+  Tensor output = empty_output(a.input);
   Tensor mean = empty_statistics(a.input, a.set_size);
   Tensor invstd = empty_statistics(a.input, a.set_size);
   Tensor branches = with_branches ? empty_branches(a.input) : Tensor();
+  if constexpr (!computes<Backend>) {
+    return {output, mean, invstd, branches};
+  }
   const bool counts = a.training && a.num_batches_tracked.has_value();
   if (a.input.numel() == 0) {
     mean.zero_();
@@ -111,6 +119,7 @@ FourTensors run_forward(const Arguments& a, bool with_branches) {
     }
     return {output, mean, invstd, branches};
   }
+  const View x = view_as_problem(a.input, a.set_size);
   const Operand r(a.residual, x);
   const bool keeps_m2 = a.training && a.running_mean.has_value() && !x.problem.one_set();
   const Tensor m2 = keeps_m2 ? empty_statistics(a.input, a.set_size) : Tensor();
@@ -195,29 +204,32 @@ FourTensors batch_norm_backward(const Tensor& dy,
   const Activation activation = numbered_activation(activation_number, activation_param);
   const BackwardArguments a{dy,       input,    weight,   bias,       mean,     invstd,
                             training, residual, branches, activation, set_size, output_mask};
-  check_inputs(a);
   const Tensor& like = a.like();
+  Checks("batch_norm_backward", like, set_size).backward(a);
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;
-  const View x = view_as_problem(like, set_size);
-  const Operand g(dy, x);
   const auto parameter =
       mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(like.scalar_type()));
-  Tensor dx = wants_dx ? empty_like(x) : Tensor();
-  Tensor dweight = wants_dweight ? at::empty({like.size(1)}, parameter) : Tensor();
-  Tensor dbias = wants_dbias ? at::empty({like.size(1)}, parameter) : Tensor();
-  const ResidualGradient dresidual(wants_dresidual, x, dy, activation);
+  Tensor dx = wants_dx ? empty_output(like) : Tensor();
+  Tensor dweight = wants_dweight ? at::empty_symint({like.sym_size(1)}, parameter) : Tensor();
+  Tensor dbias = wants_dbias ? at::empty_symint({like.sym_size(1)}, parameter) : Tensor();
+  Tensor dresidual = wants_dresidual ? empty_output(like) : Tensor();
+  if constexpr (!computes<Backend>) {
+    return {dx, dweight, dbias, dresidual};
+  }
   if (like.numel() == 0) {
     for (const Tensor& sum : {dweight, dbias}) {
       if (sum.defined()) {
         sum.zero_();
       }
     }
-    return {dx, dweight, dbias, dresidual.tensor()};
+    return {dx, dweight, dbias, dresidual};
   }
+  const View x = view_as_problem(like, set_size);
+  const Operand g(dy, x);
   const Operand r(residual, x);
   BackwardArgs args = to_read(a, Stages::All, x, g, r);
   args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
-  args.dresidual = dresidual.to_write();
+  args.dresidual = residual_to_write(dresidual, dy, activation);
   args.dweight = wants_dweight ? per_channel_to_write(dweight) : PerChannel{};
   args.dbias = wants_dbias ? per_channel_to_write(dbias) : PerChannel{};
   Tensor sum_dz, sum_dz_xmu;
@@ -228,7 +240,7 @@ FourTensors batch_norm_backward(const Tensor& dy,
     args.sum_dz_xmu = sum_dz_xmu.mutable_data_ptr<double>();
   }
   Backend::backward(args, like);
-  return {dx, dweight, dbias, dresidual.tensor()};
+  return {dx, dweight, dbias, dresidual};
 }
 
 }  // namespace bn::ops

@@ -26,6 +26,9 @@ using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 // set_size of the schemas: the images of a statistic set, the last of which may have fewer; none: one set has all.
 using SetSize = std::optional<int64_t>;
 
+// No tensor has more images; a double holds this number.
+constexpr int64_t kMostImages = int64_t{1} << 53;
+
 // activation and activation_param of batch_norm's schema.
 using Name = std::optional<std::string_view>;
 using Param = std::optional<double>;

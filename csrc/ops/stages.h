@@ -2,7 +2,8 @@
 
 #include "ops/fused.h"
 
-#include <ATen/ops/full.h>
+#include <ATen/ops/fill.h>
+#include <ATen/ops/select.h>
 #include <ATen/ops/sum.h>
 
 // The stages of batch_norm_forward and batch_norm_backward as operators of their own, for whatever stands between them:
@@ -14,28 +15,25 @@ namespace bn::ops {
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-// The values per channel in each set.
-inline Tensor counts_of(const Tensor& input, const Problem& problem, SetSize set_size) {
-  const auto options = input.options().dtype(at::kDouble).memory_format(std::nullopt);
-  if (!set_size.has_value()) {
-    return at::full({}, problem.count(), options);
+// Writes the number of values per channel in each set.
+inline void count_values(const Tensor& counts, const Problem& problem) {
+  counts.fill_(problem.count_of(0));
+  if (counts.numel() > 1) {
+    counts.select(0, -1).fill_(problem.count_of(counts.numel() - 1));
   }
-  const int64_t sets = sets_of(input, set_size);
-  Tensor counts = at::full({sets}, problem.count_of(0), options);
-  if (sets > 1) {
-    counts.select(0, -1).fill_(problem.count_of(sets - 1));
-  }
-  return counts;
 }
 
 template <class Backend>
 ThreeTensors batch_norm_stats(const Tensor& input, SetSize set_size) {
-  check_input(input);
-  check_set_size(set_size);
-  const View x = view_as_problem(input, set_size);
+  Checks("batch_norm_stats", input, set_size);
+  Tensor counts = empty_counts(input, set_size);
   Tensor mean = empty_statistics(input, set_size);
   Tensor m2 = empty_statistics(input, set_size);
-  Tensor counts = counts_of(input, x.problem, set_size);
+  if constexpr (!computes<Backend>) {
+    return {counts, mean, m2};
+  }
+  const View x = view_as_problem(input, set_size);
+  count_values(counts, x.problem);
   if (input.numel() == 0) {
     return {counts, mean.zero_(), m2.zero_()};
   }
@@ -58,11 +56,14 @@ ThreeTensors batch_norm_merge_stats(const Tensor& counts,
                                     const OptionalTensor& num_batches_tracked,
                                     std::optional<double> momentum,
                                     double eps) {
-  check_inputs(MergeArguments{counts, means, m2s, running_mean, running_var, num_batches_tracked, momentum, eps});
-  const int64_t c = means.size(-1);
+  check_merge({counts, means, m2s, running_mean, running_var, num_batches_tracked, momentum, eps});
   Tensor count = at::empty({}, counts.options());
-  Tensor mean = at::empty({c}, counts.options());
-  Tensor invstd = at::empty({c}, counts.options());
+  Tensor mean = at::empty_symint({means.sym_size(-1)}, counts.options());
+  Tensor invstd = at::empty_symint({means.sym_size(-1)}, counts.options());
+  if constexpr (!computes<Backend>) {
+    return {count, mean, invstd};
+  }
+  const int64_t c = means.size(-1);
   if (num_batches_tracked.has_value()) {
     count_batch(*num_batches_tracked);
   }
@@ -98,18 +99,20 @@ TwoTensors batch_norm_elemt(const Tensor& input,
                             SetSize set_size,
                             bool with_branches) {
   const Activation activation = numbered_activation(activation_number, activation_param);
-  check_input(input);
-  check_set_size(set_size);
-  check_per_channel("weight", weight, input);
-  check_per_channel("bias", bias, input);
-  check_statistics("mean", mean, input, set_size);
-  check_statistics("invstd", invstd, input, set_size);
-  check_residual(residual, input);
-  check_with_branches(with_branches, activation);
-  const View x = view_as_problem(input, set_size);
-  Tensor output = empty_like(x);
+  const Checks checks("batch_norm_elemt", input, set_size);
+  checks.per_channel("weight", weight);
+  checks.per_channel("bias", bias);
+  checks.statistics("mean", mean);
+  checks.statistics("invstd", invstd);
+  checks.like_input("residual", residual);
+  checks.writes_branches(with_branches, activation);
+  Tensor output = empty_output(input);
   Tensor branches = with_branches ? empty_branches(input) : Tensor();
+  if constexpr (!computes<Backend>) {
+    return {output, branches};
+  }
   if (input.numel() > 0) {
+    const View x = view_as_problem(input, set_size);
     const Operand r(residual, x);
     Backend::forward(
         {.problem = x.problem,
@@ -143,9 +146,12 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
   const OptionalTensor given_input = input;
   const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
                             residual, branches,    activation, set_size, {}};
-  check_inputs(a);
+  Checks("batch_norm_backward_reduce", input, set_size).backward(a);
   Tensor sum_dz = empty_statistics(input, set_size);
   Tensor sum_dz_xmu = empty_statistics(input, set_size);
+  if constexpr (!computes<Backend>) {
+    return {sum_dz, sum_dz_xmu};
+  }
   if (input.numel() == 0) {
     return {sum_dz.zero_(), sum_dz_xmu.zero_()};
   }
@@ -179,26 +185,31 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
   const OptionalTensor given_input = input;
   const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
                             residual, branches,    activation, set_size, {}};
-  check_inputs(a);
-  check_statistics("sum_dz", sum_dz, input, set_size);
-  check_statistics("sum_dz_xmu", sum_dz_xmu, input, set_size);
-  check_counts(counts, input, set_size);
+  const Checks checks("batch_norm_backward_elemt", input, set_size);
+  checks.backward(a);
+  checks.statistics("sum_dz", sum_dz);
+  checks.statistics("sum_dz_xmu", sum_dz_xmu);
+  checks.counts(counts);
   const auto [wants_dx, wants_dresidual] = output_mask;
-  const View x = view_as_problem(input, set_size);
-  Tensor dx = wants_dx ? empty_like(x) : Tensor();
-  const ResidualGradient dresidual(wants_dresidual, x, dy, activation);
-  if (input.numel() > 0 && (wants_dx || dresidual.to_write() != nullptr)) {
+  Tensor dx = wants_dx ? empty_output(input) : Tensor();
+  Tensor dresidual = wants_dresidual ? empty_output(input) : Tensor();
+  if constexpr (!computes<Backend>) {
+    return {dx, dresidual};
+  }
+  void* const dresidual_to_write = residual_to_write(dresidual, dy, activation);
+  if (input.numel() > 0 && (wants_dx || dresidual_to_write != nullptr)) {
+    const View x = view_as_problem(input, set_size);
     const Operand g(dy, x);
     const Operand r(residual, x);
     BackwardArgs args = to_read(a, Stages::Apply, x, g, r);
     args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
-    args.dresidual = dresidual.to_write();
+    args.dresidual = dresidual_to_write;
     args.sum_dz = given(sum_dz);
     args.sum_dz_xmu = given(sum_dz_xmu);
     args.counts = counts.const_data_ptr<double>();
     Backend::backward(args, input);
   }
-  return {dx, dresidual.tensor()};
+  return {dx, dresidual};
 }
 
 }  // namespace bn::ops

@@ -5,6 +5,7 @@
 #include "cpu/plan.h"
 #include "cuda/plan.h"
 #include "ops/operators.h"
+#include "python/fakes.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -177,6 +177,21 @@ def test_statistics_that_overlap_are_refused(residual: float | None) -> None:
         batch_norm(torch.randn(4, 3, 5), mean, torch.ones(3), None, None, True, residual=residual)
 
 
+def test_statistics_that_share_memory() -> None:
+    """One tensor for both is torch's to accept, and ours; statistics that overlap in part depend on the order of
+    writes."""
+    x, same = torch.randn(4, 3, 5) + 2, torch.ones(2, 3)
+    batch_norm(x, same[0], same[0], training=True)
+    F.batch_norm(x, same[1], same[1], training=True)
+    torch.testing.assert_close(*same)
+    memory = torch.ones(4)
+    for residual in (None, 0.0):
+        with pytest.raises(RuntimeError, match="running_mean and running_var share some of their memory"):
+            batch_norm(x, memory[:3], memory[1:], None, None, True, residual=residual)
+    assert torch.equal(memory, torch.ones(4))
+    batch_norm(x, memory[:3], memory[1:], training=False)
+
+
 def test_training_leaves_the_graph_of_an_evaluation_alone() -> None:
     module = bn_ext.BatchNorm1d(3).eval()
     x = torch.randn(4, 3, 5, requires_grad=True)

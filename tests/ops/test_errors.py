@@ -67,12 +67,18 @@ MISTAKES = {
 }
 
 
+def wrong(mistake: str, device: str) -> dict:
+    """Arguments with this mistake."""
+    arguments = good(device)
+    for name, change in MISTAKES[mistake][0].items():
+        arguments[name] = change(arguments[name]) if callable(change) else change
+    return arguments
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_rejected_as_by_torch(mistake: str, device: str) -> None:
-    changes, message = MISTAKES[mistake]
-    arguments = good(device)
-    for name, change in changes.items():
-        arguments[name] = change(arguments[name]) if callable(change) else change
+    message = MISTAKES[mistake][1]
+    arguments = wrong(mistake, device)
     on_cpu = {k: v.to("cpu") if isinstance(v, Tensor) and v.is_cuda else v for k, v in arguments.items()}
     kind = Exception  # torch's own were others before 2.13, and some not there
     if torch.__version__ >= (2, 13):
@@ -86,6 +92,31 @@ def test_rejected_as_by_torch(mistake: str, device: str) -> None:
     for name, (value, version) in before.items():
         assert value.is_meta or torch.equal(arguments[name], value), f"a rejected call changed {name}"
         assert arguments[name]._version == version, f"a rejected call wrote to {name}"
+
+
+@pytest.mark.parametrize("mistake", [m for m in MISTAKES if m != "weight elsewhere"])
+def test_rejected_alike_on_meta(mistake: str) -> None:
+    errors = []
+    for device in ("cpu", "meta"):
+        with pytest.raises(Exception) as error:
+            bn_ext.functional.batch_norm(**wrong(mistake, device))
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_rejected_alike_when_compiled(mistake: str, device: str) -> None:
+    """Dynamo raises an error of its own with ours in it, or ours, and nothing is changed."""
+    torch._dynamo.reset()
+    arguments = wrong(mistake, device)
+    before = {k: v.detach().clone() for k, v in arguments.items() if isinstance(v, Tensor)}
+    with pytest.raises(Exception) as eager:
+        bn_ext.functional.batch_norm(**arguments)
+    with pytest.raises(Exception) as compiled:
+        torch.compile(lambda a: bn_ext.functional.batch_norm(**a), backend="eager")(arguments)
+    assert compiled.type is eager.type or f"got {eager.value!r}" in str(compiled.value)
+    assert str(eager.value) in str(compiled.value)
+    assert all(v.is_meta or torch.equal(arguments[k], v) for k, v in before.items())
 
 
 @pytest.mark.parametrize("momentum", [None, "a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
@@ -249,6 +250,21 @@ def test_meta_device(training: bool) -> None:
     assert module.weight.grad.shape == (3,)
 
 
+@pytest.mark.parametrize("shape", [(4, 0, 4), (0, 3, 4), (4, 3, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("set_size", [None, 3])
+def test_no_values_on_meta(shape: tuple[int, ...], set_size: int | None) -> None:
+    sizes = []
+    for device in ("cpu", "meta"):
+        x, weight = torch.ones(shape, device=device), torch.ones(shape[1], device=device)
+        statistics = OPS.batch_norm_stats(x, set_size)
+        norm = x, weight, None, weight.clone(), weight.clone(), None, 0.1, 1e-5, None, 0, 0.0, set_size, False
+        output, mean, invstd, _ = OPS.batch_norm_forward(*norm)
+        behind = True, None, None, 0, 0.0, set_size, [True, True, True, False]
+        gradients = OPS.batch_norm_backward(x, x, weight, None, mean, invstd, *behind)
+        sizes.append([t.shape for t in (*statistics, output, mean, invstd, *gradients[:3])])
+    assert sizes[0] == sizes[1]
+
+
 WRONG = {
     "weight": (1, lambda t: torch.cat([t, t]), "weight should contain (4|s.*) elements not (8|2.s)"),
     "running_var": (4, lambda t: t[1:], "running_var should contain (4|s.*) elements not (3|s.* - 1)"),
@@ -308,14 +324,30 @@ UNFIT: dict[str, Callable[[dict], list[dict]]] = {
         {"input": None, "training": False, "branches": None, "output_mask": [True, False, True, True]},
     ],
     "strided statistics": lambda given: [{"mean": torch.stack([given["mean"]] * 2, 1)[:, 0]}],
+    "sets of one value": lambda given: [
+        {"input": given["input"][:, :, :1], "residual": None, "momentum": 0.1, "set_size": 1}
+    ],
+    "set_size": lambda given: [{"set_size": 0}],
+    "scalar for sets": lambda given: [
+        {n: t.to(given["dy"].device) for n, t in {"dy": torch.randn(2, 1, 3), "input": torch.randn(2, 1, 3)}.items()}
+        | {"weight": None, "bias": None, "branches": None, "set_size": 2, "activation": 0}
+        | {"mean": given["mean"].sum(), "invstd": given["mean"][:1]}
+    ],
+    "counter of floats": lambda given: [{"num_batches_tracked": given["num_batches_tracked"].float()}],
+    "overlapping statistics": lambda given: [
+        {"running_mean": given["running_mean"][:1].expand(4), "momentum": 0.1},
+        dict(zip(("running_mean", "running_var"), given["running_mean"].new_ones(5).unfold(0, 4, 1)), momentum=0.1),
+    ],
 }
 
 
 @pytest.mark.parametrize("wrong", UNFIT)
 @pytest.mark.parametrize("op", LOWER, ids=str)
 def test_lower_operators_refuse_the_same_on_every_device(op: OpOverload, wrong: str) -> None:
-    """A single meta tensor brings a call to the fake kernel, whose outputs on a CPU would hold anything."""
-    for where in ("cpu", "meta"):
+    """In the same words. A single meta tensor brings a call to the fake kernel, whose outputs on a CPU would hold
+    anything."""
+    errors: dict[str, list] = {"cpu": [], "meta": []}
+    for where, found in errors.items():
         arguments = lower_arguments(op, where)
         op(**arguments)
         try:
@@ -323,8 +355,12 @@ def test_lower_operators_refuse_the_same_on_every_device(op: OpOverload, wrong: 
         except KeyError:
             changes = []
         for change in changes:
-            with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
+            before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)}
+            with pytest.raises((RuntimeError, NotImplementedError, ValueError)) as error:
                 op(**{**arguments, **change})
+            found.append((error.type, re.sub("cpu|meta", "here", str(error.value))))
+            assert where == "meta" or all(torch.equal(arguments[name], t) for name, t in before.items())
+    assert errors["cpu"] == errors["meta"]
 
 
 # ---------------------------------------------------------------------------------------------- strided vectors

@@ -217,6 +217,26 @@ def test_compiled_whole(device: str) -> None:
             assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("set_size", [2, 100])
+def test_compiled_transforms(set_size: int, device: str) -> None:
+    """The number of images is not known when the graph is made; the last set is smaller, or not."""
+    torch._dynamo.reset()
+    weight = torch.randn(3, device=device)
+
+    def gradient(x: Tensor) -> Tensor:
+        def value(x: Tensor) -> Tensor:
+            mean, var, batches = x.new_zeros(3), x.new_ones(3), torch.tensor(0, device=device)
+            norm = weight, None, mean, var, batches, True, 0.1, 1e-5
+            return (BATCH_NORM(x, *norm, set_size=set_size).square().sin().sum() + (mean * var).sum()) * batches
+
+        return torch.func.grad(value)(x)
+
+    compiled = torch.compile(gradient, backend="eager", dynamic=True, fullgraph=True)
+    for images in (5, 6):
+        x = torch.randn(images, 3, 4, device=device)
+        torch.testing.assert_close(compiled(x), gradient(x))
+
+
 @pytest.mark.parametrize("set_size", [0, -3])
 def test_sets_without_images(set_size: int, device: str) -> None:
     a = case((6, 3, 7), contiguous).arguments(device)

@@ -255,9 +255,9 @@ def test_compiled_whole(device: str) -> None:
 
 
 WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
-    "type": ("mean", Tensor.float, "of type Double"),
+    "type": ("mean", Tensor.float, "expected mean of type Double, got Float"),
     "rows": ("mean", lambda t: t[:1], "should hold (6|1) values"),
-    "strides": ("invstd", lambda t: t.t().contiguous().t(), "invstd"),
+    "strides": ("invstd", lambda t: t.t().contiguous().t(), r"invstd should be contiguous, got strides \[1, 2\]"),
     "count": ("count", lambda t: t[:1], "count should hold 2 values"),
     "sums": ("sum_dz", lambda t: t[0], "sum_dz should hold 6 values"),
     "input": ("input", lambda t: t.flatten(), "should have sizes"),
@@ -268,13 +268,15 @@ WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "branches": ("branches", lambda t: t[:1], "branches should hold"),
     "m2": ("m2", lambda t: t[:1], "m2 should hold"),
     "running_var": ("running_var", lambda t: t[:2], "running_var should hold 3 values"),
-    "counter": ("num_batches_tracked", Tensor.float, "num_batches_tracked should hold 1 values"),
+    "running_mean": ("running_mean", Tensor.long, "expected running_mean of type Double, Float, .*, got Long"),
+    "counter": ("num_batches_tracked", Tensor.float, "expected num_batches_tracked of type Long, got Float"),
 }
 
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_mistakes(wrong: str, device: str) -> None:
-    """Each stage that takes the argument refuses it, and fakes do too; nothing is written."""
+    """Each stage that takes the argument refuses it by its own name, and fakes do too, in the same words; nothing is
+    written."""
     name, change, message = WRONG[wrong]
     refused = 0
     for op, arguments in calls(contiguous, FLOAT, 3, device).items():
@@ -282,17 +284,22 @@ def test_mistakes(wrong: str, device: str) -> None:
         if not isinstance(given.get(name), Tensor):
             continue
         before = {n: t.clone() for n, t in given.items() if isinstance(t, Tensor)}
-        with pytest.raises((RuntimeError, NotImplementedError), match=message):
+        with pytest.raises((RuntimeError, NotImplementedError), match=message) as error:
             op(**given | {name: change(given[name])})
         assert all(torch.equal(given[n], t) for n, t in before.items())
+        own_name = op._schema.name.partition("::")[2]
+        assert wrong == "weight" or own_name in str(error.value)  # torch's words for it name no operator
         meta = {n: t.to("meta") if isinstance(t, Tensor) else t for n, t in given.items()}
-        with pytest.raises((RuntimeError, NotImplementedError)):
+        with pytest.raises(error.type) as without_data:
             op(**meta | {name: change(meta[name])})
+        assert str(without_data.value) == str(error.value).replace(device, "meta")
         refused += 1
     assert refused
 
 
-def test_what_does_not_fit_together(device: str) -> None:
+@pytest.mark.parametrize("meta", [False, True])
+def test_what_does_not_fit_together(meta: bool, device: str) -> None:
+    device = "meta" if meta else device
     x = torch.randn(4, 3, device=device)
     statistics = merge_stats(stats(x))
     running = torch.zeros(3, device=device)
@@ -304,7 +311,7 @@ def test_what_does_not_fit_together(device: str) -> None:
         merge_stats(stats(x), running, running, momentum=None)
     with pytest.raises(ValueError, match="eps must be non-negative"):
         merge_stats(stats(x), eps=-1)
-    with pytest.raises(RuntimeError, match="silu has no branches"):
+    with pytest.raises(RuntimeError, match="batch_norm_elemt: silu has no branches"):
         elemt(x, statistics, chain=Chain(x, "silu", keeps_branches=True))
     with pytest.raises(ValueError, match="did you mean 'relu'"):
         elemt(x, statistics, chain=Chain(activation="ReLU"))
@@ -326,6 +333,31 @@ def test_a_refused_merge_changes_nothing(device: str) -> None:
         with pytest.raises(RuntimeError):
             merge_stats(moments, running, torch.ones(6, device=device), batches)
         assert batches == 0
+    memory = torch.ones(7, device=device)
+    with pytest.raises(RuntimeError, match="running_mean and running_var share some of their memory"):
+        merge_stats(moments, memory[:6], memory[1:], batches)
+    assert batches == 0
+    assert torch.equal(memory, torch.ones(7, device=device))
+
+
+def test_statistics_made_in_inference_mode_are_merged_into(device: str) -> None:
+    """Nothing is recorded that could miss the writes."""
+    x = torch.randn(8, 6, 4, device=device)
+    with torch.inference_mode():
+        inference = [torch.zeros(6, device=device), torch.ones(6, device=device), torch.tensor(0, device=device)]
+    normal = [t.clone() for t in inference]
+    for running in (inference, normal):
+        merge_stats(stats(x), *running)
+    assert all(map(torch.equal, inference, normal))
+    assert normal[2] == 1
+
+
+@pytest.mark.parametrize("count", [0.0, -3.0, float("nan")])
+def test_rows_whose_count_is_not_positive_count_for_nothing(count: float, device: str) -> None:
+    counts, mean, m2 = stats(torch.randn(8, 6, 4, device=device), 2)
+    others = merge_stats(Moments(counts[1:].contiguous(), mean[1:].contiguous(), m2[1:].contiguous()))
+    counts[0] = count
+    assert all(map(torch.equal, merge_stats(Moments(counts, mean, m2)), others))
 
 
 def test_statistics_that_are_transposed(device: str) -> None:
@@ -334,5 +366,8 @@ def test_statistics_that_are_transposed(device: str) -> None:
     turned = Statistics(moments.counts, *(t.t().contiguous() for t in moments.each()[1:]))
     with pytest.raises(RuntimeError, match="should have sizes"):
         elemt(x, turned, set_size=2)
-    with pytest.raises(RuntimeError, match="m2 should have the sizes of mean"):
+    one = torch.tensor(1.0, dtype=torch.float64, device=device)
+    with pytest.raises(RuntimeError, match=r"mean should have sizes \(sets, C\), 1 and 1, got \[\]"):
+        elemt(x[:1, :1], Statistics(one, one, one), set_size=2)
+    with pytest.raises(RuntimeError, match=r"expected m2 like mean, of sizes \[4, 6\], got \[6, 4\]"):
         merge_stats(Moments(moments.counts, moments.mean, moments.m2.t().contiguous()))

@@ -29,7 +29,7 @@ TORCH = {
     "cpu": r"ATen/(Parallel|Version)\.h|ATen/cpu/vec/.*",
     "cuda": "",
     "ops": ".*",
-    "python": r"torch/csrc/utils/pybind\.h",
+    "python": r"torch/csrc/(Exceptions|utils/pybind)\.h",
 }
 FILES = sorted(p for p in CSRC.rglob("*") if p.suffix in (".h", ".cpp", ".cu"))
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bn_ext import _C, _fake
+from bn_ext import _C
 from bn_ext import activation as activations
 from bn_ext.functional import has_kernels, operator
 from bn_ext.graph.fusion.effects import alike, between, memory, name_of, only_computes, value, writes
@@ -169,7 +169,7 @@ class _Rewriting:
         if not given.is_floating_point() or given.dim() < 2:
             raise _ObstacleError(f"there are no kernels for {given.dtype} of {given.dim()} dimensions")
         with given.fake_mode:
-            if not alike(_fake._empty_like(given), value(node)):
+            if not alike(_C.empty_output(given), value(node)):
                 raise _ObstacleError("torch lays its output out in another way")
 
     def counter(self, norm: Node, given: Mapping[str, Any]) -> Node | None:
