@@ -257,6 +257,21 @@ void tell(const Tensor& input, const char* reason) {
   }
 }
 
+// Throws, before anything changes, where functorch refuses to write these values: to a tensor from outside a transform,
+// or to one without a dimension that the values have.
+void check_writable(const Arguments& a, const Tensor& mean, const Tensor& var) {
+  try {
+    for (const auto& [running, value] : {std::pair{*a.running_mean, mean}, {*a.running_var, var}}) {
+      running.copy_(at::where(at::zeros({}, running.options().dtype(at::kBool)), value, running));
+    }
+  } catch (const c10::Error& error) {
+    TORCH_CHECK(false, "batch_norm: under torch.func, with ",
+                a.set_size.has_value() ? "a set_size" : "a cumulative average or mixed types",
+                ", running_mean and running_var should be tensors that the transformed function may write to: ",
+                error.what_without_backtrace());
+  }
+}
+
 }  // namespace
 
 Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(const Arguments&)) {
@@ -271,8 +286,8 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
   const bool counts = a.training && a.num_batches_tracked.has_value();
   const bool cumulative = counts && !a.momentum.has_value();
   const Tensor factor = cumulative ? a.num_batches_tracked->add(1).to(at::kDouble).reciprocal() : Tensor();
-  if (counts && in_functorch()) {  // functorch refuses a captured counter, so before torch's batch norm writes anything
-    a.num_batches_tracked->add_(1);
+  if (counts && in_functorch()) {  // which may refuse the counter, so before torch's batch norm writes anything
+    a.num_batches_tracked->add_(0);
   }
   Normalized n = kernels != nullptr       ? by_kernels(a, kernels)
                  : a.set_size.has_value() ? by_sets(a, cumulative ? factor : as_tensor(a.momentum.value_or(0), a.input))
@@ -286,10 +301,13 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
   if (n.running_mean.has_value()) {
     const Tensor mean = n.running_mean->view_as(*a.running_mean);
     const Tensor var = n.running_var->view_as(*a.running_var);
+    if (in_functorch()) {
+      check_writable(a, mean, var);
+    }
     a.running_mean->copy_(mean);  // from here on nothing can fail
     a.running_var->copy_(var);
   }
-  if (counts && !in_functorch()) {
+  if (counts) {
     a.num_batches_tracked->add_(1);
   }
   return output;

@@ -210,6 +210,31 @@ def test_a_counter_that_is_refused_under_functorch_leaves_the_statistics_alone()
     assert module.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+@pytest.mark.parametrize(
+    ("momentum", "set_size", "words"), [(0.1, 2, "a set_size"), (None, None, "a cumulative average")], ids=str
+)
+@pytest.mark.parametrize("own_counter", [True, False])
+def test_captured_statistics_are_refused_before_any_is_written(
+    transform: Callable, momentum: float | None, set_size: int | None, words: str, own_counter: bool
+) -> None:
+    """Torch's own batch norm, which could write to them under grad, knows neither."""
+    x, mean, var, batches = torch.randn(2, 4, 3, 5) + 3, torch.zeros(3), torch.ones(3), torch.tensor(0)
+
+    def value(x: Tensor) -> Tensor:
+        counter = batches.clone() if own_counter else batches if transform is torch.func.vmap else None
+        norm = None, None, mean, var, counter, True, momentum, 1e-5
+        return torch.ops.bn_ext.batch_norm(x, *norm, set_size=set_size).sum()
+
+    if momentum is None and not own_counter and transform is torch.func.grad:
+        pytest.skip("a cumulative average needs a counter, and grad refuses one from outside")
+    if momentum is None and transform is torch.func.vmap:
+        words = "were not batched"  # here torch's batch norm refuses first
+    with pytest.raises(RuntimeError, match=words):
+        transform(value)(x if transform is torch.func.vmap else x[0])
+    torch.testing.assert_close((mean, var, batches), (torch.zeros(3), torch.ones(3), torch.tensor(0)), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(3, 1), (1, 3)])
 def test_statistics_of_other_shapes_under_functorch(shape: tuple[int, ...]) -> None:
     x, mean, var = torch.randn(4, 3, 5), torch.zeros(shape), torch.ones(shape)
