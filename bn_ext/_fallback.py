@@ -26,15 +26,15 @@ def set_warn_fallback(enabled: bool) -> None:
     Example:
         >>> bn_ext.set_warn_fallback(True)  # doctest: +SKIP
         >>> y = bn_ext.BatchNorm2d(8)(torch.randn(2, 8, 4, 4), residual=torch.zeros(8, 1, 1))  # doctest: +SKIP
-        UserWarning: bn_ext: batch norm of torch.float32 (2, 8, 4, 4) on cpu runs on torch's own operators: the residual
-        differs from the input in sizes, dtype, device or layout
+        UserWarning: bn_ext: batch norm of torch.float32 (2, 8, 4, 4) on cpu is normalized by our kernels, and finished
+        by torch's own operators: the residual differs from the input in sizes, dtype, device or layout
     """
     global _warns  # noqa: PLW0603
     _warns = bool(enabled)
     _C.warn_of_fallbacks(_warns)
 
 
-def fell_back(input: Any, reason: str) -> None:
+def fell_back(input: Any, reason: str, how: str = "runs on torch's own operators") -> None:
     """Warns, if warnings are enabled. The operators in C++ call it too."""
     if not _warns or torch.compiler.is_dynamo_compiling():  # a warning would break the graph
         return
@@ -43,7 +43,7 @@ def fell_back(input: Any, reason: str) -> None:
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in internal:
         frame, level = frame.f_back, level + 1
     what = f"batch norm of {input.dtype} {tuple(input.shape)} on {input.device}"
-    warnings.warn(f"bn_ext: {what} runs on torch's own operators: {reason}", stacklevel=level)
+    warnings.warn(f"bn_ext: {what} {how}: {reason}", stacklevel=level)
 
 
 set_warn_fallback(os.environ.get("BN_EXT_WARN_FALLBACK") == "1")

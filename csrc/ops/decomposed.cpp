@@ -251,9 +251,9 @@ void check_addition(const Tensor& input, const Tensor& residual) {
   TORCH_CHECK(!residual.is_complex(), "batch_norm: residual is of type ", residual.scalar_type());
 }
 
-void tell(const Tensor& input, const char* reason) {
+void tell(const Tensor& input, const char* how, const char* reason) {
   if (const FallbackObserver observer = fallback_observer) {
-    observer(input, reason);
+    observer(input, how, reason);
   }
 }
 
@@ -282,7 +282,9 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
     check_addition(a.input, *a.residual);
   }
   check_running_statistics(a, /*tracked=*/!in_functorch());
-  tell(a.input, reason);  // before anything is written: it may throw
+  const char* how = kernels == nullptr ? "runs on torch's own operators"
+                                       : "is normalized by our kernels, and finished by torch's own operators";
+  tell(a.input, how, reason);  // before anything is written: it may throw
   const bool counts = a.training && a.num_batches_tracked.has_value();
   const bool cumulative = counts && !a.momentum.has_value();
   const Tensor factor = cumulative ? a.num_batches_tracked->add(1).to(at::kDouble).reciprocal() : Tensor();
@@ -314,7 +316,7 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
 }
 
 FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout layout, const char* reason) {
-  tell(a.dy, reason);
+  tell(a.dy, "is differentiated by torch's own operators", reason);
   const auto type = at::toOpMathType(a.dy.scalar_type());
   const auto [others, per_channel] = dimensions(a.dy);
   Tensor invstd = spread(a.invstd.to(type), a.dy, a.set_size);

@@ -114,8 +114,9 @@ inline bool any_of(const Arguments& a, bool (*property)(const Tensor&)) {
   return property(a.input) || has(a.weight) || has(a.bias) || has(a.residual);
 }
 
-// Told of each call that torch's own operators answer: its input and the reason. Null unless someone asks.
-using FallbackObserver = void (*)(const Tensor& input, const char* reason);
+// Told of each call that torch's own operators answer, or finish: its input, a verb for what they do, and the reason.
+// Null unless someone asks.
+using FallbackObserver = void (*)(const Tensor& input, const char* how, const char* reason);
 inline std::atomic<FallbackObserver> fallback_observer = nullptr;
 
 // batch_norm by standard operators: for transforms that have to see through it, for devices without kernels. `kernels`,

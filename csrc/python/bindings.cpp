@@ -124,9 +124,9 @@ std::vector<KnownActivation> known_activations() {
   return all;
 }
 
-void warn_of_fallback(const at::Tensor& input, const char* reason) {
+void warn_of_fallback(const at::Tensor& input, const char* how, const char* reason) {
   const py::gil_scoped_acquire gil;
-  py::module_::import("bn_ext._fallback").attr("fell_back")(input, reason);
+  py::module_::import("bn_ext._fallback").attr("fell_back")(input, reason, how);
 }
 
 }  // namespace

@@ -133,9 +133,30 @@ def test_a_call_that_falls_back_says_why(case: str) -> None:
 def test_the_call_is_described() -> None:
     (one,) = warned(lambda: ours()(example(), torch.zeros(3, 1, 1)))
     assert str(one.message) == (
-        "bn_ext: batch norm of torch.float32 (2, 3, 4, 5) on cpu runs on torch's own operators: "
-        "the residual differs from the input in sizes, dtype, device or layout"
+        "bn_ext: batch norm of torch.float32 (2, 3, 4, 5) on cpu is normalized by our kernels, and finished by torch's "
+        "own operators: the residual differs from the input in sizes, dtype, device or layout"
     )
+
+
+RUNS, FINISHED, DIFFERENTIATED = "runs on", "is normalized by our kernels, and finished by", "is differentiated by"
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        ("residual", FINISHED),
+        ("inference tensors", FINISHED),
+        ("counter", FINISHED),
+        ("grad", RUNS),
+        ("export", RUNS),
+        ("second derivative", DIFFERENTIATED),
+        ("transformed gradient", DIFFERENTIATED),
+    ],
+)
+def test_a_warning_says_what_torch_does(case: str, how: str) -> None:
+    call, _ = CALLS[case]
+    assert all(f"on cpu {how} torch's own operators: " in str(one.message) for one in warned(call))
 
 
 def step(module: Callable, x: Tensor) -> None:
