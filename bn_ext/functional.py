@@ -82,7 +82,8 @@ def batch_norm(
         momentum: weight of this batch in the running statistics.
         eps: added to the variance.
         residual: of the input's shape and dtype. A number or another tensor that can be added gives the same as
-            separate calls, at their speed.
+            separate calls, at their speed and in their memory: an activation behind it keeps a tensor of the input's
+            size for the backward, in evaluation too.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu and celu (1).
 

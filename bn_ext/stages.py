@@ -7,7 +7,9 @@ the whole, as a :class:`torch.autograd.Function`. To differentiate a stage is an
 
 Statistics and sums are float64, of sizes (C,). With a ``set_size`` they are (sets, C), and counts (sets,): each run of
 ``set_size`` images, the last of which may be shorter, is a statistic set. An input may have one value per channel, or
-none.
+none. A set of one value is normalized to 0: the output is the bias.
+
+The values of counts are not checked, which would make a GPU wait.
 """
 
 from __future__ import annotations
@@ -117,7 +119,8 @@ def merge_stats(
     """Merges rows of statistics in their order, and updates the running statistics. It reads per-channel tensors alone.
 
     Args:
-        moments: the rows, of several sets, batches or processes; rows that have no values count for nothing.
+        moments: the rows, of several sets, batches or processes; a row without values, whose count is 0, negative or
+            NaN, counts for nothing.
         running_mean, running_var: moved, in place, towards the mean and the unbiased variance of all values; left alone
             where there is at most one. Of any floating dtype.
         num_batches_tracked: int64; counted up by one.
@@ -239,7 +242,8 @@ def backward_elemt(
     Args:
         dy: the gradient of the output, as the input.
         sums: of :func:`backward_reduce`, over all values that the statistics are of.
-        input, statistics, weight, bias, chain, set_size: as of :func:`elemt`; the counts are read here.
+        input, statistics, weight, bias, chain, set_size: as of :func:`elemt`; the counts are read here. They should be
+            positive where there are values: the sums are divided by them, whatever they are.
 
     Shape:
         - dy, dx, dresidual: (N, C, *).
