@@ -15,6 +15,12 @@ def backward_chain(activation: str, *, residual: bool, frozen: bool = False) -> 
 def empty_output(input: Tensor) -> Tensor:
     """An uninitialized output for an input, with the strides of torch's."""
 
+def observe_outputs(observe: Callable[..., bool] | None) -> None:
+    """Has ``observe`` told, or nobody, of each recorded call of this thread whose backward keeps the input: the output;
+    the arguments of ``batch_norm_elemt`` in front of ``with_branches``; whether the backward keeps the residual too.
+    It returns whether hooks for saved tensors are passed by while the call's tensors are saved.
+    """
+
 def instruction_set() -> str:
     """The instruction set whose CPU kernels run: ``"DEFAULT"``, ``"AVX2"`` or ``"AVX512"``."""
 

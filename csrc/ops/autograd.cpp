@@ -2,10 +2,13 @@
 
 #include "core/pass.h"
 #include "ops/fused.h"
+#include "ops/output_observer.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/SymBool.h>
+#include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -92,6 +95,11 @@ struct Call {
   }
 };
 
+// Whether autograd saves tensors without the hooks that are there, as it does while a compiler traces.
+bool passes_hooks_by() {
+  return at::SavedTensorDefaultHooks::get_tls_state().is_tracing;
+}
+
 class BatchNorm : public torch::autograd::Function<BatchNorm> {
  public:
   static constexpr bool is_traceable = true;
@@ -105,6 +113,9 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
                         const Arguments& a) {
     const Kept keep = kept(a);
     const auto [output, mean, invstd, branches] = call_forward(a, keep.branches);
+    if (const OutputObserver& observe = output_observer(); keep.input && observe && !passes_hooks_by()) {
+      at::SavedTensorDefaultHooks::set_tracing(observe(output, mean, invstd, a, keep.residual));
+    }
     const Layout layout = output.is_contiguous() ? Layout::Planar : Layout::Interleaved;
     ctx->save_for_backward({keep.input ? input : Tensor(), weight.value_or(Tensor()),
                             keep.z ? bias.value_or(Tensor()) : Tensor(), mean, invstd,
@@ -231,8 +242,13 @@ bool is_recorded(const Arguments& a) {
 }
 
 Tensor by_kernels(const Arguments& a) {
-  return is_recorded(a) ? BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a)
-                        : std::get<0>(call_forward(a, /*with_branches=*/false));
+  if (!is_recorded(a)) {
+    return std::get<0>(call_forward(a, /*with_branches=*/false));
+  }
+  // An observer may have hooks passed by while the call's tensors are saved.
+  const auto restore =
+      c10::make_scope_exit([before = passes_hooks_by()] { at::SavedTensorDefaultHooks::set_tracing(before); });
+  return BatchNorm::apply(a.input, a.weight, a.bias, a.residual, a);
 }
 
 Tensor batch_norm(const Arguments& a) {

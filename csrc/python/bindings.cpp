@@ -5,6 +5,7 @@
 #include "cpu/plan.h"
 #include "cuda/plan.h"
 #include "ops/operators.h"
+#include "ops/output_observer.h"
 #include "python/fakes.h"
 
 #include <pybind11/pybind11.h>
@@ -129,6 +130,22 @@ void warn_of_fallback(const at::Tensor& input, const char* how, const char* reas
   py::module_::import("bn_ext._fallback").attr("fell_back")(input, reason, how);
 }
 
+// `observe`, in Python, gets the output and the arguments of batch_norm_elemt that are in front of with_branches.
+void observe_outputs(const std::optional<py::function>& observe) {
+  if (!observe.has_value()) {
+    bn::ops::output_observer() = nullptr;
+    return;
+  }
+  bn::ops::output_observer() = [observe = *observe](const at::Tensor& output, const at::Tensor& mean,
+                                                    const at::Tensor& invstd, const bn::ops::Arguments& a,
+                                                    bool keeps_residual) {
+    const py::gil_scoped_acquire gil;
+    return observe(output, a.input, a.weight, a.bias, mean, invstd, a.residual, static_cast<int>(a.activation.kind),
+                   a.activation.param, a.set_size, keeps_residual)
+        .cast<bool>();
+  };
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -141,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("activation"), py::kw_only(), py::arg("residual"), py::arg("frozen") = false);
   define_fakes(m);
+  m.def("observe_outputs", &observe_outputs, py::arg("observe"));
   m.def("instruction_set", &bn::cpu::instruction_set);
   m.def("last_cache_bytes", &bn::cpu::last_cache_bytes);
   m.def("set_last_cache_bytes", &bn::cpu::set_last_cache_bytes, py::arg("bytes"));
