@@ -141,3 +141,29 @@ def test_two_forwards_under_ddp(tmp_path: Path) -> None:
         torch.testing.assert_close(gradients, mean)
     assert all(map(torch.equal, ranks[0][1].values(), alone[0][1].values())), "rank 0's statistics are its own"
     assert ranks[1][1]["1.num_batches_tracked"].item() == 4
+
+
+# ---------------------------------------------------------------------------------------------- outputs made again
+
+
+def _each_block_sharded(model: nn.Module) -> nn.Module:
+    """The parameters of a block are away while the next one's backward makes the block's output again."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for block in model.children():
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def _outputs_made_again() -> None:
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(4, 4, 3), bn_ext.BatchNormAct2d(4)) for _ in range(4)]
+    plain = nn.Sequential(*blocks, nn.Conv2d(4, 2, 1))
+    inputs = torch.Generator().manual_seed(dist.get_rank())
+    batches = [torch.randn(n, 4, 12, 12, generator=inputs) for n in (4, 3)]
+    for wrapped in (_data_parallel, _each_block_sharded):
+        kept, again = copy.deepcopy(plain), bn_ext.train.recompute_outputs(copy.deepcopy(plain))
+        assert_same_training(wrapped(again), wrapped(kept), batches, tolerance=0)
+
+
+def test_outputs_made_again(tmp_path: Path) -> None:
+    in_each_of(RANKS, tmp_path, _outputs_made_again)
