@@ -1,6 +1,8 @@
-"""A training loop finds here, besides the modules, what changes how a step is taken."""
+"""Whatever acts on training besides the modules: statistics kept, frozen, recalibrated, merged; memory; a diagnosis."""
 
 from bn_ext.train.checkpoint import checkpoint_contexts
+from bn_ext.train.keep import keep_statistics
 from bn_ext.train.recompute import keep_outputs, recompute_outputs
+from bn_ext.train.record import Record
 
-__all__ = ["checkpoint_contexts", "keep_outputs", "recompute_outputs"]
+__all__ = ["Record", "checkpoint_contexts", "keep_outputs", "keep_statistics", "recompute_outputs"]
