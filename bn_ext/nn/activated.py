@@ -17,7 +17,7 @@ from bn_ext.nn.base import FusedForward
 class BatchNormAct(FusedForward):
     """The base of the three classes of batch norm with an activation."""
 
-    __constants__ = [*_NormBase.__constants__, "activation", "activation_param"]  # noqa: RUF012
+    __constants__ = [*FusedForward.__constants__, "activation", "activation_param"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class BatchNormAct(FusedForward):
 
     def extra_repr(self) -> str:
         param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
-        return f"{_NormBase.extra_repr(self)}, activation={self.activation}{param}, bn_ext"
+        return f"{_NormBase.extra_repr(self)}, activation={self.activation}{param}, bn_ext{', frozen' * self.frozen}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not is_scripting():  # noqa: SIM102

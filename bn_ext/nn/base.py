@@ -24,6 +24,25 @@ class Ours(torch.nn.Module):
 class FusedForward(Ours, _NormBase):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
+    __constants__ = [*_NormBase.__constants__, "frozen"]  # noqa: RUF012
+    frozen: bool = False  # a module that bn_ext.train.freeze froze has an attribute of its own
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode. A frozen module stays in evaluation, and notes the mode for when it is unfrozen."""
+        if not self.frozen:
+            return super().train(mode)
+        super().train(False)
+        self._thawed_training = mode
+        return self
+
+    def reset_running_stats(self) -> None:
+        """Leaves the statistics of a frozen module as they are: nothing would fill them again."""
+        if not self.frozen:
+            super().reset_running_stats()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ", frozen" * self.frozen
+
     def _traced(self, input: Any, **options: Any) -> Any:
         """Records a call of this module in a torch.fx graph. torch.fx by itself does so for torch.nn's modules only."""
         given = {name: value for name, value in options.items() if value is not None}
@@ -46,7 +65,7 @@ class FusedForward(Ours, _NormBase):
         running_mean, running_var = self.running_mean, self.running_var
         num_batches_tracked: Tensor | None = None
         momentum: float | None = self.momentum
-        if not self.training:
+        if not self.training or self.frozen:
             training = running_mean is None and running_var is None
         else:
             training = True

@@ -1,8 +1,17 @@
 """Whatever acts on training besides the modules: statistics kept, frozen, recalibrated, merged; memory; a diagnosis."""
 
 from bn_ext.train.checkpoint import checkpoint_contexts
+from bn_ext.train.freeze import freeze, unfreeze
 from bn_ext.train.keep import keep_statistics
 from bn_ext.train.recompute import keep_outputs, recompute_outputs
 from bn_ext.train.record import Record
 
-__all__ = ["Record", "checkpoint_contexts", "keep_outputs", "keep_statistics", "recompute_outputs"]
+__all__ = [
+    "Record",
+    "checkpoint_contexts",
+    "freeze",
+    "keep_outputs",
+    "keep_statistics",
+    "recompute_outputs",
+    "unfreeze",
+]

@@ -95,8 +95,8 @@ def revert(model: Model) -> Model:
 
     Raises:
         TypeError: ``model`` is no module.
-        ValueError: a module that a graph calls with a residual or an activation, which torch's would not take.
-            Nothing is changed then.
+        ValueError: a module that a graph calls with a residual or an activation, which torch's would not take, or one
+            that :func:`bn_ext.train.freeze` froze, as torch's would thaw. Nothing is changed then.
 
     Example:
         >>> model = bn_ext.revert(bn_ext.convert(nn.Sequential(nn.BatchNorm2d(8))))
@@ -104,7 +104,9 @@ def revert(model: Model) -> Model:
         <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     check_model("revert", model)
-    for module in model.modules():
+    for path, module in model.named_modules():
+        if _original(module) is not None and getattr(module, "frozen", False):
+            raise ValueError(f"revert: {path or 'the model'} is frozen, and torch's would thaw: call unfreeze first")
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             called = node.op == "call_module" and _original(module.get_submodule(node.target)) is not None
             if called and len(node.args) + len(node.kwargs) > 1:
