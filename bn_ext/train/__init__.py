@@ -3,6 +3,7 @@
 from bn_ext.train.checkpoint import checkpoint_contexts
 from bn_ext.train.freeze import freeze, unfreeze
 from bn_ext.train.keep import keep_statistics
+from bn_ext.train.nonfinite import skip_nonfinite
 from bn_ext.train.recompute import keep_outputs, recompute_outputs
 from bn_ext.train.record import Record
 
@@ -13,5 +14,6 @@ __all__ = [
     "keep_outputs",
     "keep_statistics",
     "recompute_outputs",
+    "skip_nonfinite",
     "unfreeze",
 ]

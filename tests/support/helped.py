@@ -40,7 +40,6 @@ WAYS: dict[str, Callable[[nn.Module], Callable]] = {
     "converted": bn_ext.convert,
     "fused": bn_ext.fuse,
     "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
-    "compiled by bn_ext": lambda model: torch.compile(model, backend="bn_ext", fullgraph=True),
 }
 
 
