@@ -4,6 +4,7 @@ from bn_ext.train.checkpoint import checkpoint_contexts
 from bn_ext.train.freeze import freeze, unfreeze
 from bn_ext.train.keep import keep_statistics
 from bn_ext.train.nonfinite import skip_nonfinite
+from bn_ext.train.recalibrate import recalibrate
 from bn_ext.train.recompute import keep_outputs, recompute_outputs
 from bn_ext.train.record import Record
 
@@ -13,6 +14,7 @@ __all__ = [
     "freeze",
     "keep_outputs",
     "keep_statistics",
+    "recalibrate",
     "recompute_outputs",
     "skip_nonfinite",
     "unfreeze",

@@ -6,23 +6,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from bn_ext.functional import operator
+from bn_ext.train.calls import arguments
 from bn_ext.train.record import Record, batch_norms, record, row
 
 _KEPT = "running statistics and counter stay"
-_OURS = tuple(argument.name for argument in operator.default._schema.arguments)
-_TORCHS = ("input", "weight", "bias", "running_mean", "running_var", "training", "momentum", "eps", "cudnn_enabled")
-_FUNCTIONS = {  # the functions with the names of their arguments
-    operator: _OURS,
-    operator.default: _OURS,
-    torch.batch_norm: _TORCHS,
-    F.batch_norm: ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"),
-}
 _NONE = {"running_mean": None, "running_var": None, "num_batches_tracked": None, "momentum": 0.0}
 
 
@@ -35,11 +25,10 @@ class _Without(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        names = _FUNCTIONS.get(func)
-        if names is not None:
-            given = {**dict(zip(names, args)), **kwargs}
+        given = arguments(func, args, kwargs)
+        if given is not None and given.get("training"):
             mean = given.get("running_mean")
-            if given.get("training") and any(mean is tensor for tensor in self.kept):
+            if any(mean is tensor for tensor in self.kept):
                 return func(**{name: _NONE.get(name, value) for name, value in given.items()})
         return func(*args, **kwargs)
 
