@@ -27,6 +27,10 @@ class Row(NamedTuple):
     changed: str  # in words, or why nothing was
 
 
+def _nothing() -> None:
+    """Undoes what changed nothing."""
+
+
 @dataclass(frozen=True, repr=False)
 class Record(Table):
     """What a helper did to each batch norm of a model: a table for terminals and notebooks.
@@ -35,11 +39,11 @@ class Record(Table):
     """
 
     rows: Sequence[Row]
-    undo: Callable[[], None] = lambda: None
+    undo: Callable[[], None] = _nothing
 
 
-def record(title: str, rows: Sequence[Row], undo: Callable[[], None], below: Sequence[str] = ()) -> Record:
-    return Record(_HEAD, rows, [title], below, undo)
+def record(title: str, rows: Sequence[Row], undo: Callable[[], None] = _nothing) -> Record:
+    return Record(_HEAD, rows, [title], undo=undo)
 
 
 def row(path: str, module: nn.Module, changed: str) -> Row:
