@@ -40,7 +40,7 @@ class BatchNormAct(FusedForward):
 
     def extra_repr(self) -> str:
         param = "" if self.activation_param is None else f", activation_param={self.activation_param}"
-        return f"{_NormBase.extra_repr(self)}, activation={self.activation}{param}, bn_ext{', frozen' * self.frozen}"
+        return f"{_NormBase.extra_repr(self)}, activation={self.activation}{param}, bn_ext{self._changed()}"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if not is_scripting():  # noqa: SIM102

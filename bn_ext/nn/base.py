@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, operator
+from bn_ext.nn.adapted import Mixture, adapted
+from bn_ext.stages import Chain
 
 
 class Ours(torch.nn.Module):
@@ -24,8 +26,10 @@ class Ours(torch.nn.Module):
 class FusedForward(Ours, _NormBase):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
-    __constants__ = [*_NormBase.__constants__, "frozen"]  # noqa: RUF012
-    frozen: bool = False  # a module that bn_ext.train.freeze froze has an attribute of its own
+    __constants__ = [*_NormBase.__constants__, "frozen", "running_share"]  # noqa: RUF012
+    # Modules that bn_ext.train.freeze and bn_ext.train.adapt changed have attributes of their own.
+    frozen: bool = False
+    running_share: float = 1.0  # of the running statistics in evaluation; the rest of 1 is the batch's
 
     def train(self, mode: bool = True) -> Any:
         """Sets the mode. A frozen module stays in evaluation, and notes the mode for when it is unfrozen."""
@@ -41,7 +45,15 @@ class FusedForward(Ours, _NormBase):
             super().reset_running_stats()
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ", frozen" * self.frozen
+        return super().extra_repr() + self._changed()
+
+    def _adapts(self) -> bool:
+        return self.running_share != 1 and not self.training and self.running_mean is not None
+
+    def _changed(self) -> str:
+        """Says in a repr what was changed by a helper of training."""
+        share = "" if self.running_share == 1 else f", running_share={self.running_share}"
+        return ", frozen" * self.frozen + share
 
     def _traced(self, input: Any, **options: Any) -> Any:
         """Records a call of this module in a torch.fx graph. torch.fx by itself does so for torch.nn's modules only."""
@@ -58,7 +70,7 @@ class FusedForward(Ours, _NormBase):
         if not is_scripting():
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
-            if exporting():
+            if exporting() and not self._adapts():
                 fell_back(input, EXPORTED)
                 return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
         self._check_input_dim(input)
@@ -67,6 +79,13 @@ class FusedForward(Ours, _NormBase):
         momentum: float | None = self.momentum
         if not self.training or self.frozen:
             training = running_mean is None and running_var is None
+            if self.running_share != 1.0 and running_mean is not None and running_var is not None:
+                if is_scripting():
+                    raise RuntimeError("TorchScript has no form of a batch norm that bn_ext.train.adapt adapted")
+                else:
+                    mixture = Mixture(running_mean, running_var, self.running_share, self.eps)
+                    chain = Chain(residual, activation, activation_param)
+                    return adapted(input, self.weight, self.bias, mixture, chain)
         else:
             training = True
             if self.track_running_stats:

@@ -1,5 +1,6 @@
 """Whatever acts on training besides the modules: statistics kept, frozen, recalibrated, merged; memory; a diagnosis."""
 
+from bn_ext.train.adapt import adapt
 from bn_ext.train.checkpoint import checkpoint_contexts
 from bn_ext.train.freeze import freeze, unfreeze
 from bn_ext.train.keep import keep_statistics
@@ -12,6 +13,7 @@ from bn_ext.train.record import Record
 __all__ = [
     "MergedState",
     "Record",
+    "adapt",
     "averaging",
     "checkpoint_contexts",
     "freeze",

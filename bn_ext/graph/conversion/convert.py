@@ -16,6 +16,7 @@ from bn_ext.graph.conversion import classes
 from bn_ext.graph.conversion.classes import UnlikeError, become
 from bn_ext.graph.conversion.trial import Trials
 from bn_ext.graph.fusion.installed import unfuse
+from bn_ext.nn.base import FusedForward
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -96,7 +97,7 @@ def revert(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: a module that a graph calls with a residual or an activation, which torch's would not take, or one
-            that :func:`bn_ext.train.freeze` froze, as torch's would thaw. Nothing is changed then.
+            that :func:`bn_ext.train.freeze` or :func:`bn_ext.train.adapt` changed. Nothing is changed then.
 
     Example:
         >>> model = bn_ext.revert(bn_ext.convert(nn.Sequential(nn.BatchNorm2d(8))))
@@ -105,8 +106,15 @@ def revert(model: Model) -> Model:
     """
     check_model("revert", model)
     for path, module in model.named_modules():
-        if _original(module) is not None and getattr(module, "frozen", False):
-            raise ValueError(f"revert: {path or 'the model'} is frozen, and torch's would thaw: call unfreeze first")
+        if _original(module) is not None and isinstance(module, FusedForward):
+            if module.frozen:
+                raise ValueError(
+                    f"revert: {path or 'the model'} is frozen, and torch's would thaw: call unfreeze first"
+                )
+            if module.running_share != 1:
+                raise ValueError(
+                    f"revert: {path or 'the model'} is adapted, as torch's cannot be: call adapt(model, 1)"
+                )
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             called = node.op == "call_module" and _original(module.get_submodule(node.target)) is not None
             if called and len(node.args) + len(node.kwargs) > 1:

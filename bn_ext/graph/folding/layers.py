@@ -110,7 +110,8 @@ def drops_nothing(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any
 
 def altered(module: nn.Module) -> bool:
     """Whether a call of ``module`` does other things than the forward of its class."""
-    return any(getattr(module, kind) for kind in _HOOKS) or "forward" in vars(module)
+    adapted = getattr(module, "running_share", 1.0) != 1.0
+    return adapted or any(getattr(module, kind) for kind in _HOOKS) or "forward" in vars(module)
 
 
 def is_batch_norm(module: nn.Module) -> bool:

@@ -49,7 +49,7 @@ class Judgement:
     def _obstacles(self, module: Any, calls: list[NormCall]) -> Iterator[str]:
         """The reasons against folding. Each assumes that those before it do not hold."""
         if module in self.watch.altered:
-            yield f"this {type(module).__name__} has hooks or a forward of its own"
+            yield f"this {type(module).__name__} has hooks or a forward of its own, or is adapted"
         if module._buffers["running_mean"] is None or module._buffers["running_var"] is None:
             yield "it has no running statistics"
         if not calls:
