@@ -13,10 +13,12 @@ A tour; the docstring of each name has its arguments, shapes and errors::
     act = bn_ext.BatchNormAct2d(64, activation="silu")         # the two as one module, for nn.Sequential
     y = bn_ext.functional.batch_norm(x, mean, var, training=True)  # the function behind the modules
 
+    bn_ext.train.freeze(model)                 # and keep_statistics, skip_nonfinite, recalibrate, adapt, ...
+
 In a shell, ``python -m bn_ext`` says what is built and what runs, and checks results against float64.
 """
 
-from bn_ext import activation, functional, stages
+from bn_ext import activation, functional, stages, train
 from bn_ext._fallback import set_warn_fallback
 from bn_ext.functional import plan
 from bn_ext.graph.conversion.convert import convert, revert
@@ -46,5 +48,6 @@ __all__ = [
     "revert",
     "set_warn_fallback",
     "stages",
+    "train",
 ]
 __version__ = "0.2.0"

@@ -63,7 +63,7 @@ def skip_nonfinite(model: nn.Module) -> Iterator[Record]:
         model: any module with batch norms of torch, its ecosystem or ours.
 
     Returns:
-        A context. It gives a :class:`~bn_ext.train.Record` of the batch norms that it reaches.
+        A context. It gives a record of the batch norms that it reaches.
 
     Raises:
         TypeError: ``model`` is no module.

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 PLACES = {
     "bn_ext": (bn_ext, bn_ext.__all__),
     "bn_ext.graph": (bn_ext.graph, bn_ext.graph.__all__),
-    "bn_ext.train": (bn_ext.train, ["recompute_outputs", "keep_outputs"]),
+    "bn_ext.train": (bn_ext.train, bn_ext.train.__all__),
     "bn_ext.functional": (bn_ext.functional, ["batch_norm"]),
     "bn_ext.activation": (bn_ext.activation, ["NAMES", "DEFAULTS", "PARAMETERS", "check", "apply"]),
 }
