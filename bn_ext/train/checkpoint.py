@@ -2,32 +2,113 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections import defaultdict
+from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.compiler import is_compiling
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from bn_ext.functional import operator
 
 _ARGUMENTS = {a.name: a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments}
+_FORWARD = torch.ops.bn_ext.batch_norm_forward.default
+_ELEMT = torch.ops.bn_ext.batch_norm_elemt.default
+
+Statistics = tuple[Tensor, Tensor]  # mean and invstd
 
 
-class _OnCopies(TorchFunctionMode):
-    """Calls the operator with copies of the tensors that it would write to: running statistics and counter."""
+class _Noting(TorchDispatchMode):
+    """Notes the statistics that normalize an input."""
+
+    def __init__(self, noted: list[Statistics]) -> None:
+        super().__init__()
+        self.noted = noted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        if func is _FORWARD:
+            self.noted.append((results[1], results[2]))
+        elif func is _ELEMT:  # of a checkpoint around this one, which runs again
+            self.noted.append((args[3], args[4]))
+        return results
+
+
+class _Reusing(TorchDispatchMode):
+    """Normalizes by given statistics, without a reduction, and writes to nothing."""
+
+    def __init__(self, statistics: Statistics) -> None:
+        super().__init__()
+        self.statistics = statistics
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not _FORWARD:
+            return func(*args, **(kwargs or {}))
+        input, weight, bias, *_, residual, activation, param, set_size, with_branches = args
+        chain = residual, activation, param, set_size, with_branches
+        output, branches = _ELEMT(input, weight, bias, *self.statistics, *chain)
+        return output, *self.statistics, branches
+
+
+class _First(TorchFunctionMode):
+    """The first forward: notes the statistics of each call of the operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # By running mean and sizes, so that a call which the second forward does not make takes no other's place. The
+        # running mean is kept, so that no other tensor gets its id.
+        self.noted: dict[Any, list[Statistics]] = defaultdict(list)
+        self.means: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (operator, operator.default) or is_compiling():
+            return func(*args, **kwargs)
+        given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
+        self.means.append(given["running_mean"])
+        with _Noting(self.noted[_key(given)]):
+            return func(*args, **kwargs)
+
+
+class _Second(TorchFunctionMode):
+    """The second forward: calls the operator with the statistics of the first, or else with copies of the tensors that
+    it would write to: running statistics and counter."""
+
+    def __init__(self, first: _First) -> None:
+        super().__init__()
+        self.first = first
+
+    def __enter__(self) -> _Second:
+        self.left = {key: iter(noted) for key, noted in self.first.noted.items()}
+        return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func not in (operator, operator.default):
             return func(*args, **(kwargs or {}))
         given = {**dict(zip(_ARGUMENTS, args)), **(kwargs or {})}
+        statistics = None if is_compiling() else next(self.left.get(_key(given), iter(())), None)
         # Copies, not None: a cumulative average needs its counter.
-        return func(**{name: a.clone() if _ARGUMENTS[name] and a is not None else a for name, a in given.items()})
+        copies = {name: a.clone() if _ARGUMENTS[name] and a is not None else a for name, a in given.items()}
+        if statistics is None:
+            return func(**copies)
+        with _Reusing(statistics):
+            return func(**copies)
+
+
+def _key(given: dict[str, Any]) -> tuple[int, torch.Size, bool]:
+    return id(given["running_mean"]), given["input"].shape, given["training"]
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """A ``context_fn`` for :func:`torch.utils.checkpoint.checkpoint`: the second forward, in the backward, leaves the
     running statistics and batch counters of our modules alone.
+
+    It normalizes by the statistics that the first forward found, and so reads each input once, without a reduction, and
+    gives the same bits. Compiled parts inside reduce again.
 
     Checkpoint calls it: give the function itself, without parentheses. Batch norms that are still torch's count twice.
 
@@ -47,4 +128,5 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextM
     """
     if is_compiling():  # a compiled step writes once anyway, and takes no contexts but these
         return create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.PREFER_RECOMPUTE)
-    return nullcontext(), _OnCopies()
+    first = _First()
+    return first, _Second(first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -14,6 +15,7 @@ from networks import NETWORKS, assert_same_training
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import AveragedModel, update_bn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
@@ -183,3 +185,33 @@ def test_averaged_model(name: str, prepare: Callable, device: str) -> None:
     assert {m.momentum for m in averages[0].modules() if isinstance(m, _BatchNorm)} == {0.1}
     torch.testing.assert_close(averages[0].state_dict(), averages[1].state_dict(), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(averages[0].eval()(loader[0]), averages[1].eval()(loader[0]), rtol=1e-9, atol=1e-9)
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators of ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "bn_ext":
+            self.counts[func._schema.name.removeprefix("bn_ext::")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_checkpoint_reduces_once(times: int, device: str) -> None:
+    """Three batch norms, one of them in a checkpoint within: each input is reduced in the first forward alone, the one
+    within is normalized once more because both checkpoints run it again."""
+    torch.manual_seed(0)
+    block = Block(0.1, counting_once).to(device)
+    x = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
+    with Calls() as calls:
+        output = counting_once(block, x)
+        for _ in range(times):
+            output.sum().backward(retain_graph=True)
+    assert calls.counts["batch_norm_forward"] == 3
+    assert calls.counts["batch_norm_elemt"] == 4 * times
+    assert calls.counts["batch_norm_backward"] == 3 * times
+    assert block.norm.num_batches_tracked == 1
