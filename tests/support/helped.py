@@ -39,7 +39,7 @@ WAYS: dict[str, Callable[[nn.Module], Callable]] = {
     "plain": lambda model: model,
     "converted": bn_ext.convert,
     "fused": bn_ext.fuse,
-    "compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True),
+    "compiled": lambda model: torch.compile(model, backend="eager", fullgraph=True),
 }
 
 

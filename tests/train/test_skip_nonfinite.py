@@ -14,14 +14,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import bn_ext
 from bn_ext.train import skip_nonfinite
 
+# With gradients of the graph as a whole, in which the statistics are inputs that are written to.
+WHOLLY_COMPILED = {"wholly compiled": lambda model: torch.compile(model, backend="aot_eager", fullgraph=True)}
 
-@pytest.mark.parametrize("way", WAYS)
+
+@pytest.mark.parametrize("way", ["plain", "converted", "fused", "wholly compiled"])
 def test_batches_that_are_not_finite_leave_no_trace(way: str) -> None:
     torch._dynamo.reset()
     model = Several(functions=False)
     model.drop.p = 0.0
     plain = copy.deepcopy(model)
-    call = WAYS[way](model)
+    call = (WAYS | WHOLLY_COMPILED)[way](model)
     for bad in (None, math.inf, None, math.nan):
         x = images()
         with skip_nonfinite(model):
@@ -77,7 +80,7 @@ def test_the_host_waits_for_nothing() -> None:
 
 
 def test_classes_come_back() -> None:
-    model = bn_ext.fuse(Several())
+    model = bn_ext.convert(Several())
     nn.utils.parametrizations.weight_norm(model.ours)
     classes = [type(m) for m in model.modules()]
     with pytest.raises(ZeroDivisionError), skip_nonfinite(model) as record:
