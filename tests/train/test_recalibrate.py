@@ -67,7 +67,7 @@ def test_pools_all_values_of_unequal_batches(way: str) -> None:
     model, batches = model_in(), inputs()
     expected = pooled(model, batches, lambda _: True)
     call = WAYS[way](model)
-    model.drop.eval()
+    model.conv.eval()
     before, modes = state(model), [m.training for m in model.modules()]
     record = recalibrate(call, batches)
     assert_pooled(model, expected)
