@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 import bn_ext
+import bn_ext.data
 import bn_ext.graph
 import bn_ext.train
 
 ROOT = Path(__file__).parents[2]
 PLACES = {
     "bn_ext": (bn_ext, bn_ext.__all__),
+    "bn_ext.data": (bn_ext.data, bn_ext.data.__all__),
     "bn_ext.graph": (bn_ext.graph, bn_ext.graph.__all__),
     "bn_ext.train": (bn_ext.train, bn_ext.train.__all__),
     "bn_ext.functional": (bn_ext.functional, ["batch_norm"]),
@@ -36,6 +38,17 @@ def test_examples_in_docstrings(name: str) -> None:
     lines: list[str] = []
     names = {"bn_ext": bn_ext, "nn": nn, "torch": torch}
     test = doctest.DocTestParser().get_doctest(DOCUMENTED[name].__doc__, names, name, None, None)
+    doctest.DocTestRunner(verbose=False).run(test, out=lines.append)
+    assert not lines, "".join(lines)
+
+
+@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/train/*.md")), ids=lambda page: page.stem)
+def test_examples_on_pages(page: Path) -> None:
+    """Each page has an example of about ten lines, in blocks marked ``pycon``, that share their names."""
+    example = "\n".join(re.findall(r"^```pycon\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
+    test = doctest.DocTestParser().get_doctest(example, {}, page.name, str(page), 0)
+    assert test.examples
+    lines: list[str] = []
     doctest.DocTestRunner(verbose=False).run(test, out=lines.append)
     assert not lines, "".join(lines)
 
@@ -127,7 +140,7 @@ def test_a_wrong_quotation_is_found(message: str, is_there: bool) -> None:
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")]
 TOPICS = [ROOT / f"docs/{name}.md" for name in ("architecture", "numerics", "glossary")]
-GUIDES = [*TOPICS, *ROOT.glob("docs/howto/*.md"), ROOT / "tests/simt/README.md"]
+GUIDES = [*TOPICS, *ROOT.glob("docs/howto/*.md"), *ROOT.glob("docs/train/*.md"), ROOT / "tests/simt/README.md"]
 
 
 def anchors(page: Path) -> set[str]:
