@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -16,8 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from bn_ext._random import random_states
 from bn_ext.graph.arguments import check_model
+from bn_ext.graph.folding.copies import copied, evaluation, twin
 from bn_ext.graph.folding.layers import absorbed, rest
 from bn_ext.graph.folding.nodes import Nodes
 from bn_ext.graph.folding.pairs import Judgement, Pair
@@ -114,14 +110,14 @@ def fold(model: Model, *args: Any, **kwargs: Any) -> Model:
         if module.training and (module is model or isinstance(module, (_BatchNorm, BatchNormAct))):
             instead = " or fold the program that it was made of" if isinstance(model, GraphModule) else ""
             raise ValueError(f"fold: {name or 'the model'} is in training mode, call model.eval() first{instead}")
-    folded = _twin(model)
+    folded = twin(model)
     found: list[Fold] = []
     expected = _outputs(model, args, kwargs) if args or kwargs else None
     while True:  # a batch norm may follow another that is folded
-        watch = Watch(_twin(folded, own=True))
+        watch = Watch(twin(folded, own=True))
         if args or kwargs:
-            with _evaluation():
-                watch.run(*_copied(args), **_copied(kwargs))
+            with evaluation():
+                watch.run(*copied(args), **copied(kwargs))
         else:
             trace(watch)
         pairs, reasons = Judgement(watch).pairs()
@@ -166,51 +162,9 @@ def _fold_program(program: ExportedProgram, args: tuple[Any, ...], kwargs: dict[
     return folded
 
 
-def _twin(model: nn.Module, own: bool = False) -> nn.Module:
-    """A copy of all modules. It shares their tensors, or has copies of its own so that it can be called."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
-            if isinstance(value, Tensor) and not (own and value.is_leaf):
-                memo[id(value)] = value.detach().clone() if own else value
-    try:
-        return copy.deepcopy(model, dict(memo))
-    except Exception as error:
-        raise TypeError(f"fold: {_uncopied(model, memo)} cannot be copied: {error}") from error
-
-
-def _uncopied(model: nn.Module, memo: dict[int, Any]) -> str:
-    """The attribute that keeps a model from being copied."""
-    memo |= {id(module): module for module in model.modules()}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            try:
-                copy.deepcopy(value, dict(memo))
-            except Exception:
-                return f"{name} of {path or 'the model'}"
-    return "the model"
-
-
-@contextmanager
-def _evaluation() -> Iterator[None]:
-    """Runs a block without gradients and compiled code, and restores the state of random numbers after it."""
-    restore = random_states()
-    # Without dynamo there is no compiled code, and its import takes seconds.
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    try:
-        with torch.no_grad(), eager:
-            yield
-    finally:
-        restore()
-
-
-def _copied(inputs: Any) -> Any:
-    return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)
-
-
 def _outputs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], what: str = "the model") -> Any:
-    with _evaluation(), located(what):
-        return _twin(model, own=True)(*_copied(args), **_copied(kwargs))
+    with evaluation(), located(what):
+        return twin(model, own=True)(*copied(args), **copied(kwargs))
 
 
 def _check(outputs: Any, expected: Any) -> None:

@@ -78,6 +78,8 @@ class Watch:
     ===================  =============================================  =====================================
     """
 
+    function = "fold"  # of ours, for messages
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.paths = {module: path for path, module in model.named_modules()}
@@ -102,7 +104,7 @@ class Watch:
     # ------------------------------------------------------------------------------------------ ways to see
 
     def run(self, *args: Any, **kwargs: Any) -> None:
-        with self.watching(), located("a copy of the model"):
+        with self.watching(), located("a copy of the model", self.function):
             outputs = self.model(*args, **kwargs)
         self.find_kept()
         del outputs  # which hold what is returned until then
@@ -160,8 +162,8 @@ class Watch:
             if id(tensor) in self._tensors and id(tensor) not in own:
                 self.elsewhere.add(id(tensor))
         for tensor in outputs:
-            if not isinstance(self._made.get(_key(tensor)), Output):
-                self._made[_key(tensor)] = name
+            if not isinstance(self._made.get(key_of(tensor)), Output):
+                self._made[key_of(tensor)] = name
 
     def _function(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """A call of one of torch's functions, with tensors or in a trace."""
@@ -190,7 +192,7 @@ class Watch:
             output = Output(call, rank=value.dim(), storage=storage)
         output.value = weakref.ref(value)
         self.outputs.append(output)
-        self._made[_key(value)] = output
+        self._made[key_of(value)] = output
         return value
 
     def _normalization(self, given: dict[str, Any], function: Callable[[], Any]) -> Any:
@@ -229,7 +231,7 @@ class Watch:
 
         def normalize(input: Any, *others: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             traced = isinstance(input, Proxy)
-            source = self._made.get(_key(input)) or (input.node.name if traced else "an input")
+            source = self._made.get(key_of(input)) or (input.node.name if traced else "an input")
             if any(_same(other, input) for other in others):
                 self._read(input, "itself")
             if known and traced:
@@ -247,7 +249,7 @@ class Watch:
         return forward
 
     def _read(self, value: Any, reader: Any) -> None:
-        output = self._made.get(_key(value))
+        output = self._made.get(key_of(value))
         if isinstance(output, Output):
             output.readers.append(reader)
 
@@ -313,13 +315,13 @@ def tensors(module: nn.Module) -> list[Tensor]:
 
 
 @contextmanager
-def located(model: str) -> Iterator[None]:
+def located(model: str, function: str = "fold") -> Iterator[None]:
     """Adds to an error which model fails, and where."""
     try:
         yield
     except Exception as error:
         if hasattr(error, "add_note"):  # from Python 3.11 on
-            error.add_note(f"bn_ext.fold: {_place(error)}{model} fails with these inputs")
+            error.add_note(f"bn_ext.{function}: {_place(error)}{model} fails with these inputs")
         raise
 
 
@@ -329,7 +331,7 @@ def _place(error: BaseException) -> str:
     return f"{frames[-1].filename}:{frames[-1].lineno}: " if frames else ""
 
 
-def _key(value: Any) -> Any:
+def key_of(value: Any) -> Any:
     """A key that is the same for values that share memory."""
     if isinstance(value, Proxy):
         return value.node
