@@ -202,7 +202,6 @@ def test_a_range_of_labels() -> None:
         ({"rank": -1, "world_size": 2}, ValueError, "rank should be 0 or more, got -1"),
         ({"rank": 0, "world_size": 5}, ValueError, "4 labels are too few for 1 batches of 2 in each of 5 processes"),
     ],
-    ids=str,
 )
 def test_wrong_arguments(arguments: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):

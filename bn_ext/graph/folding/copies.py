@@ -9,6 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -26,6 +27,8 @@ def twin(model: nn.Module, own: bool = False, function: str = "fold") -> nn.Modu
         for value in (*vars(module).values(), *module._parameters.values(), *module._buffers.values()):
             if isinstance(value, Tensor) and not (own and value.is_leaf):
                 memo[id(value)] = value.detach().clone() if own else value
+            elif dist.is_available() and isinstance(value, dist.ProcessGroup):
+                memo[id(value)] = value
     try:
         return copy.deepcopy(model, dict(memo))
     except Exception as error:

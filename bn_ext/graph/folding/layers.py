@@ -100,12 +100,17 @@ def batch_norm_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, A
     return None if names is None else {**_OPTIONAL, **dict(zip(names, args)), **kwargs}
 
 
+def dropped(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float | None:
+    """The probability with which a call, if it is a dropout, drops values of its first argument."""
+    if getattr(function, "overloadpacket", function) not in _DROPOUTS or not args:
+        return None
+    given = {"p": 0.5, "training": True, **dict(zip(("", "p", "training"), args)), **kwargs}
+    return 0 if given.get("train", given["training"]) is False else given["p"]
+
+
 def drops_nothing(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether a call is a dropout that returns its input, the first argument."""
-    if getattr(function, "overloadpacket", function) not in _DROPOUTS or not args:
-        return False
-    given = {"p": 0.5, "training": True, **dict(zip(("", "p", "training"), args)), **kwargs}
-    return given.get("train", given["training"]) is False or given["p"] == 0
+    return dropped(function, args, kwargs) == 0
 
 
 def altered(module: nn.Module) -> bool:

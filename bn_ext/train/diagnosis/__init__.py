@@ -1,0 +1,1 @@
+"""How a model and its training treat batch norms: what is seen of them, and the rules that speak about it."""
