@@ -96,6 +96,9 @@ CALLS: dict[str, Case] = {
     "bias that others read": Case(
         lambda: Calls(lambda m, x: (y := m.conv(x)) + m.norm(y), conv=conv(bias=True), norm=norm()), []
     ),
+    "bias that is added": Case(
+        lambda: Calls(lambda m, x: m.norm(m.conv(x)) + m.conv.bias.sum(), conv=conv(bias=True), norm=norm()), []
+    ),
     "bias before two batch norms": Case(
         lambda: Calls(lambda m, x: m.one(y := m.conv(x)) + m.two(y), conv=conv(bias=True), one=norm(), two=norm()), []
     ),
@@ -186,6 +189,34 @@ def test_a_model_that_no_trace_tells() -> None:
     model = Calls(lambda m, x: x if x.sum() > 9e9 else m.norm(m.conv(x)), conv=conv(bias=True), norm=norm())
     assert found(model) == []
     assert found(model, example=IMAGES) == [("conv", "bias of Conv2d before batch norm")]
+
+    model.call = lambda m, x: x if (y := m.norm(m.conv(x).relu())).sum() > 9e9 else y
+    assert found(model) == []
+    assert found(model, example=IMAGES) == [("norm", "batch norm after relu")]
+
+
+def test_a_bias_before_positions() -> None:
+    """Of (N, L, C) a batch norm normalizes each of the positions, here as many as there are channels."""
+    parts = {"linear": nn.Linear(64, 3), "norm": nn.BatchNorm1d(3)}
+    assert found(Calls(lambda m, x: m.norm(m.linear(x.flatten(2))), **parts), example=IMAGES) == []
+    assert found(Calls(lambda m, x: m.norm(m.linear(x[:, 0].flatten(1))), **parts), example=IMAGES)
+
+
+def test_memory_that_is_used_again() -> None:
+    """A value that no function of torch is seen to make has nothing of the one that was there before."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x * 2
+
+    def call(m: nn.Module, x: Tensor) -> Tensor:
+        places = {m.conv(x).relu().untyped_storage()._cdata for _ in range(20)}
+        values = [Twice.apply(x) for _ in range(20)]
+        again = [value for value in values if value.untyped_storage()._cdata in places]
+        return m.norm((again or values)[0])
+
+    assert found(Calls(call, conv=conv(), norm=norm()), example=IMAGES) == []
 
 
 def test_branches_of_training() -> None:
@@ -348,6 +379,8 @@ def test_accumulation() -> None:
     model = nn.Sequential(conv(), norm())
     assert found(model, accumulation=4) == [("", "gradients of 4 batches accumulated beside batch norm")]
     assert found(model, accumulation=1) == []
+    model[1] = norm(track_running_stats=False).eval()  # has no other statistics than the batch's
+    assert len(found(model, accumulation=4)) == 1
     assert found(nn.Sequential(conv(), nn.GroupNorm(1, 3)), accumulation=4) == []
     assert found(nn.Sequential(conv(), frozen(norm())), accumulation=4) == []
 
@@ -437,6 +470,12 @@ def test_everything_is_left_as_it_was(prepare: Callable) -> None:
                 assert diagnose(model, optimizer, example, batches=10)
             assert list(model[2]._forward_hooks) == [handle.id]
             assert example is None or (example.grad is None and torch.equal(example, IMAGES))
+
+
+def test_an_example_that_the_model_writes_to() -> None:
+    example = IMAGES.clone()
+    diagnose(nn.Sequential(nn.ReLU(inplace=True), norm()), example=example)
+    assert torch.equal(example, IMAGES)
 
 
 @contextmanager

@@ -119,9 +119,8 @@ class Flow(Watch):
 
     def _subtracted(self, output: Output, where: Callable[[nn.Module], bool]) -> bool:
         """Whether nothing but a batch norm reads an output, and normalizes the layer's channels."""
-        calls = [call for call in self.calls if call.source is output]
-        norms = {call.module for call in calls}
-        if len(norms) != 1 or set(output.readers) != norms or any(call.affine is None for call in calls):
+        norms = {call.module for call in self.calls if call.source is output}
+        if len(norms) != 1 or set(output.readers) != norms:
             return False
         (norm,) = norms
         rank, mean = output.call.rank, norm._buffers["running_mean"]

@@ -87,7 +87,7 @@ class Subject:
     def __init__(self, model: nn.Module, optimizer: Any, example: Any, batches: Any, accumulation: int) -> None:
         self.model, self.optimizer, self.accumulation = model, optimizer, accumulation
         self.batches = len(batches) if hasattr(batches, "__len__") else batches
-        self.batch_size = _batch_size(batches) if example is None else None
+        self.batch_size = _batch_size(batches)
         self.norms = [Norm(path, module) for path, module in model.named_modules() if is_batch_norm(module)]
         self.biases: list[tuple[str, nn.Module]] = []  # layers whose bias a batch norm subtracts
         for path, module in model.named_modules() if self.norms else ():
