@@ -202,23 +202,6 @@ def test_a_bias_before_positions() -> None:
     assert found(Calls(lambda m, x: m.norm(m.linear(x[:, 0].flatten(1))), **parts), example=IMAGES)
 
 
-def test_memory_that_is_used_again() -> None:
-    """A value that no function of torch is seen to make has nothing of the one that was there before."""
-
-    class Twice(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: object, x: Tensor) -> Tensor:
-            return x * 2
-
-    def call(m: nn.Module, x: Tensor) -> Tensor:
-        places = {m.conv(x).relu().untyped_storage()._cdata for _ in range(20)}
-        values = [Twice.apply(x) for _ in range(20)]
-        again = [value for value in values if value.untyped_storage()._cdata in places]
-        return m.norm((again or values)[0])
-
-    assert found(Calls(call, conv=conv(), norm=norm()), example=IMAGES) == []
-
-
 def test_branches_of_training() -> None:
     model = Calls(lambda m, x: m.norm(m.conv(x)) if m.training else x, conv=conv(bias=True), norm=norm())
     for mode in (True, False):

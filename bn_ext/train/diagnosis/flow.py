@@ -64,12 +64,6 @@ class Flow(Watch):
             del self.inputs[inputs:]
         return result
 
-    def _operator(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
-        super()._operator(name, inputs, outputs)
-        read = set(map(key_of, inputs))
-        for key in set(map(key_of, outputs)) - read:  # memory that had another value before
-            self.steps.pop(key, None)
-
     def _function(self, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         read = _values((args, kwargs))
         inputs = tuple(filter(None, map(self._step, read)))  # before the call, which may write to them
