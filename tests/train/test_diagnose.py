@@ -262,6 +262,7 @@ def test_never_updated() -> None:
     assert found(model) == [("1", used)]
     assert found(model.eval()) == [("0", used), ("1", used)]
     assert found(nn.Sequential(norm(momentum=0))) == [("0", "statistics never updated: a momentum of 0")]
+    assert found(nn.Sequential(conv(), frozen(norm(momentum=0)))) == []
     for name, value in (("running_mean", 1), ("running_var", 2), ("num_batches_tracked", 1)):
         trained = norm().eval()
         getattr(trained, name).fill_(value)
@@ -391,6 +392,9 @@ def test_small_batches_in_processes(processes: Callable[[int], None]) -> None:
     assert found(model, batches=DataLoader(torch.zeros(1000), batch_size=16)) == bias
     assert found(model) == bias
     assert found(model.module, example=IMAGES[:8]) == BIAS
+    parts = {"inside": copy.deepcopy(model), "outside": norm()}
+    partly = Calls(lambda m, x: m.outside(m.inside(x)), **parts)
+    assert found(partly, example=IMAGES[:8])[-1:] == [(f"inside.{few[0][0]}", few[0][1])]
     synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(model, dist.new_group())
     assert found(synchronized, example=IMAGES[:8]) == bias
     # Two processes of 18 values have 36.
