@@ -221,9 +221,6 @@ def _evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _training(pools: Sequence[Pool]) -> Iterator[None]:
-    """The batch norms of these pools in training. What they write is undone: torch's count their calls themselves."""
-    counters = [t for pool in pools for t in statistics_of(pool.module)[2:]]
-    restore = _restoring(counters)
     for pool in pools:
         pool.module.training = True
     try:
@@ -231,7 +228,6 @@ def _training(pools: Sequence[Pool]) -> Iterator[None]:
     finally:
         for pool in pools:
             pool.module.training = False
-        restore()
 
 
 def _distributed() -> bool:
