@@ -207,6 +207,9 @@ const char* obstacle(const Arguments& a) {
   if (a.input.layout() != at::kStrided) {
     return "the input is not strided";
   }
+  if (a.input.is_quantized()) {
+    return "the input is quantized";  // to be refused with torch's error
+  }
   if (a.input.dim() < 2) {
     return "the input has fewer than two dimensions";
   }
