@@ -222,6 +222,22 @@ def test_compiled_by_the_eager_backend(how: str) -> None:
     assert size < 0.7 * kept(expected, x)
 
 
+def test_compiled_by_inductor() -> None:
+    """The backward makes outputs again, and gives what it gives without."""
+    x = example(16)
+    model = bn_ext.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    found = []
+    for options in ({}, {"joint_custom_post_pass": None}):
+        torch._dynamo.reset()
+        call = torch.compile(copy.deepcopy(model), backend="bn_ext_inductor", options=options)
+        call(x).square().sum().backward()
+        gradients = [p.grad.clone() for p in call.parameters()]
+        found.append((gradients, allocated(lambda call=call: call(x), "cpu")[0]))
+    (ours, kept_by_us), (plain, kept_without) = found
+    torch.testing.assert_close(ours, plain)
+    assert kept_by_us < 0.7 * kept_without
+
+
 def test_partition() -> None:
     """AOTAutograd keeps less, and makes an output when it is about to be read."""
     from torch._dynamo.backends.common import aot_autograd
