@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from bn_ext._processes import in_group
+
 
 class StratifiedBatchSampler(Sampler[list[int]]):
     """Batches of indices in which every class has its share, for :class:`torch.utils.data.DataLoader`.
@@ -181,8 +183,7 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if (rank is None) != (world_size is None):
         raise ValueError("StratifiedBatchSampler: rank and world_size belong together, got one of them")
     if rank is None or world_size is None:
-        in_group = dist.is_available() and dist.is_initialized()
-        return (dist.get_rank(), dist.get_world_size()) if in_group else (0, 1)
+        return (dist.get_rank(), dist.get_world_size()) if in_group() else (0, 1)
     rank, world_size = _integer("rank", rank, 0), _integer("world_size", world_size, 1)
     if rank >= world_size:
         raise ValueError(f"StratifiedBatchSampler: rank should be below world_size {world_size}, got {rank}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from bn_ext import activation as activations
+from bn_ext._processes import in_group
 from bn_ext.functional import finished
 from bn_ext.stages import Moments, merge_stats, stats
 from bn_ext.train.calls import arguments
@@ -37,7 +38,7 @@ class Pool:
 
     def gathered(self) -> Pool:
         """This pool and those of all other processes, in their order."""
-        if not (dist.is_available() and dist.is_initialized()):
+        if not in_group():
             return self
         device = torch.device("cpu") if dist.get_backend() == "gloo" else self.moments.mean.device
         mine = torch.cat([part.reshape(-1) for part in (self.moments.counts.new_tensor(self.calls), *self.moments)])
@@ -85,7 +86,7 @@ class Collecting(TorchFunctionMode):
 
 
 def _normalized(given: Mapping[str, Any]) -> tuple[Tensor, Moments]:
-    """What a batch norm in training gives, and the moments of its input, by one operator that reads the input once."""
+    """The output of a batch norm in training and the moments of its input. One operator reads the input, once."""
     input, residual = given["input"], given.get("residual")
     activation, param = given.get("activation"), given.get("activation_param")
     activations.check(activation, param)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bn_ext._processes import in_group
 from bn_ext.stages import merge_stats
 from bn_ext.train.pool import Collecting, Pool, StopError
 from bn_ext.train.record import Record, Row, batch_norms, record, row, statistics_of
@@ -123,7 +124,7 @@ class _Runs:
                 self.forward(self.model, batch)
             orders = [[(pool.path, calls) for pool, calls in trial.order.items()]]
             break
-        if _distributed():  # a process may have no batches
+        if in_group():  # a process may have no batches
             (mine,) = orders
             orders = [None] * dist.get_world_size()
             dist.all_gather_object(orders, mine)
@@ -228,7 +229,3 @@ def _training(pools: Sequence[Pool]) -> Iterator[None]:
     finally:
         for pool in pools:
             pool.module.training = False
-
-
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()

@@ -17,13 +17,13 @@ from typing import Any
 from weakref import ref
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch._C import _autograd
 from torch.autograd import Variable
 
 from bn_ext._capture import never_captured_in
 from bn_ext._load import _C
+from bn_ext._processes import in_group
 
 _MOST_CHAINED = 8  # results of which each is made of the one before. Not measured.
 _WRITTEN = "was modified by an inplace operation after the forward"
@@ -86,7 +86,7 @@ class _Shared:
         task = torch._C._current_graph_task_id()
         if task < 0:  # outside a backward someone looks at a node
             return self.make()
-        # What reads it on another stream does not wait for this one.
+        # A reader on another stream would not wait for this stream, so it gets a tensor of its own.
         now = task, 0 if self.device is None else torch.cuda.current_stream(self.device).stream_id
         given_in, made = saver.given
         saver.given = _NOTHING
@@ -244,8 +244,7 @@ class Recording:
         self.hooks = _hooks(False)
         self.before = getattr(_open, "recording", None)
         self.pack = self.save  # one object, to be found among the hooks
-        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.parameter = _Parameter if parallel else _Saved
+        self.parameter = _Parameter if in_group() else _Saved
         _autograd._push_saved_tensors_default_hooks(self.pack, _unpack)
         _open.recording = self
         _C.observe_outputs(self.observe)
@@ -328,7 +327,7 @@ class Recording:
         return self.saved_as(tensor) or self.keep(tensor)
 
     def saved_as(self, tensor: Tensor) -> Any:
-        """What is kept of a tensor in any case: what it is made of, or what another node keeps; or None."""
+        """The stand-in of a tensor that costs no memory: its recipe, or the tensor that another node keeps; or None."""
         base = tensor._base
         _, made = self.made.get(id(tensor if base is None else base), _NOTHING)
         if made is not None and made.version == tensor._version and made.dtype == tensor.dtype:

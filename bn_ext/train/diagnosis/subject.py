@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from bn_ext._processes import in_group
 from bn_ext.graph.conversion.classes import is_batch_norm
 from bn_ext.graph.folding.copies import copied, evaluation, twin
 from bn_ext.graph.folding.trace import trace
@@ -136,7 +137,7 @@ class Subject:
 
 def processes(group: Any = None) -> int:
     """The number of processes in a group, or in all; 1 if there are no groups."""
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size(group) if in_group() else 1
 
 
 def _unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
