@@ -27,7 +27,7 @@ def _add_relu(output: Tensor, residual: Tensor) -> Tensor:
     return F.relu_(output)
 
 
-# What follows batch norm in a pattern, as a residual network writes it.
+# A residual network writes the operations behind the batch norm of a pattern like this.
 FOLLOWING: dict[str, Call] = {"bn": lambda output: output, "bn+relu": F.relu_, "bn+add+relu": _add_relu}
 
 

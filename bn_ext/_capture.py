@@ -18,7 +18,7 @@ def never_captured(*functions: Callable[..., Any]) -> None:
 
 
 def never_captured_in(names: dict[str, object]) -> None:
-    """The same for all functions, and methods of classes, that a module defines, whose names these are."""
+    """Has Dynamo run every function and method that a module defines as it is. ``names`` is the module's namespace."""
     found = [*names.values()]
     found += [method for one in found if isinstance(one, type) for method in vars(one).values()]
     own = [one for one in found if isinstance(one, FunctionType) and one.__module__ == names["__name__"]]

@@ -1,4 +1,4 @@
-"""The functions that compute a batch norm, and what a call of one is given."""
+"""The functions that compute a batch norm, and the arguments of a call of one."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ _FUNCTIONS = {  # with the names of their arguments
 
 
 def arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any] | None:
-    """What ``func`` is given, by name; None if it computes no batch norm."""
+    """The arguments of a call of ``func``, by name; None if ``func`` computes no batch norm."""
     names = _FUNCTIONS.get(func)
     return None if names is None else {**dict(zip(names, args)), **kwargs}

@@ -33,7 +33,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True, repr=False)
 class Record(Table):
-    """What a helper did to each batch norm of a model: a table for terminals and notebooks.
+    """A table, for terminals and notebooks, of the changes that a helper made to each batch norm of a model.
 
     ``rows`` are named tuples of strings: ``path``, ``cls`` and ``changed``. ``undo()`` takes back what this call did.
     """

@@ -11,7 +11,7 @@
 namespace bn::cuda {
 namespace {
 
-// Of a block that is alone on a multiprocessor, and of one of two. Not measured.
+// The threads of a block that has a multiprocessor alone, and of one of two blocks on it. Not measured.
 constexpr int kThreadsAlone = kMaxThreads;
 constexpr int kThreadsOfTwo = kMaxThreads / 2;
 constexpr int kWarp = 32;

@@ -14,7 +14,8 @@ TESTS = Path(__file__).parents[1]
 ACTIVATIONS = [f"test_activation.py::{name}" for name in ("test_types", "test_shapes", "test_branches")]
 OPS = ["test_forward.py", "test_backward.py", "test_numerics.py", "test_determinism.py", *ACTIVATIONS]
 CORE = [*(f"ops/{name}" for name in OPS), "cpu/test_bypass.py"]
-# Of these, the conversions of a half type are an instruction set's; which tensors have it is not, nor is a long sum.
+# An instruction set has its own conversions of half types. Which tensors have that type, and how long a sum is, tests
+# at one instruction set cover.
 LEFT_OUT = "not bf16-bf16 and not f16-f16 and not test_long_reduction"
 AVAILABLE = {"default": True, "avx2": torch.cpu._is_avx2_supported(), "avx512": torch.cpu._is_avx512_supported()}
 

@@ -61,5 +61,5 @@ def evaluation() -> Iterator[None]:
 
 
 def copied(inputs: Any) -> Any:
-    """The same containers with copies of the tensors."""
+    """Copies the tensors in nested containers."""
     return pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), inputs)

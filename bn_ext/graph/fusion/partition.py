@@ -53,9 +53,7 @@ def make_outputs_again(graph: Graph) -> None:
             made = graph.call_function(_ELEMT, (input, given["weight"], given["bias"], *statistics, residual, *rest))
             output = graph.call_function(operator.getitem, (made, 0))
         made.meta = {**node.meta, "val": (results[0].meta["val"], None)}
-        made.meta.pop(
-            "eager_input_vals", None
-        )  # the arguments of the forward, whose layouts Inductor would look up here
+        made.meta.pop("eager_input_vals", None)  # Inductor would take the forward's arguments for those of this call
         output.meta = dict(results[0].meta)
         for one in (made, output):
             one.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE

@@ -38,7 +38,7 @@ class Step:
 
 
 class Input(NamedTuple):
-    """What a batch norm is called with."""
+    """The input of a call of a batch norm."""
 
     module: nn.Module
     source: Step | None
@@ -94,7 +94,7 @@ class Flow(Watch):
         return self._of_node(value.node) if isinstance(value, Proxy) else self.steps.get(key_of(value))
 
     def _of_node(self, node: fx.Node) -> Step:
-        """What a node of a trace does. Modules of torch are called whole, so that no function was seen."""
+        """The step of a node of a trace. A trace calls modules of torch whole, and shows none of their functions."""
         if node not in self.steps:
             name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
             inputs = tuple(map(self._of_node, node.all_input_nodes))
