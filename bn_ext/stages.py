@@ -166,13 +166,14 @@ def elemt(
     Args:
         input: of float64, float32, bfloat16 or float16, of any strides.
         statistics: a row for each set, in float64; the counts are not read.
-        weight, bias: of the input's dtype or, for a half-precision input, float32; None for 1 and 0.
+        weight, bias: for all sets, or a row for each; of the input's dtype or, for a half-precision input, float32;
+            None for 1 and 0.
         chain: what follows the normalization.
         set_size: images of a statistic set, or None for one set.
 
     Shape:
         - input, output: (N, C, *).
-        - weight, bias: (C,).
+        - weight, bias: (C,), or with a set_size (sets, C).
 
     Returns:
         The output, and the branches of the activation, as bytes of eight, where the chain keeps them, else None.

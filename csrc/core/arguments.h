@@ -9,21 +9,22 @@
 // The arguments of a call to a backend: raw pointers, all of one device.
 namespace bn {
 
-// A value per channel of any floating type, or none at all.
+// A value per channel of any floating type, or none at all. Sets share the values, unless there is a stride of sets.
 struct PerChannel {
   void* data = nullptr;
   DType dtype = DType::Float32;
   int64_t stride = 1;
+  int64_t set_stride = 0;
 
   BN_HD explicit operator bool() const { return data != nullptr; }
 
-  BN_HD double get(int64_t c, double otherwise) const {
+  BN_HD double get(int64_t c, double otherwise, int64_t set = 0) const {
     if (data == nullptr) {
       return otherwise;
     }
     return with_type(dtype, [&](auto type) {
       using T = decltype(type);
-      return static_cast<double>(static_cast<Acc<T>>(static_cast<const T*>(data)[c * stride]));
+      return static_cast<double>(static_cast<Acc<T>>(static_cast<const T*>(data)[set * set_stride + c * stride]));
     });
   }
 

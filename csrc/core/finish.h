@@ -22,8 +22,8 @@ template <class A>
 BN_HD NormalizeCoefficients<A> finish_forward(
     const ForwardArgs& args, int64_t set, int64_t c, const Moments& batch, double momentum, bool writes) {
   const int64_t i = args.problem.statistic(set, c);
-  const double weight = args.weight.get(c, 1);
-  const double bias = args.bias.get(c, 0);
+  const double weight = args.weight.get(c, 1, set);
+  const double bias = args.bias.get(c, 0, set);
   if (args.stages == Stages::Apply) {
     return normalize_coefficients<A>(args.mean[i], args.invstd[i], weight, bias);
   }
@@ -70,7 +70,7 @@ BN_HD void finish_sets(const ForwardArgs& args, int64_t c, double momentum, cons
 template <class A>
 BN_HD NormalizeCoefficients<A> repeat_forward(const BackwardArgs& args, int64_t set, int64_t c) {
   const int64_t i = args.problem.statistic(set, c);
-  return normalize_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(c, 1), args.bias.get(c, 0));
+  return normalize_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(c, 1, set), args.bias.get(c, 0, set));
 }
 
 BN_HD void set_parameter_gradients(const BackwardArgs& args, int64_t c, double dweight, double dbias) {
@@ -90,7 +90,7 @@ BN_HD GradientCoefficients<A> finish_backward(
   const int64_t i = args.problem.statistic(set, c);
   const double mean = args.mean[i];
   const double invstd = args.invstd[i];
-  const double weight = args.weight.get(c, 1);
+  const double weight = args.weight.get(c, 1, set);
   const bool given = args.stages == Stages::Apply;
   const GradientSums sums = given ? GradientSums{args.sum_dz[i], args.sum_dz_xmu[i]}
                                   : centred<A>(mean, weight * invstd, sum_dz, sum_dz_shifted);

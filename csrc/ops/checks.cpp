@@ -100,18 +100,34 @@ void Checks::values(const char* name, const Tensor& t, const c10::SymInt& number
   check_contiguous(op_, name, t);
 }
 
+void Checks::of_parameters_type(const char* name, const Tensor& t) const {
+  TORCH_CHECK(t.device() == input_.device(), op_, ": ", name, " is on ", t.device(), " but input is on ",
+              input_.device());
+  const at::ScalarType type = input_.scalar_type();
+  TORCH_CHECK(t.scalar_type() == type || (is_half(type) && t.scalar_type() == at::kFloat), op_, ": expected ", name,
+              " of type ", type, is_half(type) ? " or Float" : "", " for an input of type ", type, ", got ",
+              t.scalar_type());
+}
+
 void Checks::per_channel(const char* name, const OptionalTensor& t) const {
   if (!t.has_value()) {
     return;
   }
-  TORCH_CHECK(t->device() == input_.device(), op_, ": ", name, " is on ", t->device(), " but input is on ",
-              input_.device());
+  of_parameters_type(name, *t);
   TORCH_SYM_CHECK(t->sym_numel().sym_eq(input_.sym_size(1)), name, " should contain ", input_.sym_size(1),
                   " elements not ", t->sym_numel());
-  const at::ScalarType type = input_.scalar_type();
-  TORCH_CHECK(t->scalar_type() == type || (is_half(type) && t->scalar_type() == at::kFloat), op_, ": expected ", name,
-              " of type ", type, is_half(type) ? " or Float" : "", " for an input of type ", type, ", got ",
-              t->scalar_type());
+}
+
+void Checks::parameter(const char* name, const OptionalTensor& t) const {
+  if (!t.has_value() || t->dim() != 2 || !set_size_.has_value()) {
+    per_channel(name, t);
+    return;
+  }
+  of_parameters_type(name, *t);
+  const c10::SymInt sets = sets_of(input_, set_size_);
+  TORCH_SYM_CHECK(t->sym_size(0).sym_eq(sets).sym_and(t->sym_size(1).sym_eq(input_.sym_size(1))), op_, ": ", name,
+                  " should have sizes (C,) or (sets, C), ", sets, " and ", input_.sym_size(1), ", got ",
+                  t->sym_sizes());
 }
 
 void Checks::statistics(const char* name, const Tensor& t) const {
@@ -153,8 +169,6 @@ void Checks::backward(const BackwardArguments& a) const {
               op_,
               ": input is needed in training, for the gradient of weight, and for an activation without branch bits");
   like_input("dy", a.dy);
-  per_channel("weight", a.weight);
-  per_channel("bias", a.bias);
   statistics("mean", a.mean);
   statistics("invstd", a.invstd);
   like_input("residual", a.residual);

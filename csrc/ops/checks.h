@@ -24,6 +24,8 @@ class Checks {
 
   // A value for each channel.
   void per_channel(const char* name, const OptionalTensor& t) const;
+  // A value for each channel or, with a set_size, for each statistic set and channel.
+  void parameter(const char* name, const OptionalTensor& t) const;
   // A value of float64 for each statistic set and channel.
   void statistics(const char* name, const Tensor& t) const;
   // The number of values that the statistics of each set are of.
@@ -38,11 +40,12 @@ class Checks {
   void forward(const Arguments& a) const;
   // The arguments of batch_norm_forward: kernels take fewer residuals and counters.
   void forward_by_kernels(const Arguments& a, bool with_branches) const;
-  // The arguments that every backward has.
+  // The arguments that every backward has, but for weight and bias.
   void backward(const BackwardArguments& a) const;
 
  private:
   void values(const char* name, const Tensor& t, const c10::SymInt& number, at::ScalarType type) const;
+  void of_parameters_type(const char* name, const Tensor& t) const;
 
   const char* op_;
   const Tensor& input_;

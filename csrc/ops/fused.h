@@ -85,15 +85,14 @@ inline void* residual_to_write(const Tensor& dresidual, const Tensor& dy, const 
   return dresidual.mutable_data_ptr();
 }
 
-// All that a backward reads but sums and counts. The operands and the tensors of `a` have to outlive the result.
+// All that a backward reads but parameters, sums and counts. The operands and the tensors of `a` have to outlive the
+// result.
 inline BackwardArgs to_read(
     const BackwardArguments& a, Stages stages, const View& x, const Operand& dy, const Operand& residual) {
   return {.problem = x.problem,
           .stages = stages,
           .dy = dy.data(),
           .x = a.input.has_value() ? x.tensor.const_data_ptr() : nullptr,
-          .weight = per_channel(a.weight),
-          .bias = per_channel(a.bias),
           .mean = a.mean.const_data_ptr<double>(),
           .invstd = a.invstd.const_data_ptr<double>(),
           .training = a.training,
@@ -205,7 +204,10 @@ FourTensors batch_norm_backward(const Tensor& dy,
   const BackwardArguments a{dy,       input,    weight,   bias,       mean,     invstd,
                             training, residual, branches, activation, set_size, output_mask};
   const Tensor& like = a.like();
-  Checks("batch_norm_backward", like, set_size).backward(a);
+  const Checks checks("batch_norm_backward", like, set_size);
+  checks.backward(a);
+  checks.per_channel("weight", weight);
+  checks.per_channel("bias", bias);
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = output_mask;
   const auto parameter =
       mean.options().dtype(weight.has_value() ? weight->scalar_type() : at::toOpMathType(like.scalar_type()));
@@ -228,6 +230,8 @@ FourTensors batch_norm_backward(const Tensor& dy,
   const Operand g(dy, x);
   const Operand r(residual, x);
   BackwardArgs args = to_read(a, Stages::All, x, g, r);
+  args.weight = per_channel(weight);
+  args.bias = per_channel(bias);
   args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
   args.dresidual = residual_to_write(dresidual, dy, activation);
   args.dweight = wants_dweight ? per_channel_to_write(dweight) : PerChannel{};

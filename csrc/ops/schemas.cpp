@@ -43,7 +43,8 @@ TORCH_LIBRARY(bn_ext, m) {
       tags);
 
   // The stages of both. Statistics and sums are of type float64: of sizes (C,), or with a set_size (sets, C), a row for
-  // each set of set_size images, the last of which may have fewer. Counts have sizes () or (sets,).
+  // each set of set_size images, the last of which may have fewer. Counts have sizes () or (sets,); weight and bias
+  // (C,) or (sets, C).
   m.def("batch_norm_stats(Tensor input, int? set_size=None) -> (Tensor count, Tensor mean, Tensor m2)", tags);
 
   // Merges rows in their order, and moves the running statistics towards the statistics of all of them.

@@ -82,6 +82,30 @@ ThreeTensors batch_norm_merge_stats(const Tensor& counts,
   return {count, mean, invstd};
 }
 
+// Weight or bias: of two dimensions, where there is a set_size, they have a row for each set.
+inline PerChannel parameter(const OptionalTensor& t, SetSize set_size) {
+  if (!t.has_value() || t->dim() != 2 || !set_size.has_value()) {
+    return per_channel(t);
+  }
+  return {const_cast<void*>(t->const_data_ptr()), dtype_of(*t), t->stride(1), t->stride(0)};
+}
+
+inline Checks check_stage(const char* op, const BackwardArguments& a) {
+  const Checks checks(op, a.like(), a.set_size);
+  checks.backward(a);
+  checks.parameter("weight", a.weight);
+  checks.parameter("bias", a.bias);
+  return checks;
+}
+
+inline BackwardArgs to_read_stage(
+    const BackwardArguments& a, Stages stages, const View& x, const Operand& dy, const Operand& residual) {
+  BackwardArgs args = to_read(a, stages, x, dy, residual);
+  args.weight = parameter(a.weight, a.set_size);
+  args.bias = parameter(a.bias, a.set_size);
+  return args;
+}
+
 // Statistics that are read, as the arguments of a backend have them.
 inline double* given(const Tensor& statistics) {
   return const_cast<double*>(statistics.const_data_ptr<double>());
@@ -100,8 +124,8 @@ TwoTensors batch_norm_elemt(const Tensor& input,
                             bool with_branches) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   const Checks checks("batch_norm_elemt", input, set_size);
-  checks.per_channel("weight", weight);
-  checks.per_channel("bias", bias);
+  checks.parameter("weight", weight);
+  checks.parameter("bias", bias);
   checks.statistics("mean", mean);
   checks.statistics("invstd", invstd);
   checks.like_input("residual", residual);
@@ -118,8 +142,8 @@ TwoTensors batch_norm_elemt(const Tensor& input,
         {.problem = x.problem,
          .stages = Stages::Apply,
          .x = x.tensor.const_data_ptr(),
-         .weight = per_channel(weight),
-         .bias = per_channel(bias),
+         .weight = parameter(weight, set_size),
+         .bias = parameter(bias, set_size),
          .training = true,
          .epilogue = {activation, r.data(), with_branches ? branches.mutable_data_ptr<uint8_t>() : nullptr},
          .y = output.mutable_data_ptr(),
@@ -146,7 +170,7 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
   const OptionalTensor given_input = input;
   const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
                             residual, branches,    activation, set_size, {}};
-  Checks("batch_norm_backward_reduce", input, set_size).backward(a);
+  check_stage("batch_norm_backward_reduce", a);
   Tensor sum_dz = empty_statistics(input, set_size);
   Tensor sum_dz_xmu = empty_statistics(input, set_size);
   if constexpr (!computes<Backend>) {
@@ -158,7 +182,7 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
   const View x = view_as_problem(input, set_size);
   const Operand g(dy, x);
   const Operand r(residual, x);
-  BackwardArgs args = to_read(a, Stages::Reduce, x, g, r);
+  BackwardArgs args = to_read_stage(a, Stages::Reduce, x, g, r);
   args.sum_dz = sum_dz.mutable_data_ptr<double>();
   args.sum_dz_xmu = sum_dz_xmu.mutable_data_ptr<double>();
   Backend::backward(args, input);
@@ -185,8 +209,7 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
   const OptionalTensor given_input = input;
   const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
                             residual, branches,    activation, set_size, {}};
-  const Checks checks("batch_norm_backward_elemt", input, set_size);
-  checks.backward(a);
+  const Checks checks = check_stage("batch_norm_backward_elemt", a);
   checks.statistics("sum_dz", sum_dz);
   checks.statistics("sum_dz_xmu", sum_dz_xmu);
   checks.counts(counts);
@@ -201,7 +224,7 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
     const View x = view_as_problem(input, set_size);
     const Operand g(dy, x);
     const Operand r(residual, x);
-    BackwardArgs args = to_read(a, Stages::Apply, x, g, r);
+    BackwardArgs args = to_read_stage(a, Stages::Apply, x, g, r);
     args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
     args.dresidual = dresidual_to_write;
     args.sum_dz = given(sum_dz);

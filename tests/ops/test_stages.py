@@ -50,6 +50,29 @@ def test_the_stages_are_the_fused_operators(
             torch.testing.assert_close(parts[name].double(), one.double(), rtol=0, atol=bound)
 
 
+@pytest.mark.parametrize("layout", [contiguous, channels_last], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(7, 3, 4), (5, 20, 33)], ids=str)
+def test_sets_may_have_parameters_of_their_own(shape, layout, device: str) -> None:
+    """Each set is a call by itself, bit by bit."""
+    case = Case(shape, layout, FLOAT, residual=True, activation="silu").arguments(device)
+    x, dy, chain = case.input, case.dy, Chain(case.residual, "silu")
+    moments = stats(x, 2)
+    rows = Statistics(*moments.each())
+    weight, bias = (torch.randn(len(rows.counts), shape[1], device=device).t().contiguous().t() for _ in range(2))
+    output, _ = elemt(x, rows, weight, bias, chain, 2)
+    sums = backward_reduce(dy, x, rows, weight, bias, chain, 2)
+    dx, dresidual = backward_elemt(dy, x, rows, sums, weight, bias, chain, 2)
+    for i, images in enumerate(torch.arange(len(x)).split(2)):
+        one, of_one = Chain(case.residual[images], "silu"), (weight[i], bias[i])
+        statistics, its_sums = Statistics(*(t[i] for t in rows)), Sums(*(t[i] for t in sums))
+        assert torch.equal(output[images], elemt(x[images], statistics, *of_one, one)[0])
+        again = backward_reduce(dy[images], x[images], statistics, *of_one, one)
+        assert all(map(torch.equal, its_sums, again))
+        gradients = backward_elemt(dy[images], x[images], statistics, its_sums, *of_one, one)
+        assert torch.equal(dx[images], gradients[0])
+        assert torch.equal(dresidual[images], gradients[1])
+
+
 def test_statistics_of_sets(device: str) -> None:
     x = (torch.randn(7, 3, 4, device=device) + 1e3).double()
     count, mean, m2 = stats(x.float(), 3)
@@ -263,6 +286,7 @@ WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "input": ("input", lambda t: t.flatten(), "should have sizes"),
     "integers": ("input", Tensor.int, "not implemented for 'Int'"),
     "weight": ("weight", lambda t: t[:2], "weight should contain 3 elements"),
+    "weights of sets": ("weight", lambda t: t.expand(5, 3), r"weight should have sizes \(C,\) or \(sets, C\), 2 and 3"),
     "dy": ("dy", lambda t: t[:1], "expected dy like the input"),
     "residual": ("residual", lambda t: t[:1], "expected residual like the input"),
     "branches": ("branches", lambda t: t[:1], "branches should hold"),
