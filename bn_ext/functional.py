@@ -30,6 +30,11 @@ def has_kernels(device: torch.device) -> bool:
     return device.type == "cpu" or on_gpu
 
 
+def not_exportable(what: str, instead: str) -> RuntimeError:
+    """The error for a call that standard operators, which an exported graph holds, would answer otherwise."""
+    return RuntimeError(f"{what} is not exported in training: {instead}")
+
+
 def exporting() -> bool:
     """Whether a graph is being exported: it should hold standard operators, because others run it."""
     return is_exporting() or (is_tracing() and torch.onnx.is_in_onnx_export())
@@ -45,6 +50,8 @@ def check(input: Any, activation: str | None, activation_param: float | None) ->
     """Raises errors before the dispatcher does, which prints the values of an argument that is no tensor."""
     if not hasattr(input, "__torch_function__"):
         raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
+    if isinstance(input, Tensor) and input.is_nested:
+        raise NotImplementedError("batch_norm(): nested tensors have no batch norm: pad them, and give a mask")
     if activation is not None or activation_param is not None:
         activations.check(activation, activation_param)
 
@@ -68,6 +75,8 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: activations.Name | None = None,
     activation_param: float | None = None,
+    *,
+    virtual_batch_size: int | None = None,
 ) -> Tensor:
     """Batch normalization, as :func:`torch.nn.functional.batch_norm`: each channel to mean 0 and variance 1, then
     ``* weight + bias``; then ``+ residual`` and the activation, in the same pass.
@@ -86,6 +95,8 @@ def batch_norm(
             size for the backward, in evaluation too.
         activation: a name of :data:`bn_ext.activation.NAMES`, or None for none.
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu and celu (1).
+        virtual_batch_size: in training, each run of so many images is normalized by statistics of its own, as
+            :class:`bn_ext.nn.GhostBatchNorm2d` does it. Not read otherwise.
 
     Shape:
         - input, residual: (N, C, *), any number of dimensions after the channels.
@@ -97,8 +108,9 @@ def batch_norm(
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an
-            unknown activation, or a parameter that it does not take.
-        RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training.
+            unknown activation, or a parameter that it does not take; a ``virtual_batch_size`` below 1.
+        RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training; an export of
+            virtual batches.
         TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
 
@@ -110,12 +122,46 @@ def batch_norm(
 
     Source: Ioffe & Szegedy 2015, arXiv 1502.03167, Algorithm 1.
     """
+    return _batch_norm(
+        input,
+        running_mean,
+        running_var,
+        weight,
+        bias,
+        training,
+        momentum,
+        eps,
+        residual,
+        activation,
+        activation_param,
+        virtual_batch_size,
+    )
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    residual: Tensor | None = None,
+    activation: activations.Name | None = None,
+    activation_param: float | None = None,
+    virtual_batch_size: int | None = None,
+) -> Tensor:
     if not is_scripting():
         check(input, activation, activation_param)
         if momentum is None:  # to the operator it means a cumulative average
             raise TypeError("batch_norm(): momentum must be a number, got None")
+        if virtual_batch_size is not None and virtual_batch_size < 1:
+            raise ValueError(f"virtual_batch_size should be positive, got {virtual_batch_size}")
         residual = as_tensor(residual, input)
         if exporting():
+            if training and virtual_batch_size is not None:
+                raise not_exportable("batch_norm() with a virtual_batch_size", "export with training=False")
             fell_back(input, EXPORTED)
             output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
             return finished(output, residual, activation, activation_param)
@@ -132,7 +178,12 @@ def batch_norm(
         residual,
         activation,
         activation_param,
+        virtual_batch_size,
     )
+
+
+# TorchScript has no arguments that are given by name alone.
+batch_norm.__prepare_scriptable__ = lambda: _batch_norm  # type: ignore[attr-defined]
 
 
 def plan(

@@ -1,6 +1,18 @@
-"""The modules: batch norms that take torch's constructor and state, and batch norms with an activation."""
+"""The modules: batch norms that take torch's constructor and state, batch norms with an activation, and batch norms by
+other sets of values."""
 
 from bn_ext.nn.activated import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from bn_ext.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from bn_ext.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d", "BatchNormAct3d"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "GhostBatchNorm1d",
+    "GhostBatchNorm2d",
+    "GhostBatchNorm3d",
+]

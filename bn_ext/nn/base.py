@@ -55,6 +55,13 @@ class FusedForward(Ours, _NormBase):
         share = "" if self.running_share == 1 else f", running_share={self.running_share}"
         return ", frozen" * self.frozen + share
 
+    def _for_training(self, input: Tensor) -> tuple[Tensor | None, Tensor | None, int | None]:
+        """Weight and bias of a call in training, and the images of a statistic set."""
+        return self.weight, self.bias, None
+
+    def _check_exportable(self) -> None:
+        """Raises where torch's batch norm, which an exported graph holds, would compute something else."""
+
     def _traced(self, input: Any, **options: Any) -> Any:
         """Records a call of this module in a torch.fx graph. torch.fx by itself does so for torch.nn's modules only."""
         given = {name: value for name, value in options.items() if value is not None}
@@ -71,10 +78,14 @@ class FusedForward(Ours, _NormBase):
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
             if exporting() and not self._adapts():
+                self._check_exportable()
                 fell_back(input, EXPORTED)
                 return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
         self._check_input_dim(input)
+        weight: Tensor | None = self.weight
+        bias: Tensor | None = self.bias
         running_mean, running_var = self.running_mean, self.running_var
+        set_size: int | None = None
         num_batches_tracked: Tensor | None = None
         momentum: float | None = self.momentum
         if not self.training or self.frozen:
@@ -85,9 +96,10 @@ class FusedForward(Ours, _NormBase):
                 else:
                     mixture = Mixture(running_mean, running_var, self.running_share, self.eps)
                     chain = Chain(residual, activation, activation_param)
-                    return adapted(input, self.weight, self.bias, mixture, chain)
+                    return adapted(input, weight, bias, mixture, chain)
         else:
             training = True
+            weight, bias, set_size = self._for_training(input)
             if self.track_running_stats:
                 num_batches_tracked = self.num_batches_tracked
             else:
@@ -96,8 +108,8 @@ class FusedForward(Ours, _NormBase):
             momentum = 0.0
         return operator(
             input,
-            self.weight,
-            self.bias,
+            weight,
+            bias,
             running_mean,
             running_var,
             num_batches_tracked,
@@ -107,4 +119,5 @@ class FusedForward(Ours, _NormBase):
             residual,
             activation,
             activation_param,
+            set_size,
         )

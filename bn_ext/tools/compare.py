@@ -182,10 +182,14 @@ def _first(input: Any, *_: Any, **__: Any) -> Any:
     return input
 
 
+# Those of the other modules in bn_ext.nn normalize by statistics for which torch has no class.
+_LIKE_TORCHS = ("bn_ext.nn.batch_norm", "bn_ext.nn.activated")
+
+
 def _by_torch(model: nn.Module) -> nn.Module:
     """With torch's classes, or torch's operators in the calls of ours that torch's classes have no arguments for."""
     for module in model.modules():
-        if isinstance(module, FusedForward) and type(module).__module__.startswith("bn_ext.nn."):
+        if isinstance(module, FusedForward) and type(module).__module__ in _LIKE_TORCHS:
             module.forward = partial(_separately, module)  # type: ignore[method-assign]
     return revert(model)
 

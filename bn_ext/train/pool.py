@@ -95,6 +95,7 @@ def _normalized(given: Mapping[str, Any]) -> tuple[Tensor, Moments]:
     number = activations.DEFAULTS[name] if param is None or not joins else param
     precise = torch.promote_types(input.dtype, torch.float32)
     mean, var = torch.zeros(2, input.size(1), dtype=precise, device=input.device)
+    set_size = given.get("set_size")
     output, exact_mean, _, _ = torch.ops.bn_ext.batch_norm_forward(
         input,
         given.get("weight"),
@@ -107,10 +108,12 @@ def _normalized(given: Mapping[str, Any]) -> tuple[Tensor, Moments]:
         residual if joins else None,
         activations.NAMES.index(name),
         number or 0.0,
-        None,
+        set_size,
         False,
     )
     if not joins:
         output = finished(output, residual, activation, param)
+    if set_size is not None:  # the call gives a mean of each set
+        return output, stats(input)
     count = input.numel() // input.size(1)
     return output, Moments(exact_mean.new_tensor(count), exact_mean, var.double() * (count - 1))

@@ -17,6 +17,7 @@ from torch import nn
 import bn_ext
 import bn_ext.data
 import bn_ext.graph
+import bn_ext.nn
 import bn_ext.train
 
 ROOT = Path(__file__).parents[2]
@@ -24,6 +25,7 @@ PLACES = {
     "bn_ext": (bn_ext, bn_ext.__all__),
     "bn_ext.data": (bn_ext.data, bn_ext.data.__all__),
     "bn_ext.graph": (bn_ext.graph, bn_ext.graph.__all__),
+    "bn_ext.nn": (bn_ext.nn, [name for name in bn_ext.nn.__all__ if name not in bn_ext.__all__]),
     "bn_ext.train": (bn_ext.train, bn_ext.train.__all__),
     "bn_ext.functional": (bn_ext.functional, ["batch_norm"]),
     "bn_ext.activation": (bn_ext.activation, ["NAMES", "DEFAULTS", "PARAMETERS", "check", "apply"]),
@@ -42,7 +44,10 @@ def test_examples_in_docstrings(name: str) -> None:
     assert not lines, "".join(lines)
 
 
-@pytest.mark.parametrize("page", sorted(ROOT.glob("docs/train/*.md")), ids=lambda page: page.stem)
+EXAMPLES = sorted([*ROOT.glob("docs/nn/*.md"), *ROOT.glob("docs/train/*.md")])
+
+
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
 def test_examples_on_pages(page: Path) -> None:
     """Each page has an example of about ten lines, in blocks marked ``pycon``, that share their names."""
     example = "\n".join(re.findall(r"^```pycon\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL))
@@ -140,7 +145,7 @@ def test_a_wrong_quotation_is_found(message: str, is_there: bool) -> None:
 
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("bench/*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("tests/**/*.md")]
 TOPICS = [ROOT / f"docs/{name}.md" for name in ("architecture", "numerics", "glossary")]
-GUIDES = [*TOPICS, *ROOT.glob("docs/howto/*.md"), *ROOT.glob("docs/train/*.md"), ROOT / "tests/simt/README.md"]
+GUIDES = [*TOPICS, *ROOT.glob("docs/howto/*.md"), *EXAMPLES, ROOT / "tests/simt/README.md"]
 
 
 def anchors(page: Path) -> set[str]:
