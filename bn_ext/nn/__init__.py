@@ -4,6 +4,7 @@ other sets of values."""
 from bn_ext.nn.activated import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from bn_ext.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_ext.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
+from bn_ext.nn.last import BatchNormLast
 
 __all__ = [
     "BatchNorm1d",
@@ -12,6 +13,7 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "BatchNormLast",
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
