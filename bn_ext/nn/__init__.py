@@ -5,6 +5,7 @@ from bn_ext.nn.activated import BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
 from bn_ext.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_ext.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bn_ext.nn.last import BatchNormLast
+from bn_ext.nn.shared import SharedBatchNorm1d, SharedBatchNorm2d, SharedBatchNorm3d
 
 __all__ = [
     "BatchNorm1d",
@@ -17,4 +18,7 @@ __all__ = [
     "GhostBatchNorm1d",
     "GhostBatchNorm2d",
     "GhostBatchNorm3d",
+    "SharedBatchNorm1d",
+    "SharedBatchNorm2d",
+    "SharedBatchNorm3d",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, operator
-from bn_ext.nn.adapted import Mixture, adapted
+from bn_ext.nn.adapted import Mixture
+from bn_ext.nn.composed import Rule, composed, move_statistics
 from bn_ext.stages import Chain
 
 
@@ -29,6 +30,7 @@ class FusedForward(Ours, _NormBase):
     __constants__ = [*_NormBase.__constants__, "frozen", "running_share"]  # noqa: RUF012
     # Modules that bn_ext.train.freeze and bn_ext.train.adapt changed have attributes of their own.
     frozen: bool = False
+    mixes: ClassVar[bool] = True  # whether bn_ext.train.adapt may change it
     running_share: float = 1.0  # of the running statistics in evaluation; the rest of 1 is the batch's
 
     def train(self, mode: bool = True) -> Any:
@@ -47,13 +49,23 @@ class FusedForward(Ours, _NormBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + self._changed()
 
-    def _adapts(self) -> bool:
-        return self.running_share != 1 and not self.training and self.running_mean is not None
-
     def _changed(self) -> str:
         """Says in a repr what was changed by a helper of training."""
         share = "" if self.running_share == 1 else f", running_share={self.running_share}"
         return ", frozen" * self.frozen + share
+
+    def _rule(self, input: Tensor) -> Rule | None:
+        """What stands between the stages of this call; None if there is nothing, so that one operator answers it."""
+        if self.running_share == 1 or self.training or self.running_mean is None or self.running_var is None:
+            return None
+        return Mixture(self.running_mean, self.running_var, self.running_share, self.eps)
+
+    def _composed(self, input: Tensor, rule: Rule, chain: Chain) -> Tensor:
+        self._check_input_dim(input)
+        output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain)
+        if self.training and self.track_running_stats and self.running_mean is not None:
+            move_statistics(moments, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+        return output
 
     def _for_training(self, input: Tensor) -> tuple[Tensor | None, Tensor | None, int | None]:
         """Weight and bias of a call in training, and the images of a statistic set."""
@@ -77,7 +89,10 @@ class FusedForward(Ours, _NormBase):
         if not is_scripting():
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
-            if exporting() and not self._adapts():
+            rule = self._rule(input)
+            if rule is not None:
+                return self._composed(input, rule, Chain(residual, activation, activation_param))
+            if exporting():
                 self._check_exportable()
                 fell_back(input, EXPORTED)
                 return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
@@ -90,13 +105,8 @@ class FusedForward(Ours, _NormBase):
         momentum: float | None = self.momentum
         if not self.training or self.frozen:
             training = running_mean is None and running_var is None
-            if self.running_share != 1.0 and running_mean is not None and running_var is not None:
-                if is_scripting():
-                    raise RuntimeError("TorchScript has no form of a batch norm that bn_ext.train.adapt adapted")
-                else:
-                    mixture = Mixture(running_mean, running_var, self.running_share, self.eps)
-                    chain = Chain(residual, activation, activation_param)
-                    return adapted(input, weight, bias, mixture, chain)
+            if self.running_share != 1.0 and not training:
+                raise RuntimeError("TorchScript has no form of a batch norm that bn_ext.train.adapt adapted")
         else:
             training = True
             weight, bias, set_size = self._for_training(input)

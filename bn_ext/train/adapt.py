@@ -36,7 +36,8 @@ def adapt(model: nn.Module, alpha: float) -> Record:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: an ``alpha`` outside of 0 to 1; a batch norm in TorchScript, or one that is not initialized.
-        RuntimeError: in a call, by TorchScript, which has no form of it; a second derivative.
+        RuntimeError: in a call, by TorchScript, which has no form of it; a second derivative with a residual
+            and an activation that keeps but bits of it, such as relu.
 
     Example:
         >>> model, x = nn.Sequential(nn.BatchNorm1d(2)).eval(), torch.randn(100, 2) + 3
@@ -60,6 +61,8 @@ def adapt(model: nn.Module, alpha: float) -> Record:
     for path, module in norms:
         if not isinstance(module, FusedForward):
             changed = "left as it is: it has a forward of its own"
+        elif not module.mixes:
+            changed = "left as it is: its statistics are not of each channel's own values"
         elif module.running_mean is None:
             changed = "has no statistics: normalizes by the batch"
         else:

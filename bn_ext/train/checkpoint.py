@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from bn_ext.functional import operator
+from bn_ext.nn.composed import move_statistics
 
 _ARGUMENTS = {a.name: a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments}
 _FORWARD = torch.ops.bn_ext.batch_norm_forward.default
@@ -85,6 +86,8 @@ class _Second(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is move_statistics:
+            return None
         if func not in (operator, operator.default):
             return func(*args, **(kwargs or {}))
         given = {**dict(zip(_ARGUMENTS, args)), **(kwargs or {})}

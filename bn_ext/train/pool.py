@@ -13,8 +13,11 @@ from torch.overrides import TorchFunctionMode
 from bn_ext import activation as activations
 from bn_ext._processes import in_group
 from bn_ext.functional import finished
+from bn_ext.nn.composed import move_statistics
 from bn_ext.stages import Moments, merge_stats, stats
 from bn_ext.train.calls import arguments
+
+_MOVED = ("moments", "running_mean", "running_var")
 
 
 class StopError(Exception):
@@ -72,15 +75,16 @@ class Collecting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = arguments(func, args, kwargs) or {}
+        composed = func is move_statistics  # by which a composition of stages says its moments, and no more
+        given = dict(zip(_MOVED, args)) if composed else arguments(func, args, kwargs) or {}
         pool = self.pools.get(id(given.get("running_mean")))
-        if pool is None or not given.get("training"):
+        if pool is None or not (composed or given.get("training")):
             return func(*args, **kwargs)
         self.order[pool] = self.order.get(pool, 0) + 1
         if self.order[pool] == self.calls:
-            pool.add(stats(given["input"]))
+            pool.add(given["moments"] if composed else stats(given["input"]))
             raise StopError
-        output, moments = _normalized(given)
+        output, moments = (None, given["moments"]) if composed else _normalized(given)
         pool.add(moments)
         return output
 

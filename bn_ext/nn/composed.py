@@ -1,0 +1,207 @@
+"""Batch norms that are composed of stages, because something stands between statistics and normalization.
+
+A :class:`Rule` says what: which values share statistics, and how the gradient goes through them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
+
+from bn_ext import activation as activations
+from bn_ext._load import _C
+from bn_ext.functional import exporting, finished, has_kernels
+from bn_ext.stages import Chain, Moments, Statistics, Sums, backward_elemt, backward_reduce, elemt, stats
+
+# The activations whose gradient is known by a bit an element: none then depends on the weight of the backward.
+_WITH_BRANCHES = tuple(name for name in activations.NAMES if _C.backward_chain(name, residual=True)[1])
+
+
+class Rule:
+    """The statistics of a call. Rules are values: what a backward needs of them does not change."""
+
+    set_size: int | None = None
+
+    def merged(self, moments: Moments) -> Moments:
+        """The moments that the values share, of the moments that a reduction found."""
+        return moments
+
+    def statistics(self, merged: Moments) -> Statistics:
+        """The statistics to normalize by, a row for each set, and the values that share each."""
+        raise NotImplementedError
+
+    def of_sets(self, parameter: Tensor | None) -> Tensor | None:
+        """A weight or bias as stages take it."""
+        return parameter
+
+    def through(
+        self, sums: Sums, statistics: Statistics, merged: Moments, weight: Tensor | None
+    ) -> tuple[Sums, Tensor | None]:
+        """The sums and the weight with which :func:`backward_elemt` gives the gradient of the input."""
+        raise NotImplementedError
+
+    def gradients(self, sums: Sums, statistics: Statistics) -> tuple[Tensor, Tensor]:
+        """The gradients of weight and bias."""
+        return sums.gradients(statistics)
+
+    def by_primitives(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of (N, C, S), to broadcast with it, by operators that have derivatives of every order."""
+        raise NotImplementedError
+
+
+def check_training(input: Tensor, channels: int, eps: float) -> None:
+    """Raises the errors of a batch norm in training that the stages do not raise, before anything is written."""
+    if input.dim() > 1 and input.size(1) != channels:
+        raise RuntimeError(f"running_mean should contain {input.size(1)} elements not {channels}")
+    if eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
+
+
+def composed(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, eps: float, chain: Chain
+) -> tuple[Tensor, Moments]:
+    """Normalizes by a rule. Gives the output, and the moments that the values share, without gradient."""
+    residual = chain.residual
+    if chain.activation == "identity":
+        chain = chain._replace(activation=None)
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if transformed or exporting() or not has_kernels(input.device):
+        return _by_primitives(input, weight, bias, rule, eps, chain), _merged(input.detach(), rule)
+    apart = residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype)
+    with torch.no_grad():
+        merged = rule.merged(stats(input.detach(), rule.set_size))
+    output = _Composed.apply(
+        input,
+        weight,
+        bias,
+        None if apart else residual,
+        merged,
+        rule,
+        eps,
+        Chain() if apart else chain._replace(residual=None),
+    )
+    return (finished(output, residual, chain.activation, chain.activation_param) if apart else output), merged
+
+
+def _rows(input: Tensor) -> Tensor:
+    """As (N, C, S)."""
+    return input.flatten(2) if input.dim() > 2 else input.unsqueeze(2)
+
+
+def _merged(input: Tensor, rule: Rule) -> Moments:
+    """The moments of a call by standard operators."""
+    x = _rows(input).double()
+    others = [0, 2] if rule.set_size is None else [2]
+    count = x.numel() // max(x.size(1) if rule.set_size is None else x.size(0) * x.size(1), 1)
+    counts = x.new_full((), count) if rule.set_size is None else x.new_full((x.size(0),), count)
+    mean = x.sum(others) / max(count, 1)
+    xmu = x - (mean.view(1, -1, 1) if rule.set_size is None else mean.unsqueeze(2))
+    return rule.merged(Moments(counts, mean, xmu.square().sum(others)))
+
+
+def _by_primitives(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, eps: float, chain: Chain
+) -> Tensor:
+    x = _rows(input.to(torch.promote_types(input.dtype, torch.float32)))
+
+    def spread(t: Tensor) -> Tensor:
+        return t.to(x.dtype).unsqueeze(-1)
+
+    mean, var = rule.by_primitives(x)
+    z = (x - mean) * (var + eps).rsqrt()
+    weight, bias = rule.of_sets(weight), rule.of_sets(bias)
+    z = z if weight is None else z * spread(weight)
+    z = z if bias is None else z + spread(bias)
+    output = z.view(input.shape).to(input.dtype)
+    return finished(output, chain.residual, chain.activation, chain.activation_param)
+
+
+class _Composed(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        merged: Moments,
+        rule: Rule,
+        eps: float,
+        chain: Chain,
+    ) -> Tensor:
+        statistics = rule.statistics(merged)
+        keeps = chain.activation in _WITH_BRANCHES and any(ctx.needs_input_grad)
+        fused = chain._replace(residual=residual, keeps_branches=keeps)
+        parameters = rule.of_sets(weight), rule.of_sets(bias)
+        output, branches = elemt(input, statistics, *parameters, fused, rule.set_size)
+        kept = residual if chain.activation is not None and not keeps else None
+        ctx.save_for_backward(input, weight, bias, kept, branches, *merged, *statistics)
+        ctx.rule, ctx.eps, ctx.chain, ctx.adds = rule, eps, chain, residual is not None
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, residual, branches, *saved = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *_gradients(ctx, dy, input, weight, bias, residual), None, None, None, None
+        merged, statistics = Moments(*saved[:3]), Statistics(*saved[3:])
+        rule, set_size = ctx.rule, ctx.rule.set_size
+        chain = ctx.chain._replace(residual=residual, branches=branches)
+        parameters = rule.of_sets(weight), rule.of_sets(bias)
+        sums = backward_reduce(dy, input, statistics, *parameters, chain, set_size)
+        through, scale = rule.through(sums, statistics, merged, parameters[0])
+        dx, dresidual = backward_elemt(dy, input, statistics, through, scale, parameters[1], chain, set_size)
+        dweight, dbias = rule.gradients(sums, statistics)
+        return (
+            dx,
+            None if weight is None else dweight.to(weight.dtype),
+            None if bias is None else dbias.to(bias.dtype),
+            dresidual if ctx.adds and chain.activation is not None else dy if ctx.adds else None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _gradients(ctx: Any, dy: Tensor, input: Any, weight: Any, bias: Any, residual: Any) -> tuple[Tensor | None, ...]:
+    """The gradients of input, weight, bias and residual by primitives, to be differentiated again."""
+    chain = ctx.chain._replace(residual=residual)
+    if ctx.adds and residual is None and chain.activation is not None:
+        raise RuntimeError(
+            f"a second derivative needs the residual, which {chain.activation} does not keep: add it and apply the "
+            "activation after the batch norm"
+        )
+    output = _by_primitives(input, weight, bias, ctx.rule, ctx.eps, chain)
+    leaves = [input, weight, bias, residual]
+    wanted = [wants and leaf is not None for leaf, wants in zip(leaves, ctx.needs_input_grad)]
+    found = torch.autograd.grad(output, [leaf for leaf, wants in zip(leaves, wanted) if wants], dy, create_graph=True)
+    given = iter(found)
+    gradients = [next(given) if wants else None for wants in wanted]
+    return *gradients[:3], dy if ctx.adds and residual is None else gradients[3]
+
+
+@torch.no_grad()
+def move_statistics(
+    moments: Moments, running_mean: Tensor, running_var: Any, counter: Tensor | None, momentum: float | None
+) -> None:
+    """Moves running statistics, (C,) or rows of (D, C), towards the mean and the unbiased variance of ``moments``.
+
+    Rows of at most one value stay, and their counters. Modes of torch functions can override it.
+    """
+    if has_torch_function((running_mean,)):
+        handle_torch_function(move_statistics, (running_mean,), moments, running_mean, running_var, counter, momentum)
+        return
+    counts = moments.counts.unsqueeze(-1)
+    if momentum is not None:
+        share = torch.full_like(counts, momentum)
+    else:
+        share = torch.zeros_like(counts) if counter is None else 1 / (counter + 1).double().unsqueeze(-1)
+    for running, new in ((running_mean, moments.mean), (running_var, moments.m2 / (counts - 1).clamp(min=1))):
+        running.copy_(torch.where(counts > 1, running.double().lerp(new, share), running))
+    if counter is not None:
+        counter.add_(1 if counter.dim() == 0 else moments.counts > 1)
