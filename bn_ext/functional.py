@@ -63,6 +63,24 @@ def finished(
     return activations.apply(output if residual is None else output + residual, activation, activation_param)
 
 
+def mask_of(input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
+    """The mask of a call that may be given the lengths of sequences instead."""
+    if lengths is None:
+        return mask
+    if mask is not None:
+        raise ValueError("batch_norm(): mask and lengths were both given")
+    if input.dim() != 3 or lengths.size() != input.size()[:1]:
+        raise ValueError(f"lengths of sizes {lengths.size()} are for inputs (N, C, L), got sizes {input.size()}")
+    return torch.arange(input.size(2), device=input.device) < lengths.unsqueeze(1)
+
+
+def masked(output: Tensor, mask: Tensor | None) -> Tensor:
+    """The output, and 0 where the mask is not positive, by standard operators."""
+    if mask is None:
+        return output
+    return torch.where(mask.unsqueeze(1) > 0, output, torch.zeros((), dtype=output.dtype, device=output.device))
+
+
 def batch_norm(
     input: Tensor,
     running_mean: Tensor | None,
@@ -77,6 +95,7 @@ def batch_norm(
     activation_param: float | None = None,
     *,
     virtual_batch_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Batch normalization, as :func:`torch.nn.functional.batch_norm`: each channel to mean 0 and variance 1, then
     ``* weight + bias``; then ``+ residual`` and the activation, in the same pass.
@@ -97,10 +116,14 @@ def batch_norm(
         activation_param: ``negative_slope`` of leaky_relu (0.01 unless given), ``alpha`` of elu and celu (1).
         virtual_batch_size: in training, each run of so many images is normalized by statistics of its own, as
             :class:`bn_ext.nn.GhostBatchNorm2d` does it. Not read otherwise.
+        mask: how much each value counts in the statistics: bool, or numbers. Where it is False or not positive the
+            input and the residual may be anything, and the output and their gradients are 0. With at most one value
+            that counts, in each virtual batch, nothing is written. It has no gradient.
 
     Shape:
         - input, residual: (N, C, *), any number of dimensions after the channels.
         - running_mean, running_var, weight, bias: (C,).
+        - mask: (N, *).
         - output: (N, C, *).
 
     Returns:
@@ -108,9 +131,10 @@ def batch_norm(
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an
-            unknown activation, or a parameter that it does not take; a ``virtual_batch_size`` below 1.
+            unknown activation, or a parameter that it does not take; a ``virtual_batch_size`` below 1; a mask of other
+            sizes.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training; an export of
-            virtual batches.
+            virtual batches, or of a mask in training; a mask that requires gradients.
         TypeError: an input or a momentum of None.
         NotImplementedError: an input that is not of a floating dtype.
 
@@ -135,6 +159,7 @@ def batch_norm(
         activation,
         activation_param,
         virtual_batch_size,
+        mask,
     )
 
 
@@ -151,6 +176,7 @@ def _batch_norm(
     activation: activations.Name | None = None,
     activation_param: float | None = None,
     virtual_batch_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
     if not is_scripting():
         check(input, activation, activation_param)
@@ -162,9 +188,11 @@ def _batch_norm(
         if exporting():
             if training and virtual_batch_size is not None:
                 raise not_exportable("batch_norm() with a virtual_batch_size", "export with training=False")
+            if training and mask is not None:
+                raise not_exportable("batch_norm() with a mask", "export with training=False")
             fell_back(input, EXPORTED)
-            output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
-            return finished(output, residual, activation, activation_param)
+            output = F.batch_norm(masked(input, mask), running_mean, running_var, weight, bias, training, momentum, eps)
+            return masked(finished(output, residual, activation, activation_param), mask)
     return operator(
         input,
         weight,
@@ -179,6 +207,7 @@ def _batch_norm(
         activation,
         activation_param,
         virtual_batch_size,
+        mask,
     )
 
 

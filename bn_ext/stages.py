@@ -9,6 +9,9 @@ Statistics and sums are float64, of sizes (C,). With a ``set_size`` they are (se
 ``set_size`` images, the last of which may be shorter, is a statistic set. An input may have one value per channel, or
 none. A set of one value is normalized to 0: the output is the bias.
 
+A mask, (N, *), bool or numbers, says how much each value counts; what is not positive does not. Counts are sums of the
+mask.
+
 The values of counts are not checked, which would make a GPU wait.
 """
 
@@ -81,15 +84,27 @@ class Chain(NamedTuple):
 _NOTHING = Chain()
 
 
-def stats(input: Tensor, set_size: int | None = None) -> Moments:
+def _weights(mask: Tensor | None, input: Tensor) -> Tensor | None:
+    """A mask as operators take it."""
+    if mask is None:
+        return None
+    if mask.shape != input.shape[:1] + input.shape[2:]:
+        raise ValueError(f"expected a mask of sizes (N, *) for an input of sizes {input.shape}, got {mask.shape}")
+    weights = mask.to(torch.promote_types(input.dtype, torch.float32))
+    return torch.where(weights > 0, weights, 0).contiguous()
+
+
+def stats(input: Tensor, set_size: int | None = None, mask: Tensor | None = None) -> Moments:
     """The statistics of each channel, or of each statistic set and channel.
 
     Args:
         input: of float64, float32, bfloat16 or float16, of any strides.
         set_size: images of a statistic set, or None for one set.
+        mask: how much each value counts, or None for 1.
 
     Shape:
         - input: (N, C, *).
+        - mask: (N, *).
         - counts: (), with a set_size (sets,).
         - mean, m2: (C,), with a set_size (sets, C).
 
@@ -98,14 +113,14 @@ def stats(input: Tensor, set_size: int | None = None) -> Moments:
 
     Raises:
         RuntimeError: an input of fewer than two dimensions.
-        ValueError: a ``set_size`` that is not positive.
+        ValueError: a ``set_size`` that is not positive; a mask of other sizes.
         NotImplementedError: an input that is not of a floating dtype.
 
     Example:
         >>> bn_ext.stages.stats(torch.tensor([[1.0], [3.0]])).m2
         tensor([2.], dtype=torch.float64)
     """
-    return Moments(*_OPS.batch_norm_stats(input, set_size))
+    return Moments(*_OPS.batch_norm_stats(input, set_size, _weights(mask, input)))
 
 
 def merge_stats(
@@ -160,6 +175,7 @@ def elemt(
     bias: Tensor | None = None,
     chain: Chain = _NOTHING,
     set_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Normalizes with statistics that are given, then adds the residual and applies the activation, element by element.
 
@@ -170,9 +186,11 @@ def elemt(
             None for 1 and 0.
         chain: what follows the normalization.
         set_size: images of a statistic set, or None for one set.
+        mask: where it is not positive, the output is 0.
 
     Shape:
         - input, output: (N, C, *).
+        - mask: (N, *).
         - weight, bias: (C,), or with a set_size (sets, C).
 
     Returns:
@@ -180,7 +198,7 @@ def elemt(
 
     Raises:
         RuntimeError: a size, dtype or device that does not fit the input; branches of an activation that has none.
-        ValueError: an unknown activation, or a parameter that it does not take.
+        ValueError: an unknown activation, or a parameter that it does not take; a mask of other sizes.
 
     Example:
         >>> x = torch.randn(8, 3, 5)
@@ -189,7 +207,8 @@ def elemt(
         tensor(True)
     """
     fused = chain.residual, *chain._numbers(), set_size, chain.keeps_branches
-    output, branches = _OPS.batch_norm_elemt(input, weight, bias, statistics.mean, statistics.invstd, *fused)
+    of_channels = weight, bias, statistics.mean, statistics.invstd
+    output, branches = _OPS.batch_norm_elemt(input, *of_channels, *fused, _weights(mask, input))
     return output, branches
 
 
@@ -201,12 +220,13 @@ def backward_reduce(
     bias: Tensor | None = None,
     chain: Chain = _NOTHING,
     set_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> Sums:
     """The sums over each channel, or each set and channel, that the gradients are made of.
 
     Args:
         dy: the gradient of the output, as the input.
-        input, statistics, weight, bias, chain, set_size: as of :func:`elemt`.
+        input, statistics, weight, bias, chain, set_size, mask: as of :func:`elemt`.
 
     Shape:
         - dy: (N, C, *).
@@ -225,7 +245,8 @@ def backward_reduce(
         tensor([40., 40., 40.], dtype=torch.float64)
     """
     fused = chain.residual, chain.branches, *chain._numbers(), set_size
-    return Sums(*_OPS.batch_norm_backward_reduce(dy, input, weight, bias, statistics.mean, statistics.invstd, *fused))
+    of_channels = weight, bias, statistics.mean, statistics.invstd
+    return Sums(*_OPS.batch_norm_backward_reduce(dy, input, *of_channels, *fused, _weights(mask, input)))
 
 
 def backward_elemt(
@@ -237,14 +258,15 @@ def backward_elemt(
     bias: Tensor | None = None,
     chain: Chain = _NOTHING,
     set_size: int | None = None,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients of input and residual, through statistics of ``statistics.counts`` values that have these sums.
 
     Args:
         dy: the gradient of the output, as the input.
         sums: of :func:`backward_reduce`, over all values that the statistics are of.
-        input, statistics, weight, bias, chain, set_size: as of :func:`elemt`; the counts are read here. They should be
-            positive where there are values: the sums are divided by them, whatever they are.
+        input, statistics, weight, bias, chain, set_size, mask: as of :func:`elemt`; the counts are read here. They
+            should be positive where there are values: the sums are divided by them, whatever they are.
 
     Shape:
         - dy, dx, dresidual: (N, C, *).
@@ -266,5 +288,5 @@ def backward_elemt(
     of_channels = weight, bias, statistics.mean, statistics.invstd, *sums, statistics.counts
     fused = chain.residual, chain.branches, *chain._numbers(), set_size
     wanted = [True, chain.residual is not None or chain.branches is not None]
-    dx, dresidual = _OPS.batch_norm_backward_elemt(dy, input, *of_channels, *fused, wanted)
+    dx, dresidual = _OPS.batch_norm_backward_elemt(dy, input, *of_channels, *fused, wanted, _weights(mask, input))
     return dx, dresidual

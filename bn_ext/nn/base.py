@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
-from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, operator
+from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, masked, not_exportable, operator
 from bn_ext.nn.adapted import Mixture
 from bn_ext.nn.composed import Rule, composed, move_statistics
 from bn_ext.stages import Chain
@@ -31,6 +31,7 @@ class FusedForward(Ours, _NormBase):
     # Modules that bn_ext.train.freeze and bn_ext.train.adapt changed have attributes of their own.
     frozen: bool = False
     mixes: ClassVar[bool] = True  # whether bn_ext.train.adapt may change it
+    masks: ClassVar[bool] = True  # whether a call takes a mask
     running_share: float = 1.0  # of the running statistics in evaluation; the rest of 1 is the batch's
 
     def train(self, mode: bool = True) -> Any:
@@ -67,7 +68,7 @@ class FusedForward(Ours, _NormBase):
             move_statistics(moments, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
         return output
 
-    def _for_training(self, input: Tensor) -> tuple[Tensor | None, Tensor | None, int | None]:
+    def _for_training(self, input: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
         """Weight and bias of a call in training, and the images of a statistic set."""
         return self.weight, self.bias, None
 
@@ -85,17 +86,23 @@ class FusedForward(Ours, _NormBase):
         residual: Tensor | None,
         activation: activations.Name | None,
         activation_param: float | None,
+        mask: Tensor | None = None,
     ) -> Tensor:
         if not is_scripting():
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
             rule = self._rule(input)
+            if mask is not None and (rule is not None or not self.masks):
+                raise TypeError(f"{type(self).__name__}{self._changed()} takes no mask")
             if rule is not None:
                 return self._composed(input, rule, Chain(residual, activation, activation_param))
             if exporting():
                 self._check_exportable()
+                if mask is not None and ((self.training and not self.frozen) or self.running_mean is None):
+                    raise not_exportable("a batch norm with a mask", "call eval() first")
                 fell_back(input, EXPORTED)
-                return finished(_BatchNorm.forward(self, input), residual, activation, activation_param)  # type: ignore[arg-type]
+                output = _BatchNorm.forward(self, masked(input, mask))  # type: ignore[arg-type]
+                return masked(finished(output, residual, activation, activation_param), mask)
         self._check_input_dim(input)
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias
@@ -109,7 +116,7 @@ class FusedForward(Ours, _NormBase):
                 raise RuntimeError("TorchScript has no form of a batch norm that bn_ext.train.adapt adapted")
         else:
             training = True
-            weight, bias, set_size = self._for_training(input)
+            weight, bias, set_size = self._for_training(input, mask)
             if self.track_running_stats:
                 num_batches_tracked = self.num_batches_tracked
             else:
@@ -130,4 +137,5 @@ class FusedForward(Ours, _NormBase):
             activation,
             activation_param,
             set_size,
+            mask,
         )

@@ -8,6 +8,7 @@ from torch.fx import Proxy
 from torch.jit import is_scripting
 
 from bn_ext import activation as activations
+from bn_ext.functional import mask_of
 from bn_ext.nn.base import FusedForward
 
 
@@ -18,23 +19,35 @@ class _FusedBatchNorm(FusedForward):
         residual: Tensor | None = None,
         activation: activations.Name | None = None,
         activation_param: float | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         if not is_scripting():  # noqa: SIM102, which would have TorchScript compile what is inside
             if isinstance(input, Proxy):
-                return self._traced(input, residual=residual, activation=activation, activation_param=activation_param)
-        return self._fused(input, residual, activation, activation_param)
+                return self._traced(
+                    input,
+                    residual=residual,
+                    activation=activation,
+                    activation_param=activation_param,
+                    mask=mask,
+                    lengths=lengths,
+                )
+        return self._fused(input, residual, activation, activation_param, mask_of(input, mask, lengths))
 
 
 class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
     """:class:`torch.nn.BatchNorm1d` on fused kernels, and what follows the normalization in the same pass.
 
-    The call takes a residual and an activation, as :class:`BatchNorm2d` does.
+    The call takes a residual, an activation and a mask, as :class:`BatchNorm2d` does. For inputs (N, C, L) it takes
+    ``lengths`` instead of a mask: of image n the first ``lengths[n]`` positions count.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
 
     Shape:
         - input, residual, output: (N, C) or (N, C, L).
+        - mask: (N,) or (N, L).
+        - lengths: (N,).
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
@@ -50,8 +63,8 @@ class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
 class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
     """:class:`torch.nn.BatchNorm2d` on fused kernels, and what follows the normalization in the same pass.
 
-    ``module(input, residual, activation="relu", activation_param=None)`` gives
-    ``activation(batch_norm(input) + residual)``; each of the three is optional, as in
+    ``module(input, residual, activation="relu", activation_param=None, mask=None)`` gives
+    ``activation(batch_norm(input) + residual)``, and 0 where the mask is False; each of the four is optional, as in
     :func:`bn_ext.functional.batch_norm`. They belong to the call, so that torch's class in the place of this one raises
     TypeError where it would drop them.
 
@@ -66,10 +79,11 @@ class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
 
     Shape:
         - input, residual, output: (N, C, H, W), of any strides.
+        - mask: (N, H, W).
 
     Raises:
         ValueError: in a call, an input of another rank; in training, one value per channel, or ``eps`` not positive; an
-            unknown activation, or a parameter for one that has none.
+            unknown activation, or a parameter for one that has none; a mask of other sizes.
         RuntimeError: in a call, other than ``num_features`` channels; a dtype or device that does not fit the input.
         NotImplementedError: in a call, an input that is not of a floating dtype.
 
@@ -84,13 +98,14 @@ class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
 class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
     """:class:`torch.nn.BatchNorm3d` on fused kernels, and what follows the normalization in the same pass.
 
-    The call takes a residual and an activation, as :class:`BatchNorm2d` does.
+    The call takes a residual, an activation and a mask, as :class:`BatchNorm2d` does.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype: as for :class:`BatchNorm2d`.
 
     Shape:
         - input, residual, output: (N, C, D, H, W), of any strides.
+        - mask: (N, D, H, W).
 
     Raises:
         ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.

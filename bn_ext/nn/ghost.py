@@ -36,18 +36,21 @@ class GhostBatchNorm(_FusedBatchNorm):
         if self.training and not self.frozen:
             raise not_exportable(type(self).__name__, "call eval() first, where it is torch's batch norm")
 
-    def _for_training(self, input: Tensor) -> tuple[Tensor | None, Tensor | None, int | None]:
+    def _for_training(self, input: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
         weight, bias = self.weight, self.bias
         if not self.noise:
             return weight, bias, self.virtual_batch_size
         if input.dim() < 2 or input.size(0) <= self.virtual_batch_size:
             return weight, bias, None
         # (x_hat - n1) * exp(-n2) * weight + bias, as a weight and a bias; n1 has variance 1/m, n2 1/(2m).
-        channels, values = input.size(1), max(input.numel(), 1)
-        per_image = max(channels, 1) * input.size(0) / values
-        inverse_m = (1.0 / self.virtual_batch_size - 1.0 / input.size(0)) * per_image
+        channels = input.size(1)
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-        noise = torch.randn([2, channels], dtype=dtype, device=input.device) * inverse_m**0.5
+        noise = torch.randn([2, channels], dtype=dtype, device=input.device)
+        inverse_m = 1.0 / self.virtual_batch_size - 1.0 / input.size(0)  # of images of one value
+        if mask is None:
+            noise = noise * (inverse_m * max(channels, 1) * input.size(0) / max(input.numel(), 1)) ** 0.5
+        else:
+            noise = noise * (inverse_m * input.size(0) / mask.sum().clamp(min=1)) ** 0.5
         scale = torch.exp(-noise[1] * 0.5**0.5)
         if weight is not None:
             scale = scale * weight

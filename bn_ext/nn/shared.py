@@ -60,6 +60,7 @@ class SharedBatchNorm(_FusedBatchNorm):
 
     __constants__ = [*_FusedBatchNorm.__constants__, "stat_groups"]  # noqa: RUF012
     mixes = False
+    masks = False
 
     def __init__(self, num_features: int, stat_groups: int, **options: Any) -> None:
         if type(stat_groups) is not int:
@@ -83,7 +84,7 @@ class SharedBatchNorm(_FusedBatchNorm):
             raise ValueError(f"Expected more than 1 value per group when training, got input size {size}")
         return Groups(self.stat_groups, self.eps)
 
-    def _for_training(self, input: Tensor) -> tuple[Tensor | None, Tensor | None, int | None]:
+    def _for_training(self, input: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
         raise RuntimeError("TorchScript has no form of shared statistics: script in evaluation, or use torch.compile")
 
 

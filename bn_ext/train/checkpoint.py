@@ -47,9 +47,10 @@ class _Reusing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _FORWARD:
             return func(*args, **(kwargs or {}))
-        input, weight, bias, *_, residual, activation, param, set_size, with_branches = args
-        chain = residual, activation, param, set_size, with_branches
-        output, branches = _ELEMT(input, weight, bias, *self.statistics, *chain)
+        given = dict(zip((argument.name for argument in _FORWARD._schema.arguments), args))
+        of_channels = given["weight"], given["bias"], *self.statistics
+        chain = (given[name] for name in ("residual", "activation", "activation_param", "set_size", "with_branches"))
+        output, branches = _ELEMT(given["input"], *of_channels, *chain, given.get("mask"))
         return output, *self.statistics, branches
 
 

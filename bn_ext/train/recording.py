@@ -200,7 +200,7 @@ class _Parameter(_Saved):
 
 
 def _again(*args: Any) -> Tensor:
-    return torch.ops.bn_ext.batch_norm_elemt.default(*args, False)[0]
+    return torch.ops.bn_ext.batch_norm_elemt.default(*args)[0]
 
 
 # The nodes of max pooling, and the dimensions of their results, images included.
@@ -275,6 +275,7 @@ class Recording:
         activation: int,
         param: float,
         set_size: int | None,
+        mask: Tensor | None,
         keeps_residual: bool,
     ) -> bool:
         """Is told of an output whose input the backward keeps. Returns whether autograd may save the call's tensors by
@@ -290,7 +291,7 @@ class Recording:
             parameters = [t for t in (weight, bias) if t is not None]
             name = partial(_name_of, self.owner, parameters, mean.size(-1))
             affine = (None if t is None else self.parameter(t) for t in (weight, bias))
-            args = (saved, *affine, mean, invstd, saved_residual, activation, param, set_size)
+            args = (saved, *affine, mean, invstd, saved_residual, activation, param, set_size, False, mask)
             self.add(output, _Made(output, _again, args, name))
         is_made = type(saved) is _Saver or (keeps_residual and type(saved_residual) is _Saver)
         return self.hooks is None and not is_made

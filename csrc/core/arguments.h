@@ -36,6 +36,40 @@ struct PerChannel {
   }
 };
 
+// What the mask of a statistic set adds up to.
+struct Counted {
+  double count = 0;    // the sum: the number of values that count, where each counts 1
+  double freedom = 0;  // divides m2 for the unbiased variance: 0 if at most one value counts
+  int64_t first = 0;   // the position of the first value that counts, in the set
+};
+
+// With numbers of these sums. `positive` of them are not 0.
+BN_HD Counted counted_of(double sum, double sum_of_squares, int64_t positive, int64_t first) {
+  const double freedom = positive > 1 ? sum - sum_of_squares / sum : 0;
+  return {sum, freedom > 0 ? freedom : 0, first};
+}
+
+// How much each value of a channel counts in the statistics. Where it is 0, so are outputs and gradients, and inputs
+// may be anything.
+struct Mask {
+  const void* values = nullptr;  // of the accumulation type, not negative: for each image and position; null: all are 1
+  const Counted* counted = nullptr;  // of each set, then of all together; the backend makes it
+
+  BN_HD explicit operator bool() const { return values != nullptr; }
+};
+
+BN_HD Counted counted(const Problem& problem, const Mask& mask, int64_t set) {
+  if (mask) {
+    return mask.counted[set];
+  }
+  const auto count = static_cast<double>(problem.count_of(set));
+  return {count, count - 1, 0};
+}
+
+BN_HD double freedom_of_all(const Problem& problem, const Mask& mask) {
+  return mask ? mask.counted[problem.sets()].freedom : static_cast<double>(problem.count() - problem.sets());
+}
+
 // Behind the normalization: y = activation(z), z = normalized + residual.
 struct Epilogue {
   Activation activation;
@@ -47,11 +81,12 @@ struct Epilogue {
 
 // Normalize by the batch's own statistics and update the running ones (training), or by the running ones. A reduction
 // alone ends with mean and m2; an application alone begins with mean and invstd. Arrays of statistics have a row of
-// channels for each set.
+// channels for each set, counts a number.
 struct ForwardArgs {
   Problem problem;
   Stages stages;
   const void* x;
+  Mask mask;
   PerChannel weight;
   PerChannel bias;
   PerChannel running_mean;
@@ -65,7 +100,8 @@ struct ForwardArgs {
   void* y;
   double* mean;
   double* invstd;
-  double* m2;  // or null; running statistics over several sets need it
+  double* m2;      // or null; running statistics over several sets need it
+  double* counts;  // or null
 };
 
 // Gradients of the forward; those whose pointer is null cost nothing. A reduction alone ends with the two sums; an
@@ -75,6 +111,7 @@ struct BackwardArgs {
   Stages stages;
   const void* dy;
   const void* x;
+  Mask mask;
   PerChannel weight;
   PerChannel bias;
   const double* mean;

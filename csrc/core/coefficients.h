@@ -72,9 +72,15 @@ BN_HD GradientCoefficients<A> gradient_coefficients(
   return {static_cast<A>(slope), static_cast<A>(-(sums.dz / count) - finite_or_zero(slope * rest))};
 }
 
+// The part of dx that goes through the statistics, before the scale. With a mask it is weighted as the value is.
 template <class V>
-BN_HD V input_gradient(const V& dz, const V& x, const V& shift, const V& scale, const V& slope, const V& offset) {
-  return (dz + ((x - shift) * slope + offset)) * scale;
+BN_HD V through_statistics(const V& x, const V& shift, const V& slope, const V& offset) {
+  return (x - shift) * slope + offset;
+}
+
+template <class V>
+BN_HD V input_gradient(const V& dz, const V& through_statistics, const V& scale) {
+  return (dz + through_statistics) * scale;
 }
 
 }  // namespace bn

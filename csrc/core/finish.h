@@ -38,8 +38,12 @@ BN_HD NormalizeCoefficients<A> finish_forward(
     if (args.m2 != nullptr) {
       args.m2[i] = batch.m2;
     }
-    if (args.training && args.running_mean && args.problem.one_set()) {
-      move_running(args, c, mean, unbiased_variance(batch), momentum);
+    if (args.counts != nullptr && c == 0) {
+      args.counts[set] = batch.count;
+    }
+    const double freedom = counted(args.problem, args.mask, set).freedom;
+    if (args.training && args.running_mean && args.problem.one_set() && freedom > 0) {
+      move_running(args, c, mean, batch.m2 / freedom, momentum);
     }
   }
   return normalize_coefficients<A>(mean, invstd, weight, bias);
@@ -59,11 +63,16 @@ BN_HD void finish_sets(const ForwardArgs& args, int64_t c, double momentum, cons
   double within = 0;
   for (int64_t set = 0; set < sets; ++set) {
     const int64_t i = args.problem.statistic(set, c);
-    const Moments one{static_cast<double>(args.problem.count_of(set)), read(args.mean + i), read(args.m2 + i)};
-    all = merge(all, one);
-    within += one.m2;
+    const Moments one{counted(args.problem, args.mask, set).count, read(args.mean + i), read(args.m2 + i)};
+    if (one.count > 0) {
+      all = merge(all, one);
+      within += one.m2;
+    }
   }
-  move_running(args, c, all.mean, within / (all.count - static_cast<double>(sets)), momentum);
+  const double freedom = freedom_of_all(args.problem, args.mask);
+  if (freedom > 0) {
+    move_running(args, c, all.mean, within / freedom, momentum);
+  }
 }
 
 // Recomputes the forward's coefficients for the backward.
@@ -103,7 +112,7 @@ BN_HD GradientCoefficients<A> finish_backward(
       set_parameter_gradients(args, c, sums.dz_xmu * invstd, sums.dz);
     }
   }
-  const double count = args.counts != nullptr ? args.counts[set] : static_cast<double>(args.problem.count_of(set));
+  const double count = args.counts != nullptr ? args.counts[set] : counted(args.problem, args.mask, set).count;
   return gradient_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
 }
 
@@ -138,11 +147,11 @@ BN_HD void merge_rows(const MergeArgs& args, int64_t c) {
     *args.count = all.count;
   }
   args.mean[c] = all.mean;
-  args.invstd[c] = inverse_std(all.count > 0 ? biased_variance(all) : 0, args.eps);
+  args.invstd[c] = inverse_std(biased_variance(all), args.eps);
   if (args.running_mean && all.count > 1) {
     const double momentum =
         args.num_batches_tracked != nullptr ? 1 / static_cast<double>(*args.num_batches_tracked) : args.momentum;
-    move_running(args, c, all.mean, unbiased_variance(all), momentum);
+    move_running(args, c, all.mean, all.m2 / (all.count - 1), momentum);
   }
 }
 

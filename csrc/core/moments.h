@@ -44,12 +44,9 @@ BN_HD Moments merge(const Moments& a, const Moments& b) {
   return {count, mean, a.m2 + b.m2 + delta * delta * a.count * part};
 }
 
+// 0 where there are no values.
 BN_HD double biased_variance(const Moments& m) {
-  return m.m2 / m.count;
-}
-
-BN_HD double unbiased_variance(const Moments& m) {
-  return m.m2 / (m.count - 1);
+  return m.count > 0 ? m.m2 / m.count : 0;
 }
 
 BN_HD double inverse_std(double var, double eps) {

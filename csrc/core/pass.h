@@ -52,9 +52,9 @@ struct Traffic {
   bool operator==(const Traffic&) const = default;
 };
 
-// Without an activation dresidual is dy itself, and no kernel writes it.
-BN_HD constexpr bool dresidual_is_dy(ActivationKind activation) {
-  return activation == ActivationKind::Identity;
+// Without an activation and a mask dresidual is dy itself, and no kernel writes it.
+BN_HD constexpr bool dresidual_is_dy(ActivationKind activation, bool masked = false) {
+  return activation == ActivationKind::Identity && !masked;
 }
 
 // The chain of a backward. Only an activation makes it read anything. Where one bit per element tells the branch of z,

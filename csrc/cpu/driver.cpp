@@ -3,9 +3,10 @@
 #include "core/finish.h"
 #include "cpu/kernels/kernels.h"
 #include "cpu/last_cache.h"
+#include "cpu/mask_sums.h"
+#include "cpu/parallel.h"
 #include "cpu/plan.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/Version.h>
 
 #include <cstring>
@@ -17,7 +18,7 @@ namespace {
 
 struct InstructionSet {
   const char* name;
-  const Kernels& (*kernels)(Layout, DType, const Activation&);
+  const Kernels& (*kernels)(Layout, DType, const Activation&, bool masked);
 };
 
 InstructionSet choose_instruction_set() {
@@ -47,15 +48,6 @@ Scratch scratch_of_thread() {
   return Scratch(memory->bytes);
 }
 
-template <class F>
-void parallel(int threads, int64_t tasks, const F& f) {
-  if (threads == 1) {
-    f(int64_t{0}, tasks);
-  } else {
-    at::parallel_for(0, tasks, 1, f);
-  }
-}
-
 // Calls f(i) for every i below `count`, which together finish every channel of every set: on all threads if they are
 // many.
 template <class F>
@@ -73,7 +65,13 @@ void for_each(const Plan& plan, int64_t count, const F& f) {
 // is in a thread's cache, or, where tiles are shared, pass by pass. The second pass goes backwards, to begin with what
 // the first one touched last.
 template <class Reduce, class Finish, class Apply>
-void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, const Finish& finish, const Apply& apply) {
+void run(const Plan& plan,
+         const MaskSums& mask,
+         bool reduces,
+         bool applies,
+         const Reduce& reduce,
+         const Finish& finish,
+         const Apply& apply) {
   const int64_t channels = plan.patches.c;
   const auto tile = [&](int64_t set, int64_t t, int64_t chunk) {
     const Patches& patches = plan.patches_of(set);
@@ -84,7 +82,8 @@ void run(const Plan& plan, bool reduces, bool applies, const Reduce& reduce, con
                 chunk * patches.per_chunk,
                 std::min((chunk + 1) * patches.per_chunk, patches.count),
                 plan.ahead,
-                scratch_of_thread()};
+                scratch_of_thread(),
+                mask.of_set(set)};
   };
   const int64_t tiles = plan.tiles();
   if (!plan.split) {
@@ -199,21 +198,25 @@ class Coefficients {
   std::unique_ptr<A[]> values_;
 };
 
-// The first value of a set in a channel.
+// The first value of a set in a channel that counts.
 double first_value(const ForwardArgs& args, int64_t set, int64_t c) {
   const Problem& p = args.problem;
-  return PerChannel{const_cast<void*>(args.x), p.dtype, p.s}.get(set * p.per_set * p.c + c, 0);
+  const int64_t first = counted(p, args.mask, set).first;
+  const int64_t row = (set * p.per_set + first / p.s) * p.c + c;
+  return PerChannel{const_cast<void*>(args.x), p.dtype}.get(row * p.s + first % p.s, 0);
 }
 
 template <class A>
-void forward(const ForwardArgs& args, const Kernels& kernels) {
+void forward(ForwardArgs args, const Kernels& kernels) {
   const Pass pass = pass_of(args);
   const bool reduces = pass.reduces();
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
+  const MaskSums mask(args.mask, args.problem, plan);
+  args.mask = mask.mask();
   const Partial partial(plan, reduces);
   Coefficients<A> coefficients(plan, Direction::Forward);
   double momentum = args.momentum;
-  if (reduces && args.num_batches_tracked != nullptr) {
+  if (reduces && args.num_batches_tracked != nullptr && freedom_of_all(args.problem, args.mask) > 0) {
     const int64_t batches = ++*args.num_batches_tracked;
     momentum = args.cumulative ? 1 / static_cast<double>(batches) : momentum;
   }
@@ -233,9 +236,12 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
     }
     double* const mean = partial.first(set, 0);
     double* const m2 = partial.second(set, 0);
-    auto count = static_cast<double>(patches.values(0));
+    double count = mask.count_of(set, 0);
     for (int64_t chunk = 1; chunk < patches.chunks; ++chunk) {
-      const auto of_chunk = static_cast<double>(patches.values(chunk));
+      const double of_chunk = mask.count_of(set, chunk);
+      if (of_chunk == 0) {
+        continue;
+      }
       for (int64_t i = begin; i < end; ++i) {
         const Moments all =
             merge({count, mean[i], m2[i]}, {of_chunk, partial.first(set, chunk)[i], partial.second(set, chunk)[i]});
@@ -249,9 +255,9 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
     if (reduces) {
       merge_chunks(set, begin, end);
     }
-    const auto count = static_cast<double>(args.problem.count_of(set));
+    const double count = counted(args.problem, args.mask, set).count;
     for (int64_t i = begin; i < end; ++i) {
-      const Moments batch = reduces
+      const Moments batch = reduces && count > 0
                                 ? Moments{count, finite_or_zero(first_value(args, set, i)) + partial.first(set, 0)[i],
                                           partial.second(set, 0)[i]}
                                 : Moments{};
@@ -262,7 +268,7 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
   const auto apply = [&](const Tile& tile, int64_t set) {
     kernels.normalize(tile, args.x, args.epilogue, coefficients.of_set(set), args.y, bypass_cache);
   };
-  run(plan, reduces, pass.applies(), reduce, finish, apply);
+  run(plan, mask, reduces, pass.applies(), reduce, finish, apply);
   if (finishes_sets(args)) {
     for_each(plan, args.problem.c,
              [&](int64_t i) { finish_sets(args, i, momentum, [](const double* p) { return *p; }); });
@@ -270,11 +276,13 @@ void forward(const ForwardArgs& args, const Kernels& kernels) {
 }
 
 template <class A>
-void backward(const BackwardArgs& args, const Kernels& kernels) {
+void backward(BackwardArgs args, const Kernels& kernels) {
   const Pass pass = pass_of(args);
   const bool reduces = pass.reduces();
   const bool reduces_dz_alone = pass.reduce_reads().tensors == 1;
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
+  const MaskSums mask(args.mask, args.problem, plan);
+  args.mask = mask.mask();
   const Partial partial(plan, reduces);
   Coefficients<A> coefficients(plan, Direction::Backward);
   for_each(plan, plan.sets, [&](int64_t set) {
@@ -310,21 +318,26 @@ void backward(const BackwardArgs& args, const Kernels& kernels) {
     kernels.input_gradient(tile, args.dy, args.x, args.epilogue, coefficients.of_set(set, pass.through_statistics()),
                            args.dx, args.dresidual, bypass_cache);
   };
-  run(plan, reduces, pass.applies(), reduce, finish, apply);
+  run(plan, mask, reduces, pass.applies(), reduce, finish, apply);
   if (finishes_sets(args)) {
     for_each(plan, args.problem.c, [&](int64_t i) { finish_sets(args, i, [](const double* p) { return *p; }); });
   }
 }
 
+template <class Args>
+const Kernels& kernels_of(const Args& args) {
+  return chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation, bool(args.mask));
+}
+
 }  // namespace
 
 void batch_norm_forward(const ForwardArgs& args) {
-  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
+  const Kernels& kernels = kernels_of(args);
   args.problem.dtype == DType::Float64 ? forward<double>(args, kernels) : forward<float>(args, kernels);
 }
 
 void batch_norm_backward(const BackwardArgs& args) {
-  const Kernels& kernels = chosen().kernels(args.problem.layout, args.problem.dtype, args.epilogue.activation);
+  const Kernels& kernels = kernels_of(args);
   args.problem.dtype == DType::Float64 ? backward<double>(args, kernels) : backward<float>(args, kernels);
 }
 

@@ -4,9 +4,13 @@
 #include "ops/fused.h"
 #include "ops/output_observer.h"
 
+#include <ATen/OpMathType.h>
 #include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
 #include <c10/core/SymBool.h>
 #include <c10/util/ScopeExit.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -30,12 +34,12 @@ FourTensors call_forward(const Arguments& a, bool with_branches) {
       operator_of<decltype(batch_norm_forward_evaluation<void>)>("bn_ext::batch_norm_forward", "evaluation");
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto number = static_cast<int64_t>(a.activation.kind);
-  return a.training
-             ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
-                             a.momentum, a.eps, a.residual, number, a.activation.param, a.set_size, with_branches)
-             : evaluation.call(a.input, a.weight, a.bias, a.running_mean.value_or(Tensor()),
-                               a.running_var.value_or(Tensor()), a.eps, a.residual, number, a.activation.param,
-                               with_branches);
+  return a.training ? training.call(a.input, a.weight, a.bias, a.running_mean, a.running_var, a.num_batches_tracked,
+                                    a.momentum, a.eps, a.residual, number, a.activation.param, a.set_size,
+                                    with_branches, a.mask)
+                    : evaluation.call(a.input, a.weight, a.bias, a.running_mean.value_or(Tensor()),
+                                      a.running_var.value_or(Tensor()), a.eps, a.residual, number, a.activation.param,
+                                      with_branches, a.mask);
 }
 
 FourTensors call_backward(const BackwardArguments& a, Layout layout) {
@@ -43,7 +47,7 @@ FourTensors call_backward(const BackwardArguments& a, Layout layout) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   return op.call(a.input.has_value() ? a.dy : laid_out(a.dy, layout), a.input, a.weight, a.bias, a.mean, a.invstd,
                  a.training, a.residual, a.branches, static_cast<int64_t>(a.activation.kind), a.activation.param,
-                 a.set_size, a.output_mask);
+                 a.set_size, a.output_mask, a.mask);
 }
 
 // The tensors of the input's size, or bits of them, that autograd keeps because the backward reads them; and whether
@@ -119,7 +123,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const Layout layout = output.is_contiguous() ? Layout::Planar : Layout::Interleaved;
     ctx->save_for_backward({keep.input ? input : Tensor(), weight.value_or(Tensor()),
                             keep.z ? bias.value_or(Tensor()) : Tensor(), mean, invstd,
-                            keep.residual ? *residual : Tensor(), branches});
+                            keep.residual ? *residual : Tensor(), branches, a.mask.value_or(Tensor())});
     ctx->saved_data["call"] =
         Call{bias.has_value(), residual.has_value(), a.training, layout, a.eps, a.activation, a.set_size}.packed();
     return output;
@@ -133,7 +137,7 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const variable_list saved = ctx->get_saved_variables();
     const auto optional = [&](size_t i) { return saved[i].defined() ? OptionalTensor(saved[i]) : std::nullopt; };
     const OptionalTensor input = optional(0), weight = optional(1), bias = optional(2), residual = optional(5),
-                         branches = optional(6);
+                         branches = optional(6), mask = optional(7);
     const auto [has_bias, has_residual, training, layout, eps, activation, set_size] =
         Call::unpacked(ctx->saved_data["call"].toDoubleVector());
     // Autograd numbers the tensors that are there.
@@ -143,11 +147,12 @@ class BatchNorm : public torch::autograd::Function<BatchNorm> {
     const bool wants_dweight = wants(weight.has_value());
     const bool wants_dbias = wants(has_bias);
     const bool wants_dresidual = wants(has_residual);
-    const bool passes_on = dresidual_is_dy(activation.kind);
+    const bool passes_on = dresidual_is_dy(activation.kind, mask.has_value());
     const BackwardArguments a{
         dy,       input,      weight,   bias,
         saved[3], saved[4],   training, residual,
-        branches, activation, set_size, {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on}};
+        branches, activation, set_size, {wants_dx, wants_dweight, wants_dbias, wants_dresidual && !passes_on},
+        mask};
     // Whatever has to see through the gradient gets it by standard operators.
     const auto tangent = [](const OptionalTensor& t) { return t.has_value() && has_tangent(*t); };
     const bool transformed =
@@ -275,6 +280,17 @@ Tensor transformed(const Arguments& a) {
   return decomposed(a, "a transform of torch.func has to see through it");
 }
 
+// How much each value counts, as operators below batch_norm take it: what is not positive does not.
+OptionalTensor weights_of(const OptionalTensor& mask, const Tensor& input) {
+  if (!mask.has_value()) {
+    return std::nullopt;
+  }
+  check_mask(input, *mask);
+  const Tensor weights = mask->to(at::toOpMathType(input.scalar_type()));
+  const bool counts_one = mask->scalar_type() == at::kBool;
+  return (counts_one ? weights : at::where(weights > 0, weights, at::zeros({}, weights.options()))).contiguous();
+}
+
 // A function as the dispatcher calls it.
 template <Tensor (*function)(const Arguments&)>
 Tensor with_arguments(const Tensor& input,
@@ -289,16 +305,18 @@ Tensor with_arguments(const Tensor& input,
                       const OptionalTensor& residual,
                       Name activation,
                       Param activation_param,
-                      SetSize set_size) {
+                      SetSize set_size,
+                      const OptionalTensor& mask) {
   check_set_size("batch_norm", set_size);
   // Of one dimension; autograd gives the gradients the parameters' shapes.
   const auto flat = [](const OptionalTensor& t, OptionalTensor& made) -> const OptionalTensor& {
     return !t.has_value() || t->dim() == 1 ? t : made = t->reshape(-1);
   };
   OptionalTensor flat_weight, flat_bias;
+  const OptionalTensor weights = weights_of(mask, input);
   return function({input, flat(weight, flat_weight), flat(bias, flat_bias), running_mean, running_var,
                    num_batches_tracked, training, momentum, eps, residual, activation_of(activation, activation_param),
-                   training ? set_size : std::nullopt});
+                   training ? set_size : std::nullopt, weights});
 }
 
 }  // namespace

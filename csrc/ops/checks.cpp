@@ -4,6 +4,7 @@
 #include "ops/inputs.h"
 
 #include <ATen/MemoryOverlap.h>
+#include <ATen/OpMathType.h>
 #include <ATen/core/grad_mode.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/core/SymBool.h>
@@ -88,6 +89,22 @@ void check_set_size(const char* op, SetSize set_size) {
   TORCH_CHECK_VALUE(set_size.value_or(1) > 0, op, ": set_size should be positive, got ", *set_size);
 }
 
+void check_mask(const Tensor& input, const Tensor& mask) {
+  const auto expect = [&](bool fits) {
+    TORCH_CHECK_VALUE(fits, "batch_norm: expected a mask of sizes (N, *) for an input (N, C, *) of sizes ",
+                      input.sym_sizes(), ", got ", mask.sym_sizes());
+  };
+  expect(input.dim() >= 2 && mask.dim() == input.dim() - 1);
+  for (int64_t d = 0; d < mask.dim(); ++d) {
+    expect(mask.sym_size(d).sym_eq(input.sym_size(d == 0 ? 0 : d + 1)).expect_true(__FILE__, __LINE__));
+  }
+  TORCH_CHECK(mask.device() == input.device(), "batch_norm: mask is on ", mask.device(), " but input is on ",
+              input.device());
+  TORCH_CHECK(!mask.is_complex() && mask.layout() == at::kStrided && !mask.is_quantized(),
+              "batch_norm: expected a mask of type Bool or of real numbers, got ", mask.scalar_type());
+  TORCH_CHECK(!at::GradMode::is_enabled() || !mask.requires_grad(), "batch_norm: mask cannot require gradients");
+}
+
 Checks::Checks(const char* op, const Tensor& input, SetSize set_size) : op_(op), input_(input), set_size_(set_size) {
   TORCH_CHECK_NOT_IMPLEMENTED(is_floating(input.scalar_type()), "\"", op, "\" not implemented for '",
                               input.scalar_type(), "'");
@@ -143,6 +160,16 @@ void Checks::counts(const Tensor& t) const {
   values("count", t, sets_of(input_, set_size_), at::kDouble);
 }
 
+void Checks::mask(const OptionalTensor& t) const {
+  if (t.has_value()) {
+    c10::SymInt positions = input_.sym_size(0);
+    for (const c10::SymInt& size : input_.sym_sizes().slice(2)) {
+      positions *= size;
+    }
+    values("mask", *t, positions, at::toOpMathType(input_.scalar_type()));
+  }
+}
+
 void Checks::like_input(const char* name, const OptionalTensor& t) const {
   if (!t.has_value()) {
     return;
@@ -172,6 +199,7 @@ void Checks::backward(const BackwardArguments& a) const {
   statistics("mean", a.mean);
   statistics("invstd", a.invstd);
   like_input("residual", a.residual);
+  mask(a.mask);
   branches(a.branches, a.activation);
 }
 
@@ -207,6 +235,7 @@ void Checks::forward(const Arguments& a) const {
 void Checks::forward_by_kernels(const Arguments& a, bool with_branches) const {
   forward(a);
   like_input("residual", a.residual);
+  mask(a.mask);
   TORCH_CHECK(!a.num_batches_tracked.has_value() || a.num_batches_tracked->scalar_type() == at::kLong, op_,
               ": expected num_batches_tracked of type Long, got ", a.num_batches_tracked->scalar_type());
   writes_branches(with_branches, a.activation);

@@ -11,6 +11,9 @@ namespace bn::ops {
 
 void check_set_size(const char* op, SetSize set_size);
 
+// A mask as batch_norm takes it: (N, *) for an input (N, C, *).
+void check_mask(const Tensor& input, const Tensor& mask);
+
 void check_merge(const MergeArguments& a);
 
 // Throws what autograd would, once the first of the running statistics is written. `tracked`: whether autograd, which
@@ -30,6 +33,8 @@ class Checks {
   void statistics(const char* name, const Tensor& t) const;
   // The number of values that the statistics of each set are of.
   void counts(const Tensor& t) const;
+  // How much each value counts: one number for each image and position, in the type that the input is summed in.
+  void mask(const OptionalTensor& t) const;
   // The sizes, the dtype and the device of the input.
   void like_input(const char* name, const OptionalTensor& t) const;
   // Branch bits that are read.

@@ -34,11 +34,19 @@ Tensor of_images(const Tensor& of_sets, const c10::SymInt& n, int64_t set_size) 
   return of_sets.repeat_interleave_symint(images_of_set(n, set_size), 0).narrow_symint(0, 0, n);
 }
 
-// The mean of each channel in each statistic set, of sizes that broadcast with t.
-Tensor average(const Tensor& t, SetSize set_size) {
+Tensor mean(const Tensor& t, const std::vector<int64_t>& over) {
+  return t.mean(over, true);
+}
+
+Tensor sum(const Tensor& t, const std::vector<int64_t>& over) {
+  return t.sum(over, true);
+}
+
+// A row for each statistic set, with what is reduced in it of each channel.
+Tensor by_set(const Tensor& t, SetSize set_size, decltype(mean) reduce) {
   const auto others = dimensions(t).first;
   if (!set_size.has_value()) {
-    return t.mean(others, true);
+    return reduce(t, others);
   }
   const c10::SymInt n = t.sym_size(0);
   const c10::SymInt images = images_of_set(n, *set_size);
@@ -50,11 +58,41 @@ Tensor average(const Tensor& t, SetSize set_size) {
     for (int64_t d = 3; d < part.dim(); ++d) {
       in_set.push_back(d);
     }
-    return part.mean(in_set, true).squeeze(1);
+    return reduce(part, in_set).squeeze(1);
   };
-  const Tensor means = of_sets(0, whole, images);
-  return of_images(TORCH_GUARD_OR_FALSE(rest.sym_eq(0)) ? means : at::cat({means, of_sets(whole * images, 1, rest)}), n,
-                   *set_size);
+  const Tensor rows = of_sets(0, whole, images);
+  return TORCH_GUARD_OR_FALSE(rest.sym_eq(0)) ? rows : at::cat({rows, of_sets(whole * images, 1, rest)});
+}
+
+// The same, of sizes that broadcast with t.
+Tensor by_image(const Tensor& t, SetSize set_size, decltype(mean) reduce) {
+  const Tensor rows = by_set(t, set_size, reduce);
+  return set_size.has_value() ? of_images(rows, t.sym_size(0), *set_size) : rows;
+}
+
+Tensor divided(const Tensor& a, const Tensor& b) {
+  return at::where(b > 0, a / b, at::zeros({}, a.options()));
+}
+
+// A mask in the sizes and the type of what it is multiplied with.
+Tensor spread_mask(const Tensor& mask, const Tensor& t) {
+  return mask.unsqueeze(1).to(t.scalar_type());
+}
+
+// The sum of each channel in each statistic set over the number of values, of those that count by the mask.
+Tensor shared_out(const Tensor& t, SetSize set_size, const OptionalTensor& mask) {
+  return mask.has_value() ? divided(by_image(t, set_size, sum), by_image(spread_mask(*mask, t), set_size, sum))
+                          : by_image(t, set_size, mean);
+}
+
+// The mean of each channel in each statistic set, of sizes that broadcast with t.
+Tensor average(const Tensor& t, SetSize set_size, const OptionalTensor& mask) {
+  return shared_out(mask.has_value() ? t * spread_mask(*mask, t) : t, set_size, mask);
+}
+
+// t, and 0 where the mask is.
+Tensor only(const Tensor& t, const OptionalTensor& mask) {
+  return mask.has_value() ? at::where(mask->unsqueeze(1) > 0, t, at::zeros({}, t.options())) : t;
 }
 
 // Statistics of each channel, or set and channel, of sizes that broadcast with the input.
@@ -168,8 +206,19 @@ Normalized by_kernels(const Arguments& a, Tensor (*kernels)(const Arguments&)) {
   const auto var = a.training ? copied(a.running_var) : a.running_var;
   const auto counter =
       cumulative ? OptionalTensor(a.num_batches_tracked->to(at::kLong, false, /*copy=*/true)) : std::nullopt;
-  const Tensor output = kernels(
-      {a.input, a.weight, a.bias, mean, var, counter, a.training, a.momentum, a.eps, std::nullopt, {}, a.set_size});
+  const Tensor output = kernels({a.input,
+                                 a.weight,
+                                 a.bias,
+                                 mean,
+                                 var,
+                                 counter,
+                                 a.training,
+                                 a.momentum,
+                                 a.eps,
+                                 std::nullopt,
+                                 {},
+                                 a.set_size,
+                                 a.mask});
   return a.training ? Normalized{output, mean, var} : Normalized{output};
 }
 
@@ -179,11 +228,23 @@ Tensor by_primitives(const Arguments& a) {
   const auto type = at::toOpMathType(a.input.scalar_type());
   const auto per_channel = dimensions(a.input).second;
   const Tensor x = a.input.to(at::kDouble);
-  const Tensor xmu = (x - average(x, a.set_size)).to(type);
-  Tensor z = xmu * average(xmu.square(), a.set_size).add(a.eps).rsqrt();
+  const Tensor xmu = (x - average(x, a.set_size, a.mask)).to(type);
+  Tensor z = xmu * average(xmu.square(), a.set_size, a.mask).add(a.eps).rsqrt();
   z = a.weight.has_value() ? z * a.weight->to(type).view(per_channel) : z;
   z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
   return z.to(a.input.scalar_type()).contiguous(a.input.suggest_memory_format());
+}
+
+// What divides the sum of squares within the sets, for their unbiased variance.
+Tensor freedom(const Tensor& x, SetSize set_size, const OptionalTensor& mask) {
+  if (!mask.has_value()) {
+    const c10::SymInt values = x.sym_numel() / x.sym_size(1).max(1);
+    return as_tensor(0, x).add(at::Scalar(values - sets_of(x, set_size)));
+  }
+  const Tensor weights = spread_mask(*mask, x);
+  const Tensor total = by_set(weights, set_size, sum);
+  const Tensor several = by_set((weights > 0).to(at::kDouble), set_size, sum) > 1;
+  return (total - divided(by_set(weights.square(), set_size, sum), total)).mul(several).sum();
 }
 
 // In the statistics of each set. The running statistics move towards the mean of all values and the unbiased variance
@@ -191,10 +252,13 @@ Tensor by_primitives(const Arguments& a) {
 Normalized by_sets(const Arguments& a, const Tensor& momentum) {
   const auto others = dimensions(a.input).first;
   const Tensor x = a.input.detach().to(at::kDouble);
-  const c10::SymInt values = x.sym_numel() / x.sym_size(1).max(1);
-  const Tensor within = (x - average(x, a.set_size)).square().sum(others) / at::Scalar(values - sets_of(x, a.set_size));
-  return {by_primitives(a), moved(a.running_mean, x.mean(others), momentum, at::kDouble, x),
-          moved(a.running_var, within, momentum, at::kDouble, x)};
+  const Tensor weights = a.mask.has_value() ? spread_mask(*a.mask, x) : Tensor();
+  const auto weighed = [&](const Tensor& t) { return weights.defined() ? t * weights : t; };
+  const Tensor within = weighed((x - average(x, a.set_size, a.mask)).square()).sum(others);
+  const Tensor free = freedom(x, a.set_size, a.mask);
+  const Tensor weight = at::where(free > 0, momentum, at::zeros({}, momentum.options()));
+  return {by_primitives(a), moved(a.running_mean, average(x, std::nullopt, a.mask), weight, at::kDouble, x),
+          moved(a.running_var, divided(within, free), weight, at::kDouble, x)};
 }
 
 // torch's functions, by the names in BN_ACTIVATIONS.
@@ -274,7 +338,13 @@ void check_writable(const Arguments& a, const Tensor& mean, const Tensor& var) {
 
 }  // namespace
 
-Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(const Arguments&)) {
+Tensor decomposed(const Arguments& given, const char* reason, Tensor (*kernels)(const Arguments&)) {
+  // What does not count may be anything: kernels do not look at it.
+  const Tensor input = kernels == nullptr ? only(given.input, given.mask) : given.input;
+  const Arguments a{
+      input,          given.weight,   given.bias, given.running_mean, given.running_var, given.num_batches_tracked,
+      given.training, given.momentum, given.eps,  given.residual,     given.activation,  given.set_size,
+      given.mask};
   if (a.input.dim() >= 2 || a.input.sym_numel() != 0) {  // torch normalizes nothing, sizes (0,), to nothing
     Checks("batch_norm", a.input, a.set_size).forward(a);
   }
@@ -291,15 +361,17 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
   if (counts && in_functorch()) {  // which may refuse the counter, so before torch's batch norm writes anything
     a.num_batches_tracked->add_(0);
   }
-  Normalized n = kernels != nullptr       ? by_kernels(a, kernels)
-                 : a.set_size.has_value() ? by_sets(a, cumulative ? factor : as_tensor(a.momentum.value_or(0), a.input))
-                 : cumulative             ? converted(a, factor)
-                                          : by_torch(a, a.momentum.value_or(0));
-  const bool torchs = kernels == nullptr && a.training && !a.set_size.has_value() && a.input.dim() >= 2;
+  const bool by_own = a.set_size.has_value() || (a.training && a.mask.has_value());
+  Normalized n = kernels != nullptr ? by_kernels(a, kernels)
+                 : by_own           ? by_sets(a, cumulative ? factor : as_tensor(a.momentum.value_or(0), a.input))
+                 : cumulative       ? converted(a, factor)
+                                    : by_torch(a, a.momentum.value_or(0));
+  const bool torchs = kernels == nullptr && a.training && !by_own && a.input.dim() >= 2;
   if (torchs && (in_functorch() || any_of(a, has_tangent))) {
     n.output = by_primitives(a);
   }
-  const Tensor output = activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation);
+  const Tensor output =
+      only(activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation), a.mask);
   if (n.running_mean.has_value()) {
     const Tensor mean = n.running_mean->view_as(*a.running_mean);
     const Tensor var = n.running_var->view_as(*a.running_var);
@@ -309,7 +381,9 @@ Tensor decomposed(const Arguments& a, const char* reason, Tensor (*kernels)(cons
     a.running_mean->copy_(mean);  // from here on nothing can fail
     a.running_var->copy_(var);
   }
-  if (counts) {
+  if (counts && a.mask.has_value()) {
+    a.num_batches_tracked->add_(freedom(a.input, a.set_size, a.mask).gt(0).to(at::kLong));
+  } else if (counts) {
     a.num_batches_tracked->add_(1);
   }
   return output;
@@ -323,10 +397,10 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout l
   Tensor x_hat;
   if (a.input.has_value()) {
     // The mean is taken off in double precision, as a constant: no derivative knows of it.
-    Tensor xmu = (a.input->to(at::kDouble) - spread(a.mean, a.dy, a.set_size)).to(type);
+    Tensor xmu = (only(*a.input, a.mask).to(at::kDouble) - spread(a.mean, a.dy, a.set_size)).to(type);
     if (a.training) {
-      xmu = xmu - average(xmu, a.set_size);
-      invstd = average(xmu.square(), a.set_size).add(eps).rsqrt();
+      xmu = xmu - average(xmu, a.set_size, a.mask);
+      invstd = average(xmu.square(), a.set_size, a.mask).add(eps).rsqrt();
     }
     x_hat = xmu * invstd;
   }
@@ -340,9 +414,16 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout l
     z = a.residual.has_value() ? z + a.residual->to(type) : z;
     dz = function.gradient(dz, z);
   }
+  dz = only(dz, a.mask);
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = a.output_mask;
   const auto dx = [&] {
-    Tensor centred = a.training ? dz - average(dz, a.set_size) - x_hat * average(dz * x_hat, a.set_size) : dz;
+    Tensor centred = dz;
+    if (a.training && a.mask.has_value()) {
+      const auto shared = [&](const Tensor& t) { return shared_out(t, a.set_size, a.mask); };
+      centred = dz - spread_mask(*a.mask, dz) * (shared(dz) + x_hat * shared(dz * x_hat));
+    } else if (a.training) {
+      centred = dz - by_image(dz, a.set_size, mean) - x_hat * by_image(dz * x_hat, a.set_size, mean);
+    }
     centred = centred * invstd;
     return (a.weight.has_value() ? centred * a.weight->to(type).view(per_channel) : centred).to(a.dy.scalar_type());
   };

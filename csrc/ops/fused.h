@@ -41,6 +41,11 @@ inline PerChannel per_channel_to_write(const OptionalTensor& t) {
   return per_channel(t);
 }
 
+// A mask that is read, as a backend takes it.
+inline Mask mask_of(const OptionalTensor& mask) {
+  return {mask.has_value() ? mask->const_data_ptr() : nullptr};
+}
+
 // Tells autograd that a tensor was written to.
 inline void bump_version(const OptionalTensor& t) {
   if (t.has_value() && !t->is_inference()) {
@@ -74,12 +79,12 @@ class Operand {
 };
 
 // Where a kernel writes the gradient of a residual; null if none does: dy itself is copied.
-inline void* residual_to_write(const Tensor& dresidual, const Tensor& dy, const Activation& activation) {
+inline void* residual_to_write(const Tensor& dresidual, const BackwardArguments& a) {
   if (!dresidual.defined()) {
     return nullptr;
   }
-  if (dresidual_is_dy(activation.kind)) {
-    dresidual.copy_(dy);
+  if (dresidual_is_dy(a.activation.kind, a.mask.has_value())) {
+    dresidual.copy_(a.dy);
     return nullptr;
   }
   return dresidual.mutable_data_ptr();
@@ -93,6 +98,7 @@ inline BackwardArgs to_read(
           .stages = stages,
           .dy = dy.data(),
           .x = a.input.has_value() ? x.tensor.const_data_ptr() : nullptr,
+          .mask = mask_of(a.mask),
           .mean = a.mean.const_data_ptr<double>(),
           .invstd = a.invstd.const_data_ptr<double>(),
           .training = a.training,
@@ -126,6 +132,7 @@ FourTensors run_forward(const Arguments& a, bool with_branches) {
       {.problem = x.problem,
        .stages = Stages::All,
        .x = x.tensor.const_data_ptr(),
+       .mask = mask_of(a.mask),
        .weight = per_channel(a.weight),
        .bias = per_channel(a.bias),
        .running_mean = a.training ? per_channel_to_write(a.running_mean) : per_channel(a.running_mean),
@@ -162,10 +169,12 @@ FourTensors batch_norm_forward(const Tensor& input,
                                int64_t activation,
                                double activation_param,
                                SetSize set_size,
-                               bool with_branches) {
-  return run_forward<Backend>({input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true,
-                               momentum, eps, residual, numbered_activation(activation, activation_param), set_size},
-                              with_branches);
+                               bool with_branches,
+                               const OptionalTensor& mask) {
+  return run_forward<Backend>(
+      {input, weight, bias, running_mean, running_var, num_batches_tracked, /*training=*/true, momentum, eps, residual,
+       numbered_activation(activation, activation_param), set_size, mask},
+      with_branches);
 }
 
 template <class Backend>
@@ -178,11 +187,12 @@ FourTensors batch_norm_forward_evaluation(const Tensor& input,
                                           const OptionalTensor& residual,
                                           int64_t activation,
                                           double activation_param,
-                                          bool with_branches) {
+                                          bool with_branches,
+                                          const OptionalTensor& mask) {
   return run_forward<Backend>(
       {input, weight, bias, running_mean, running_var, /*num_batches_tracked=*/std::nullopt, /*training=*/false,
        /*momentum=*/std::nullopt, eps, residual, numbered_activation(activation, activation_param),
-       /*set_size=*/std::nullopt},
+       /*set_size=*/std::nullopt, mask},
       with_branches);
 }
 
@@ -199,10 +209,11 @@ FourTensors batch_norm_backward(const Tensor& dy,
                                 int64_t activation_number,
                                 double activation_param,
                                 SetSize set_size,
-                                std::array<bool, 4> output_mask) {
+                                std::array<bool, 4> output_mask,
+                                const OptionalTensor& mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
-  const BackwardArguments a{dy,       input,    weight,   bias,       mean,     invstd,
-                            training, residual, branches, activation, set_size, output_mask};
+  const BackwardArguments a{dy,       input,    weight,     bias,     mean,        invstd, training,
+                            residual, branches, activation, set_size, output_mask, mask};
   const Tensor& like = a.like();
   const Checks checks("batch_norm_backward", like, set_size);
   checks.backward(a);
@@ -233,7 +244,7 @@ FourTensors batch_norm_backward(const Tensor& dy,
   args.weight = per_channel(weight);
   args.bias = per_channel(bias);
   args.dx = wants_dx ? dx.mutable_data_ptr() : nullptr;
-  args.dresidual = residual_to_write(dresidual, dy, activation);
+  args.dresidual = residual_to_write(dresidual, a);
   args.dweight = wants_dweight ? per_channel_to_write(dweight) : PerChannel{};
   args.dbias = wants_dbias ? per_channel_to_write(dbias) : PerChannel{};
   Tensor sum_dz, sum_dz_xmu;

@@ -48,6 +48,7 @@ struct Arguments {
   const OptionalTensor& residual;
   Activation activation;
   SetSize set_size;
+  const OptionalTensor& mask;
 };
 
 // The arguments of batch_norm_backward.
@@ -64,6 +65,7 @@ struct BackwardArguments {
   Activation activation;
   SetSize set_size;
   std::array<bool, 4> output_mask;
+  const OptionalTensor& mask;
 
   // Has the sizes, the dtype and the layout of the input: without an input dy has them.
   const Tensor& like() const { return input.has_value() ? *input : dy; }

@@ -2,8 +2,6 @@
 
 #include "ops/fused.h"
 
-#include <ATen/ops/fill.h>
-#include <ATen/ops/select.h>
 #include <ATen/ops/sum.h>
 
 // The stages of batch_norm_forward and batch_norm_backward as operators of their own, for whatever stands between them:
@@ -15,34 +13,27 @@ namespace bn::ops {
 using TwoTensors = std::tuple<Tensor, Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 
-// Writes the number of values per channel in each set.
-inline void count_values(const Tensor& counts, const Problem& problem) {
-  counts.fill_(problem.count_of(0));
-  if (counts.numel() > 1) {
-    counts.select(0, -1).fill_(problem.count_of(counts.numel() - 1));
-  }
-}
-
 template <class Backend>
-ThreeTensors batch_norm_stats(const Tensor& input, SetSize set_size) {
-  Checks("batch_norm_stats", input, set_size);
+ThreeTensors batch_norm_stats(const Tensor& input, SetSize set_size, const OptionalTensor& mask) {
+  Checks("batch_norm_stats", input, set_size).mask(mask);
   Tensor counts = empty_counts(input, set_size);
   Tensor mean = empty_statistics(input, set_size);
   Tensor m2 = empty_statistics(input, set_size);
   if constexpr (!computes<Backend>) {
     return {counts, mean, m2};
   }
-  const View x = view_as_problem(input, set_size);
-  count_values(counts, x.problem);
   if (input.numel() == 0) {
-    return {counts, mean.zero_(), m2.zero_()};
+    return {counts.zero_(), mean.zero_(), m2.zero_()};
   }
+  const View x = view_as_problem(input, set_size);
   Backend::forward({.problem = x.problem,
                     .stages = Stages::Reduce,
                     .x = x.tensor.const_data_ptr(),
+                    .mask = mask_of(mask),
                     .training = true,
                     .mean = mean.mutable_data_ptr<double>(),
-                    .m2 = m2.mutable_data_ptr<double>()},
+                    .m2 = m2.mutable_data_ptr<double>(),
+                    .counts = counts.mutable_data_ptr<double>()},
                    input);
   return {counts, mean, m2};
 }
@@ -121,7 +112,8 @@ TwoTensors batch_norm_elemt(const Tensor& input,
                             int64_t activation_number,
                             double activation_param,
                             SetSize set_size,
-                            bool with_branches) {
+                            bool with_branches,
+                            const OptionalTensor& mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   const Checks checks("batch_norm_elemt", input, set_size);
   checks.parameter("weight", weight);
@@ -129,6 +121,7 @@ TwoTensors batch_norm_elemt(const Tensor& input,
   checks.statistics("mean", mean);
   checks.statistics("invstd", invstd);
   checks.like_input("residual", residual);
+  checks.mask(mask);
   checks.writes_branches(with_branches, activation);
   Tensor output = empty_output(input);
   Tensor branches = with_branches ? empty_branches(input) : Tensor();
@@ -142,6 +135,7 @@ TwoTensors batch_norm_elemt(const Tensor& input,
         {.problem = x.problem,
          .stages = Stages::Apply,
          .x = x.tensor.const_data_ptr(),
+         .mask = mask_of(mask),
          .weight = parameter(weight, set_size),
          .bias = parameter(bias, set_size),
          .training = true,
@@ -165,11 +159,12 @@ TwoTensors batch_norm_backward_reduce(const Tensor& dy,
                                       const OptionalTensor& branches,
                                       int64_t activation_number,
                                       double activation_param,
-                                      SetSize set_size) {
+                                      SetSize set_size,
+                                      const OptionalTensor& mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   const OptionalTensor given_input = input;
   const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
-                            residual, branches,    activation, set_size, {}};
+                            residual, branches,    activation, set_size, {},   mask};
   check_stage("batch_norm_backward_reduce", a);
   Tensor sum_dz = empty_statistics(input, set_size);
   Tensor sum_dz_xmu = empty_statistics(input, set_size);
@@ -204,11 +199,12 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
                                      int64_t activation_number,
                                      double activation_param,
                                      SetSize set_size,
-                                     std::array<bool, 2> output_mask) {
+                                     std::array<bool, 2> output_mask,
+                                     const OptionalTensor& mask) {
   const Activation activation = numbered_activation(activation_number, activation_param);
   const OptionalTensor given_input = input;
   const BackwardArguments a{dy,       given_input, weight,     bias,     mean, invstd, /*training=*/true,
-                            residual, branches,    activation, set_size, {}};
+                            residual, branches,    activation, set_size, {},   mask};
   const Checks checks = check_stage("batch_norm_backward_elemt", a);
   checks.statistics("sum_dz", sum_dz);
   checks.statistics("sum_dz_xmu", sum_dz_xmu);
@@ -219,7 +215,7 @@ TwoTensors batch_norm_backward_elemt(const Tensor& dy,
   if constexpr (!computes<Backend>) {
     return {dx, dresidual};
   }
-  void* const dresidual_to_write = residual_to_write(dresidual, dy, activation);
+  void* const dresidual_to_write = residual_to_write(dresidual, a);
   if (input.numel() > 0 && (wants_dx || dresidual_to_write != nullptr)) {
     const View x = view_as_problem(input, set_size);
     const Operand g(dy, x);

@@ -130,7 +130,7 @@ void warn_of_fallback(const at::Tensor& input, const char* how, const char* reas
   py::module_::import("bn_ext._fallback").attr("fell_back")(input, reason, how);
 }
 
-// `observe`, in Python, gets the output and the arguments of batch_norm_elemt that are in front of with_branches.
+// `observe`, in Python, gets the output and the arguments of batch_norm_elemt but with_branches.
 void observe_outputs(const std::optional<py::function>& observe) {
   if (!observe.has_value()) {
     bn::ops::output_observer() = nullptr;
@@ -141,7 +141,7 @@ void observe_outputs(const std::optional<py::function>& observe) {
                                                     bool keeps_residual) {
     const py::gil_scoped_acquire gil;
     return observe(output, a.input, a.weight, a.bias, mean, invstd, a.residual, static_cast<int>(a.activation.kind),
-                   a.activation.param, a.set_size, keeps_residual)
+                   a.activation.param, a.set_size, a.mask, keeps_residual)
         .cast<bool>();
   };
 }

@@ -15,36 +15,36 @@ namespace py = pybind11;
 using bn::ops::Fake;
 using bn::ops::OptionalTensor;
 
-// An argument as Python gives it: None is a tensor that is not there.
+// An argument of an operator from Python, where None is a tensor that is not there. The last ones may be left out.
 template <class T>
-using Given = std::conditional_t<std::is_same_v<T, const at::Tensor&>, const OptionalTensor&, T>;
-
-template <class T>
-decltype(auto) taken(Given<T> given) {
+std::decay_t<T> taken(const py::args& given, size_t i) {
+  const py::object value = i < given.size() ? py::object(given[i]) : py::none();
   if constexpr (std::is_same_v<T, const at::Tensor&>) {
-    return given.value_or(at::Tensor());
+    return value.cast<OptionalTensor>().value_or(at::Tensor());
   } else {
-    return static_cast<T>(given);
+    return value.cast<std::decay_t<T>>();
   }
 }
 
 // A function of an operator for Python, which gets torch's exceptions.
 template <class Result, class... Args>
 auto callable(Result (*function)(Args...)) {
-  return torch::wrap_pybind_function([function](Given<Args>... given) { return function(taken<Args>(given)...); });
+  return torch::wrap_pybind_function([function](const py::args& given) {
+    return [&]<size_t... i>(std::index_sequence<i...>) {
+      return function(taken<Args>(given, i)...);
+    }(std::index_sequence_for<Args...>());
+  });
 }
 
 }  // namespace
 
 void define_fakes(py::module_& m) {
   py::dict fakes;
-  const auto add = [&](const char* name, auto function, auto... arguments) {
-    fakes[name] = py::cpp_function(callable(function), arguments...);
-  };
+  const auto add = [&](const char* name, auto function) { fakes[name] = py::cpp_function(callable(function)); };
   add("batch_norm_forward", bn::ops::batch_norm_forward<Fake>);
   add("batch_norm_forward.evaluation", bn::ops::batch_norm_forward_evaluation<Fake>);
   add("batch_norm_backward", bn::ops::batch_norm_backward<Fake>);
-  add("batch_norm_stats", bn::ops::batch_norm_stats<Fake>, py::arg("input"), py::arg("set_size") = py::none());
+  add("batch_norm_stats", bn::ops::batch_norm_stats<Fake>);
   add("batch_norm_merge_stats", bn::ops::batch_norm_merge_stats<Fake>);
   add("batch_norm_elemt", bn::ops::batch_norm_elemt<Fake>);
   add("batch_norm_backward_reduce", bn::ops::batch_norm_backward_reduce<Fake>);

@@ -47,7 +47,7 @@ def make_outputs_again(graph: Graph) -> None:
         if not all(one in again or readers(one) for one in read):
             continue
         input, residual = (again.get(given[name], given[name]) for name in ("input", "residual"))
-        rest = (given["activation"], given["activation_param"], given.get("set_size"), False)
+        rest = (given["activation"], given["activation_param"], given.get("set_size"), False, given.get("mask"))
         with graph.inserting_before(first):
             statistics = (results[1], results[2])
             made = graph.call_function(_ELEMT, (input, given["weight"], given["bias"], *statistics, residual, *rest))

@@ -235,6 +235,8 @@ class _Rewriting:
     def check_free(self, norm: Node, *names: str) -> None:
         if norm.kwargs["activation"] not in (None, "identity"):
             raise _ObstacleError("has an activation already")
+        if norm.kwargs["mask"] is not None:  # behind it, what follows would have to be 0 too
+            raise _ObstacleError("has a mask")
         if any(norm.kwargs[name] is not None for name in names):
             raise _ObstacleError(f"has a {names[0]} already")
 

@@ -7,10 +7,33 @@
 namespace bn::cpu {
 namespace {
 
+// Any activation by calls, which kernels with a mask take: code of their own for each activation would double the
+// library.
+struct AnyCalled : activation::Any {
+  template <class V>
+  BN_NOINLINE V value(const V& z) const {
+    return Any::value(z);
+  }
+  template <class V>
+  BN_NOINLINE V gradient(const V& dy, const V& z) const {
+    return Any::gradient(dy, z);
+  }
+  template <class V>
+  BN_NOINLINE typename Math<V>::Mask branch(const V& z) const {
+    return Any::branch(z);
+  }
+  template <class V>
+  BN_NOINLINE V gradient_on(const typename Math<V>::Mask& branch, const V& dy) const {
+    return Any::gradient_on(branch, dy);
+  }
+};
+
 template <class Functor>
 Functor functor_of(const Activation& activation) {
   if constexpr (std::is_same_v<Functor, activation::Any>) {
     return Functor{{}, activation};
+  } else if constexpr (std::is_same_v<Functor, AnyCalled>) {
+    return Functor{{{}, activation}};
   } else {
     return {};
   }
@@ -35,7 +58,12 @@ struct Gradient {
         functor(functor_of<Functor>(epilogue.activation)) {}
 
   // Whether dz depends on z, and so on x.
-  bool repeats_forward() const { return kActivated && branches == nullptr; }
+  bool repeats_forward() const {
+    if constexpr (std::is_same_v<Functor, AnyCalled>) {
+      return branches == nullptr && functor.which.kind != ActivationKind::Identity;
+    }
+    return kActivated && branches == nullptr;
+  }
 
   // dz at a place, of which x has been read. k = {shift, scale, ..., offset}: an activation needs k[0], k[1] and
   // k[K - 1].

@@ -8,8 +8,9 @@
 namespace bn::cpu {
 namespace {
 
-template <class T>
+template <class T, bool kMasked_>
 struct Interleaved {
+  static constexpr bool kMasked = kMasked_;
   static constexpr int64_t kMaxChannels = kMaxTile[static_cast<int>(Layout::Interleaved)];
   static constexpr int64_t kMaxLanes = std::max(kMaxChannels, kFoldBelow* kWidth<T>) + kWidth<T>;
 
@@ -33,7 +34,8 @@ struct Interleaved {
     std::fill_n(u, used, 0.0);
     std::fill_n(uw, used, 0.0);
     repeat(coefficients, lanes_of);
-    for_each_part(e, [&](const LaneRows& rows) { sum_lanes<T>(term, rows, lanes_of, u, uw); });
+    for_each_part(e,
+                  [&](const LaneRows& rows, const auto& masks) { sum_lanes<T>(term, rows, masks, lanes_of, u, uw); });
     for (int64_t c = 0; c < tile.channels(); ++c) {
       sum[c] = 0;
       sum_product[c] = 0;
@@ -56,14 +58,15 @@ struct Interleaved {
     auto& lanes_of = scratch.take<Acc<T>[K][kMaxLanes]>();
     repeat(coefficients, lanes_of);
     for (int64_t b = tile.b0; b < tile.b1; ++b) {
-      for_each_part(tile.extent(b), [&](const LaneRows& rows) { map_lanes<T>(f, rows, lanes_of, writes); });
+      for_each_part(tile.extent(b),
+                    [&](const LaneRows& rows, const auto& masks) { map_lanes<T>(f, rows, masks, lanes_of, writes); });
     }
   }
 
  private:
   static int64_t fold(const Tile& tile) {
     int64_t k = 1;
-    if (tile.channels() < kFoldBelow && tile.channels() == tile.patches.c) {
+    if (folds(tile.patches.c) && tile.channels() == tile.patches.c) {
       while (k * tile.channels() % kWidth<T> != 0) {
         k *= 2;
       }
@@ -86,10 +89,23 @@ struct Interleaved {
   void for_each_part(const Extent& e, const Visit& visit) const {
     const int64_t wide = (e.n1 - e.n0) / copies;
     const int64_t start = tile.patches.offset(e.n0, tile.c0, 0);
-    visit(LaneRows{start, wide, copies * tile.patches.c, copies * tile.channels()});
+    visit(LaneRows{start, wide, copies * tile.patches.c, copies * tile.channels()}, masks(e.n0, copies));
     const int64_t left = (e.n1 - e.n0) - wide * copies;
     if (left > 0) {
-      visit(LaneRows{start + wide * copies * tile.patches.c, left, tile.patches.c, tile.channels()});
+      visit(LaneRows{start + wide * copies * tile.patches.c, left, tile.patches.c, tile.channels()},
+            masks(e.n0 + wide * copies, 1));
+    }
+  }
+
+  // The masks of rows from position n on, each of `at_once` positions.
+  auto masks(int64_t n, int64_t at_once) const {
+    if constexpr (kMasked) {
+      const bool each = copies > 1;
+      const auto* const values = static_cast<const Acc<T>*>(each ? tile.mask.lanes : tile.mask.values);
+      const int64_t width = each ? tile.mask.width : 1;
+      return RowMasks<T>{values + n * width, at_once * width, each};
+    } else {
+      return Unmasked{};
     }
   }
 };

@@ -40,14 +40,15 @@ constexpr bool kFitsScratch = [] {
   };
   return std::max({bytes(4, 1 + 2), bytes(2, 3 + 2), bytes(0, 5)}) <= Scratch::kBytes;
 }();
-static_assert(kFitsScratch<Interleaved<double>> && kFitsScratch<Planar<double>>);
+static_assert(kFitsScratch<Interleaved<double, true>> && kFitsScratch<Planar<double, true>>);
 
 // The shift of a patch is the mean of the patches before it: if the patch is far from that mean, the variance is as
-// large. The shift of the first patch is the mean of its first quarter, which takes a pass of its own: the squared
-// distance of that mean from the patch's mean is at most three times the patch's variance. If the mean is within one
-// deviation of zero, the shift is zero, because differences from zero are exact. Means are kept as distances from the
-// set's first value: if that value is like the others, their common offset costs no digits, and the mean of equal
-// values is exactly that value.
+// large. The shift of the first patch, and of one that counts more than four times as much as those before it, is the
+// mean of its first quarter, which takes a pass of its own: the squared distance of that mean from the patch's mean is
+// at most three times the patch's variance. If a mask leaves less than an eighth of the patch in that quarter, it is
+// the mean of the whole patch. If the mean is within one deviation of zero, the shift is zero, because differences from
+// zero are exact. Means are kept as distances from the set's first value: if that value is like the others, their
+// common offset costs no digits, and the mean of equal values is exactly that value.
 template <template <class> class Rows, class T>
 void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   const auto* x = static_cast<const T*>(x_);
@@ -59,40 +60,44 @@ void moments(const Tile& tile, const void* x_, double* mean, double* m2) {
   mean += tile.c0;
   m2 += tile.c0;
   for (int64_t c = 0; c < tile.channels(); ++c) {
-    origin[c] = finite_or_zero(static_cast<double>(x[tile.patches.offset(tile.n0, tile.c0 + c, 0)]));
+    const int64_t n = tile.mask.first / tile.patches.s;
+    const int64_t s = tile.mask.first % tile.patches.s;
+    origin[c] = finite_or_zero(static_cast<double>(x[tile.patches.offset(tile.n0 + n, tile.c0 + c, s)]));
     mean[c] = 0;
     m2[c] = 0;
   }
-  double count = 0;
-  const auto set_shift = [&](double so_far) {
-    for (int64_t c = 0; c < tile.channels(); ++c) {
-      const double at = origin[c] + mean[c];
-      shift[c] = at * at < m2[c] / so_far ? 0 : finite_or_zero(static_cast<Acc<T>>(at));
-    }
+  const auto set_shift = [&](int64_t c, const Moments& of) {
+    const double at = origin[c] + of.mean;
+    shift[c] = of.count > 0 && at * at < of.m2 / of.count ? 0 : finite_or_zero(static_cast<Acc<T>>(at));
   };
+  const auto sum_up = [&](const Extent& e) { rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq, scratch); };
+  const auto summed_up = [&](double count, int64_t c) {
+    return shifted_moments(count, shift[c] - origin[c], sum[c], sum_sq[c]);
+  };
+  double count = 0;
   for (int64_t b = tile.b0; b < tile.b1; ++b) {
-    const Extent e = tile.extent(b);
-    const auto patch_count = static_cast<double>(e.count());
-    set_shift(count);
-    if (b == tile.b0) {
-      rows.sums(e.quarter(), MomentTerm<T>{x}, about, sum, sum_sq, scratch);
-      const auto quarter_count = static_cast<double>(e.quarter().count());
-      for (int64_t c = 0; c < tile.channels(); ++c) {
-        const Moments quarter = shifted_moments(quarter_count, shift[c] - origin[c], sum[c], sum_sq[c]);
-        mean[c] = quarter.mean;
-        m2[c] = quarter.m2;
-      }
-      set_shift(quarter_count);
-      std::fill_n(m2, tile.channels(), 0.0);
+    const auto [whole, quarter] = tile.count(b);
+    if (whole == 0) {
+      continue;
     }
-    rows.sums(e, MomentTerm<T>{x}, about, sum, sum_sq, scratch);
+    const Extent e = tile.extent(b);
     for (int64_t c = 0; c < tile.channels(); ++c) {
-      const Moments patch = shifted_moments(patch_count, shift[c] - origin[c], sum[c], sum_sq[c]);
-      const Moments all = merge({count, mean[c], m2[c]}, patch);
+      set_shift(c, {count, mean[c], m2[c]});
+    }
+    if (4 * count < whole) {
+      const bool representative = 8 * quarter >= whole;
+      sum_up(representative ? e.quarter() : e);
+      for (int64_t c = 0; c < tile.channels(); ++c) {
+        set_shift(c, summed_up(representative ? quarter : whole, c));
+      }
+    }
+    sum_up(e);
+    for (int64_t c = 0; c < tile.channels(); ++c) {
+      const Moments all = merge({count, mean[c], m2[c]}, summed_up(whole, c));
       mean[c] = all.mean;
       m2[c] = all.m2;
     }
-    count += patch_count;
+    count += whole;
   }
 }
 
@@ -112,7 +117,7 @@ void normalize_and_more(
   const Acc<T>* const coefficients[] = {of_tile<T>(tile, arrays.shift), of_tile<T>(tile, arrays.scale),
                                         of_tile<T>(tile, arrays.offset)};
   Rows<T>{tile}.template map<3>(coefficients,
-                                [=](const Spot<T>& at, const Vec<T>(&k)[3]) BN_INLINE {
+                                [=](const auto& at, const Vec<T>(&k)[3]) BN_INLINE {
                                   Vec<T> z = bn::normalize(at.read(x), k[0], k[1], k[2]);
                                   if (kMore && residual != nullptr) {
                                     z = z + at.read(residual);
@@ -122,7 +127,7 @@ void normalize_and_more(
                                       at.write(branches, functor.branch(z));
                                     }
                                   }
-                                  at.write(y, functor.value(z));
+                                  at.write(y, at.keep(functor.value(z)));
                                 },
                                 {bypass_cache || branches != nullptr, bypass_cache, tile.ahead});
 }
@@ -134,8 +139,9 @@ void normalize(const Tile& tile,
                const CoefficientArrays& arrays,
                void* y,
                bool bypass_cache) {
-  const bool more = epilogue.residual != nullptr || epilogue.branches != nullptr;
-  const auto run = more ? normalize_and_more<true, Rows, T, Functor> : normalize_and_more<false, Rows, T, Functor>;
+  const bool more = Rows<T>::kMasked || epilogue.residual != nullptr || epilogue.branches != nullptr;
+  const auto run =
+      more ? normalize_and_more<true, Rows, T, Functor> : normalize_and_more<Rows<T>::kMasked, Rows, T, Functor>;
   run(tile, static_cast<const T*>(x), epilogue, arrays, static_cast<T*>(y), bypass_cache);
   fence();
 }
@@ -183,11 +189,12 @@ void input_gradient(const Tile& tile,
   auto* const dresidual = static_cast<T*>(dresidual_);
   const Rows<T> rows{tile};
   const Writes writes{bypass_cache, bypass_cache, tile.ahead};
-  const auto write = [=](const Spot<T>& at, const Vec<T>& dz, const auto& gradient_of) BN_INLINE {
-    if (Gradient<T, Functor>::kActivated && dresidual != nullptr) {
+  constexpr bool kWritesResidual = Gradient<T, Functor>::kActivated || Rows<T>::kMasked;
+  const auto write = [=](const auto& at, const Vec<T>& dz, const auto& gradient_of) BN_INLINE {
+    if (kWritesResidual && dresidual != nullptr) {
       at.write(dresidual, dz);
     }
-    if (!Gradient<T, Functor>::kActivated || dx != nullptr) {
+    if (!kWritesResidual || dx != nullptr) {
       at.write(dx, gradient_of(dz));
     }
   };
@@ -199,10 +206,12 @@ void input_gradient(const Tile& tile,
                                           of_tile<T>(tile, arrays.offset)};
     rows.template map<kCoefficients>(
         coefficients,
-        [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
+        [=](const auto& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
           const Vec<T> x = at.read(gradient.x);
-          write(at, gradient.behind(at, x, k),
-                [&](const Vec<T>& dz) { return bn::input_gradient(dz, x, k[0], k[1], k[2], k[3]); });
+          write(at, at.keep(gradient.behind(at, x, k)), [&](const Vec<T>& dz) {
+            const Vec<T> through = at.keep(bn::through_statistics(x, k[0], k[2], k[3]));
+            return bn::input_gradient(dz, at.weigh(through), k[1]);
+          });
         },
         writes);
   } else {
@@ -211,9 +220,9 @@ void input_gradient(const Tile& tile,
                                           of_tile<T>(tile, arrays.offset)};
     rows.template map<kCoefficients>(
         coefficients,
-        [=](const Spot<T>& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
+        [=](const auto& at, const Vec<T>(&k)[kCoefficients]) BN_INLINE {
           const Vec<T> x = gradient.repeats_forward() ? at.read(gradient.x) : Vec<T>(0);
-          write(at, gradient.behind(at, x, k), [&](const Vec<T>& dz) { return dz * k[1]; });
+          write(at, at.keep(gradient.behind(at, x, k)), [&](const Vec<T>& dz) { return dz * k[1]; });
         },
         writes);
   }
@@ -228,13 +237,25 @@ template <template <class> class Rows, class Functor>
 constexpr Kernels kOfDType[kDTypes] = {kKernels<Rows, double, Functor>, kKernels<Rows, float, Functor>,
                                        kKernels<Rows, c10::Half, Functor>, kKernels<Rows, c10::BFloat16, Functor>};
 
+template <class T>
+using WholePlanar = Planar<T, false>;
+template <class T>
+using WholeInterleaved = Interleaved<T, false>;
+template <class T>
+using MaskedPlanar = Planar<T, true>;
+template <class T>
+using MaskedInterleaved = Interleaved<T, true>;
+
 }  // namespace
 
-const Kernels& BN_KERNELS(Layout layout, DType dtype, const Activation& activation) {
+const Kernels& BN_KERNELS(Layout layout, DType dtype, const Activation& activation, bool masked) {
+  const int i = static_cast<int>(dtype);
+  if (masked) {
+    return layout == Layout::Planar ? kOfDType<MaskedPlanar, AnyCalled>[i] : kOfDType<MaskedInterleaved, AnyCalled>[i];
+  }
   return with_compiled(activation, [&](const auto& functor) -> const Kernels& {
     using Functor = std::decay_t<decltype(functor)>;
-    const int i = static_cast<int>(dtype);
-    return layout == Layout::Planar ? kOfDType<Planar, Functor>[i] : kOfDType<Interleaved, Functor>[i];
+    return layout == Layout::Planar ? kOfDType<WholePlanar, Functor>[i] : kOfDType<WholeInterleaved, Functor>[i];
   });
 }
 

@@ -41,6 +41,23 @@ class Scratch {
   std::byte* next_;
 };
 
+// What a mask adds up to in a patch, and in the patch's first quarter.
+struct PatchCount {
+  double whole;
+  double quarter;
+};
+
+// The mask of a statistic set.
+struct SetMask {
+  const void* values = nullptr;  // of the accumulation type, for each image and position of the problem; or null
+  // The same, repeated for the channels of a tile: rows of `width`, as the lanes of joined planes or of folded rows
+  // are.
+  const void* lanes = nullptr;
+  int64_t width = 0;
+  const PatchCount* patches = nullptr;
+  int64_t first = 0;  // the position of the first value that counts
+};
+
 // The channels [c0, c1) of the patches [b0, b1) of a statistic set, whose first image or position is n0. While a tile
 // is written, the input `ahead` elements further on, which is needed next, is prefetched.
 struct Tile {
@@ -50,11 +67,20 @@ struct Tile {
   int64_t b0, b1;
   int64_t ahead;
   Scratch scratch;
+  SetMask mask;
 
   BN_HD constexpr int64_t channels() const { return c1 - c0; }
   BN_HD constexpr Extent extent(int64_t patch) const {
     const Extent e = patches.extent(patch);
     return {n0 + e.n0, n0 + e.n1, e.s0, e.s1};
+  }
+  // How many values of a channel count, in a patch and in its first quarter.
+  PatchCount count(int64_t patch) const {
+    if (mask.patches != nullptr) {
+      return mask.patches[patch];
+    }
+    const Extent e = patches.extent(patch);
+    return {static_cast<double>(e.count()), static_cast<double>(e.quarter().count())};
   }
 };
 
@@ -68,11 +94,17 @@ struct CoefficientArrays {
   const void* gradient_offset = nullptr;
 };
 
-// The serial kernels of one instruction set for one layout, dtype and activation. Tensors are whole, contiguous in
-// their layout and of the problem's dtype. Arrays per channel start at channel 0 and are those of the tile's set.
+// Whether vectors of interleaved rows hold several rows, which takes tiles of all channels.
+constexpr bool folds(int64_t channels) {
+  return channels < kFoldBelow;
+}
+
+// The serial kernels of one instruction set for one layout, dtype and activation, with a mask or without. Tensors are
+// whole, contiguous in their layout and of the problem's dtype. Arrays per channel start at channel 0 and are those of
+// the tile's set.
 struct Kernels {
   int64_t lanes;  // of a vector
-  // mean is a distance from the set's first value in the channel, or from 0 if that value is not finite.
+  // mean is a distance from the set's first value in the channel that counts, or from 0 if that value is not finite.
   void (*moments)(const Tile&, const void* x, double* mean, double* m2);
   void (*normalize)(const Tile&, const void* x, const Epilogue&, const CoefficientArrays&, void* y, bool bypass_cache);
   // The sums of dz and of dz * (x - shift). Without an activation x may be null: only the first sum is computed then.
@@ -95,10 +127,10 @@ struct Kernels {
 };
 
 // kernels.cpp, compiled once per instruction set.
-const Kernels& kernels_default(Layout layout, DType dtype, const Activation& activation);
+const Kernels& kernels_default(Layout layout, DType dtype, const Activation& activation, bool masked);
 #if defined(__x86_64__)
-const Kernels& kernels_avx2(Layout layout, DType dtype, const Activation& activation);
-const Kernels& kernels_avx512(Layout layout, DType dtype, const Activation& activation);
+const Kernels& kernels_avx2(Layout layout, DType dtype, const Activation& activation, bool masked);
+const Kernels& kernels_avx512(Layout layout, DType dtype, const Activation& activation, bool masked);
 #endif
 
 }  // namespace bn::cpu

@@ -17,13 +17,15 @@ struct LaneRows {
   int64_t count;
   int64_t stride;
   int64_t lanes;
+  int64_t first = 0;  // the number of the first row, among those of a mask
 };
 
 // Adds u to sum[l] and u * w to sum_product[l], over `rows`. It takes one column of vectors after the other, so that
 // sums stay in registers, and prefetches the rows that follow.
-template <class T, class Term, int K, int64_t kMaxLanes>
+template <class T, class Term, class Masks, int K, int64_t kMaxLanes>
 void add_rows(const Term& term,
               const LaneRows& rows,
+              const Masks& masks,
               const Acc<T> (&coefficients)[K][kMaxLanes],
               double* sum,
               double* sum_product) {
@@ -37,7 +39,8 @@ void add_rows(const Term& term,
     const auto add_chain = [&](int64_t length) {
       Vec<T> u_chain(0), uw_chain(0);
       for (int64_t n = 0; n < length; ++n) {
-        term.add(place(rows.start + (r + n) * rows.stride + i), k, u_chain, uw_chain);
+        const auto at = place(rows.start + (r + n) * rows.stride + i);
+        term.add(masks.row(rows.first + r + n).of(at, i), k, u_chain, uw_chain);
       }
       u.add(u_chain);
       uw.add(uw_chain);
@@ -55,7 +58,7 @@ void add_rows(const Term& term,
   const int64_t ahead = rows.count * rows.stride;
   int64_t i = 0;
   for (; i + kWidth<T> <= rows.lanes; i += kWidth<T>) {
-    add_column(i, [ahead](int64_t at) { return WholeAndAhead<T>{at, ahead}; });
+    add_column(i, [ahead](int64_t at) { return WholeAndAhead<T>{{at}, ahead}; });
   }
   if (const int64_t left = rows.lanes - i; left > 0) {  // lanes past the end may belong to other channels
     const Vec<T> mask = lane_mask<T>(left);
@@ -64,16 +67,18 @@ void add_rows(const Term& term,
 }
 
 // add_rows over any number of rows, some kilobytes at a time.
-template <class T, class Term, int K, int64_t kMaxLanes>
+template <class T, class Term, class Masks, int K, int64_t kMaxLanes>
 void sum_lanes(const Term& term,
                const LaneRows& rows,
+               const Masks& masks,
                const Acc<T> (&coefficients)[K][kMaxLanes],
                double* sum,
                double* sum_product) {
   const int64_t at_once = std::max<int64_t>(kValuesAtOnce / rows.lanes / kRowsAtOnce, 1) * kRowsAtOnce;
   for (int64_t r = 0; r < rows.count; r += at_once) {
-    const LaneRows some{rows.start + r * rows.stride, std::min(at_once, rows.count - r), rows.stride, rows.lanes};
-    add_rows<T>(term, some, coefficients, sum, sum_product);
+    const LaneRows some{rows.start + r * rows.stride, std::min(at_once, rows.count - r), rows.stride, rows.lanes,
+                        rows.first + r};
+    add_rows<T>(term, some, masks, coefficients, sum, sum_product);
   }
 }
 
@@ -92,6 +97,9 @@ struct Spot {
   bool streamed;
   int64_t ahead;
 
+  BN_INLINE int64_t lanes() const { return count; }
+  BN_INLINE Vec<T> keep(const Vec<T>& u) const { return u; }
+  BN_INLINE Vec<T> weigh(const Vec<T>& u) const { return u; }
   BN_INLINE Vec<T> read(const T* p) const {
     prefetch(p + i + ahead);
     return load_vec(p + i, count);
@@ -104,17 +112,19 @@ struct Spot {
 };
 
 // Calls f(spot, k) for all elements of all rows; k has K coefficients, which are given per lane.
-template <class T, int K, int64_t kMaxLanes, class F>
-BN_INLINE inline void map_lanes(F f, LaneRows rows, const Acc<T> (&coefficients)[K][kMaxLanes], Writes writes) {
+template <class T, class Masks, int K, int64_t kMaxLanes, class F>
+BN_INLINE inline void map_lanes(
+    F f, LaneRows rows, Masks masks, const Acc<T> (&coefficients)[K][kMaxLanes], Writes writes) {
   for (int64_t r = 0; r < rows.count; ++r) {
     const int64_t start = rows.start + r * rows.stride;
+    const auto mask = masks.row(rows.first + r);
     write_row<T>(start, rows.lanes, writes.aligned, writes.streamed,
                  [&](int64_t i, int64_t count, bool streamed) BN_INLINE {
                    Vec<T> k[K];
                    for (int j = 0; j < K; ++j) {
                      k[j] = Vec<T>::loadu(coefficients[j] + i);
                    }
-                   f(Spot<T>{start + i, count, streamed, writes.ahead}, k);
+                   f(mask.of(Spot<T>{start + i, count, streamed, writes.ahead}, i), k);
                  });
   }
 }

@@ -1,0 +1,113 @@
+#include "cpu/mask_sums.h"
+
+#include "core/dtype.h"
+#include "cpu/parallel.h"
+
+#include <algorithm>
+#include <limits>
+
+namespace bn::cpu {
+namespace {
+
+struct Sums {
+  double sum = 0;
+  double squares = 0;
+  int64_t positive = 0;
+  int64_t first = std::numeric_limits<int64_t>::max();  // position of the first positive number
+
+  void add(const Sums& other) {
+    sum += other.sum;
+    squares += other.squares;
+    positive += other.positive;
+    first = std::min(first, other.first);
+  }
+};
+
+// Of the values of a set, where images and positions are counted from the set's first.
+template <class A>
+Sums sums_of(const A* values, const Extent& e, int64_t s) {
+  Sums sums;
+  for (int64_t n = e.n0; n < e.n1; ++n) {
+    for (int64_t i = n * s + e.s0; i < n * s + e.s1; ++i) {
+      const double value = values[i];
+      if (value > 0) {
+        sums.add({value, value * value, 1, i});
+      }
+    }
+  }
+  return sums;
+}
+
+}  // namespace
+
+MaskSums::MaskSums(const Mask& mask, const Problem& problem, const Plan& plan) : plan_(plan), values_(mask.values) {
+  if (!mask) {
+    return;
+  }
+  const auto fill = [&](auto type) {
+    using A = decltype(type);
+    const auto* const values = static_cast<const A*>(values_);
+    const int64_t count = plan.patches.count;
+    const int64_t patches = (plan.sets - 1) * count + plan.last.count;
+    std::vector<Sums> sums(patches);
+    patches_.resize(patches);
+    parallel(plan.threads, patches, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t set = std::min(i / count, plan.sets - 1);
+        const Extent e = plan.patches_of(set).extent(i - set * count);
+        const A* const of_set = values + set * problem.per_set * problem.s;
+        sums[i] = sums_of(of_set, e, problem.s);
+        patches_[i] = {sums[i].sum, sums_of(of_set, e.quarter(), problem.s).sum};
+      }
+    });
+    Counted all;
+    for (int64_t set = 0; set < plan.sets; ++set) {
+      Sums of_set;
+      for (int64_t b = 0; b < plan.patches_of(set).count; ++b) {
+        of_set.add(sums[set * count + b]);
+      }
+      const int64_t first = of_set.positive > 0 ? of_set.first : 0;
+      counted_.push_back(counted_of(of_set.sum, of_set.squares, of_set.positive, first));
+      all.count += counted_.back().count;
+      all.freedom += counted_.back().freedom;
+    }
+    counted_.push_back(all);
+
+    const bool joined = plan.patches.joined || plan.last.joined;
+    const bool folded = problem.layout == Layout::Interleaved && folds(problem.c);
+    if (joined || folded) {
+      const int64_t channels = joined ? plan.tile : problem.c;
+      width_ = channels * problem.s;
+      lanes_.reset(new std::byte[problem.n * width_ * sizeof(A)]);
+      auto* const lanes = reinterpret_cast<A*>(lanes_.get());
+      parallel(plan.threads, problem.n, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * channels; i < end * channels; ++i) {
+          std::copy_n(values + i / channels * problem.s, problem.s, lanes + i * problem.s);
+        }
+      });
+    }
+  };
+  problem.dtype == DType::Float64 ? fill(double{}) : fill(float{});
+}
+
+SetMask MaskSums::of_set(int64_t set) const {
+  if (values_ == nullptr) {
+    return {};
+  }
+  return {values_, lanes_.get(), width_, patches_.data() + set * plan_.patches.count, counted_[set].first};
+}
+
+double MaskSums::count_of(int64_t set, int64_t chunk) const {
+  const Patches& patches = plan_.patches_of(set);
+  if (values_ == nullptr) {
+    return static_cast<double>(patches.values(chunk));
+  }
+  const SetMask mask = of_set(set);
+  double count = 0;
+  for (int64_t b = chunk * patches.per_chunk; b < std::min((chunk + 1) * patches.per_chunk, patches.count); ++b) {
+    count += mask.patches[b].whole;
+  }
+  return count;
+}
+
+}  // namespace bn::cpu
