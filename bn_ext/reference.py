@@ -3,6 +3,9 @@
 Source: Ioffe & Szegedy 2015 (arXiv 1502.03167), Algorithm 1, with the biased variance in the
 transform and the unbiased one in the running average. Everything returned is float64; shapes are
 (N, C, *) for tensors and (C,) for everything per channel.
+
+A mask (N, *) has bools, or numbers >= 0, by which the statistics weigh the values. Where it is 0, inputs
+may be anything: outputs and gradients are 0.
 """
 
 from __future__ import annotations
@@ -24,11 +27,27 @@ def _others(input: Tensor) -> list[int]:
     return [d for d in range(input.dim()) if d != 1]
 
 
-def statistics(input: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel of ``input`` (N, C, *): two tensors (C,)."""
-    x = input.double()
-    mean = x.mean(_others(x))
-    return mean, (x - _channels(x, mean)).square().mean(_others(x))
+def weights(input: Tensor, mask: Tensor | None) -> Tensor:
+    """How much the values of ``input`` (N, C, *) count, (N, 1, *)."""
+    return torch.ones_like(input[:, :1], dtype=torch.float64) if mask is None else mask.double().unsqueeze(1)
+
+
+def selected(t: Tensor, mask: Tensor | None) -> Tensor:
+    """``t`` (N, C, *), and 0 where the mask is."""
+    return t.double() if mask is None else torch.where(mask.unsqueeze(1) > 0, t.double(), 0.0)
+
+
+def _shared_out(t: Tensor, weights: Tensor) -> Tensor:
+    """The sum of each channel of ``t`` (N, C, *) over the number of values that count, (C,): 0 if none do."""
+    count = weights.sum()
+    return t.sum(_others(t)) / torch.where(count > 0, count, 1.0)
+
+
+def statistics(input: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel of ``input`` (N, C, *): two tensors (C,). 0 if no value counts."""
+    x, w = selected(input, mask), weights(input, mask)
+    mean = _shared_out(x * w, w)
+    return mean, _shared_out((x - _channels(x, mean)).square() * w, w)
 
 
 def running(old: Tensor, observed: Tensor, momentum: float) -> Tensor:
@@ -36,17 +55,23 @@ def running(old: Tensor, observed: Tensor, momentum: float) -> Tensor:
     return (1 - momentum) * old.double() + momentum * observed
 
 
-def unbiased(input: Tensor, var: Tensor) -> Tensor:
-    """The biased variance ``var`` (C,) of ``input`` (N, C, *) with m - 1 in place of m."""
-    count = input.numel() // input.size(1)
-    return var * (count / (count - 1))
+def freedom(input: Tensor, mask: Tensor | None = None) -> float:
+    """What divides the sum of squared deviations for the unbiased variance: m - 1 for m values, 0 for less than two."""
+    w = weights(input, mask)
+    return (w.sum() - w.square().sum() / w.sum()).item() if (w > 0).sum() > 1 else 0.0
 
 
-def pooled_variance(input: Tensor, set_size: int) -> Tensor:
+def unbiased(input: Tensor, var: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The unbiased variance (C,) of at least two values, from the biased one of ``input`` (N, C, *)."""
+    return var * (weights(input, mask).sum() / freedom(input, mask))
+
+
+def pooled_variance(input: Tensor, set_size: int, mask: Tensor | None = None) -> Tensor:
     """The unbiased variance of each channel within its statistic sets, each a run of ``set_size`` images."""
-    sets = input.split(set_size)
-    m2 = sum(statistics(part)[1] * (part.numel() // part.size(1)) for part in sets)
-    return m2 / (input.numel() // input.size(1) - len(sets))
+    parts = input.split(set_size)
+    sets = list(zip(parts, [None] * len(parts) if mask is None else mask.split(set_size), strict=True))
+    m2 = torch.stack([statistics(*one)[1] * weights(*one).sum() for one in sets]).sum(0)
+    return m2 / math.fsum(freedom(*one) for one in sets)
 
 
 def _doubled(z: Tensor) -> Tensor:
@@ -120,24 +145,29 @@ def forward(input: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Ten
 
 
 def backward(
-    dy: Tensor, input: Tensor, weight: Tensor | None, mean: Tensor, var: Tensor, eps: float, training: bool
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    training: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to input, weight and bias.
 
     In training, ``mean`` and ``var`` are the input's own and the gradient goes through them;
     otherwise they are constants.
     """
-    dy = dy.double()
+    dy, x, w = selected(dy, mask), selected(input, mask), weights(input, mask)
     invstd = (var.double() + eps).rsqrt()
-    x_hat = (input.double() - _channels(input, mean)) * _channels(input, invstd)
-    dbias = dy.sum(_others(dy))
-    dweight = (dy * x_hat).sum(_others(dy))
+    x_hat = (x - _channels(x, mean)) * _channels(x, invstd)
     scale = invstd if weight is None else invstd * weight.double()
     dx = dy
     if training:
-        count = max(input.numel() // input.size(1), 1)
-        dx = dy - _channels(dy, dbias / count) - x_hat * _channels(dy, dweight / count)
-    return dx * _channels(dy, scale), dweight, dbias
+        through_mean, through_var = (_channels(dy, _shared_out(t, w)) for t in (dy, dy * x_hat))
+        dx = dy - w * (through_mean + x_hat * through_var)
+    return dx * _channels(dy, scale), (dy * x_hat).sum(_others(dy)), dy.sum(_others(dy))
 
 
 def results(
@@ -149,22 +179,24 @@ def results(
     momentum: float,
     eps: float,
     activation: tuple[str | None, float],
+    mask: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """All results of ``activation(batch_norm(input) + residual)`` by name, ``dy`` being the output's gradient.
 
     ``norm`` has running mean and variance, weight and bias; ``activation`` its name and parameter. The running
-    statistics of the results are those after the call.
+    statistics of the results are those after the call, which leaves them alone if less than two values count.
     """
     running_mean, running_var, weight, bias = norm
-    mean, var = statistics(input) if training else (running_mean.double(), running_var.double())
+    mean, var = statistics(input, mask) if training else (running_mean.double(), running_var.double())
     z = forward(input, weight, bias, mean, var, eps)
     if residual is not None:
         z = z + residual.double()
-    dz = behind(dy, z, *activation)
-    dx, dweight, dbias = backward(dz, input, weight, mean, var, eps, training)
-    found = {"output": activated(z, *activation), "dx": dx, "dweight": dweight, "dbias": dbias}
+    dz = selected(behind(dy, z, *activation), mask)
+    dx, dweight, dbias = backward(dz, input, weight, mean, var, eps, training, mask)
+    found = {"output": selected(activated(z, *activation), mask), "dx": dx, "dweight": dweight, "dbias": dbias}
     if residual is not None:
         found["dresidual"] = dz
-    if training:
-        mean, var = running(running_mean, mean, momentum), running(running_var, unbiased(input, var), momentum)
-    return found | {"running_mean": mean, "running_var": var}
+    moves = training and freedom(input, mask) > 0
+    found["running_mean"] = running(running_mean, mean, momentum) if moves else running_mean.double()
+    found["running_var"] = running(running_var, unbiased(input, var, mask), momentum) if moves else running_var.double()
+    return found

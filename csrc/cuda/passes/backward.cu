@@ -96,8 +96,8 @@ class BackwardPass {
       for (int l = 0; l < Pack<T>::kLanes; ++l) {
         const auto& [forward, backward] = of_lane(l);
         const A x = batch.tensor[1][u].get(l);
-        dx.set(l, static_cast<T>(args_.training ? input_gradient(dz.get(l), x, forward.shift, forward.scale,
-                                                                 backward.slope, backward.offset)
+        const A through = bn::through_statistics(x, forward.shift, backward.slope, backward.offset);
+        dx.set(l, static_cast<T>(args_.training ? input_gradient(dz.get(l), through, forward.scale)
                                                 : dz.get(l) * forward.scale));
       }
       store_pack(static_cast<T*>(args_.dx) + place.offset, dx, place.lanes, g.aligned);
