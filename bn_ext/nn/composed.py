@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.jit import is_tracing
 from torch.overrides import handle_torch_function, has_torch_function
 
 from bn_ext import activation as activations
@@ -25,6 +26,11 @@ class Rule:
     """The statistics of a call. Rules are values: what a backward needs of them does not change."""
 
     set_size: int | None = None
+    reduces: bool = True  # the input, for statistics of the batch
+
+    def given(self) -> Moments:
+        """The moments to normalize by, where none of the batch's are."""
+        raise NotImplementedError
 
     def merged(self, moments: Moments) -> Moments:
         """The moments that the values share, of the moments that a reduction found."""
@@ -53,6 +59,11 @@ class Rule:
         raise NotImplementedError
 
 
+def transformed() -> bool:
+    """Whether something has to see through a call: torch.func, forward-mode AD, or a trace."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_tracing()
+
+
 def check_training(input: Tensor, channels: int, eps: float) -> None:
     """Raises the errors of a batch norm in training that the stages do not raise, before anything is written."""
     if input.dim() > 1 and input.size(1) != channels:
@@ -68,12 +79,11 @@ def composed(
     residual = chain.residual
     if chain.activation == "identity":
         chain = chain._replace(activation=None)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed or exporting() or not has_kernels(input.device):
+    if transformed() or exporting() or not has_kernels(input.device):
         return _by_primitives(input, weight, bias, rule, eps, chain), _merged(input.detach(), rule)
     apart = residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype)
     with torch.no_grad():
-        merged = rule.merged(stats(input.detach(), rule.set_size))
+        merged = rule.merged(stats(input.detach(), rule.set_size)) if rule.reduces else rule.given()
     output = _Composed.apply(
         input,
         weight,
@@ -94,13 +104,15 @@ def _rows(input: Tensor) -> Tensor:
 
 def _merged(input: Tensor, rule: Rule) -> Moments:
     """The moments of a call by standard operators."""
+    if not rule.reduces:
+        return rule.given()
     x = _rows(input).double()
     others = [0, 2] if rule.set_size is None else [2]
-    count = x.numel() // max(x.size(1) if rule.set_size is None else x.size(0) * x.size(1), 1)
-    counts = x.new_full((), count) if rule.set_size is None else x.new_full((x.size(0),), count)
-    mean = x.sum(others) / max(count, 1)
-    xmu = x - (mean.view(1, -1, 1) if rule.set_size is None else mean.unsqueeze(2))
-    return rule.merged(Moments(counts, mean, xmu.square().sum(others)))
+    # Of sizes, which a trace follows as it does not follow numbers.
+    values = torch.ones_like(x.sum(1)).sum(1)
+    counts = values.sum() if rule.set_size is None else values
+    mean = x.sum(others) / counts.clamp(min=1).unsqueeze(-1)
+    return rule.merged(Moments(counts, mean, (x - mean.unsqueeze(-1)).square().sum(others)))
 
 
 def _by_primitives(

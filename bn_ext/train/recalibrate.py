@@ -163,8 +163,11 @@ def _forward(model: nn.Module, batch: Any) -> Any:
 
 def _obstacle(module: nn.Module) -> str:
     """Why the statistics of a batch norm are left alone; empty if they are not."""
-    if module._buffers.get("running_mean") is None:
+    mean = module._buffers.get("running_mean")
+    if mean is None:
         return "has no statistics"
+    if mean.dim() > 1:
+        return "left: it has statistics of several domains"
     if getattr(module, "frozen", False) or not hasattr(module, "track_running_stats"):
         return "is frozen"
     if not module.track_running_stats:

@@ -9,7 +9,7 @@ import other_sets
 import pytest
 import torch
 from cases import channels_last, contiguous, same_format
-from other_sets import assert_follows, dtypes, normalized, randomized, spread, tails
+from other_sets import assert_follows, calls, normalized, randomized, spread, tails
 from torch import Tensor, nn
 
 import bn_ext
@@ -30,8 +30,7 @@ def ghost(module: nn.Module, x: Tensor) -> Tensor:
     return z * spread(module.weight, x) + spread(module.bias, x)
 
 
-@tails
-@dtypes
+@calls
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize(("cls", "shape"), SHAPES, ids=str)
 def test_values_and_gradients(cls: type, shape, layout, dtype, residual: bool, activation, device: str) -> None:

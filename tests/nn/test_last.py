@@ -8,7 +8,7 @@ import other_sets
 import pytest
 import torch
 from cases import same_format
-from other_sets import assert_follows, dtypes, normalized, randomized, tails
+from other_sets import assert_follows, calls, normalized, randomized
 from torch import Tensor, nn
 
 import bn_ext
@@ -34,8 +34,7 @@ def sliced(x: Tensor) -> Tensor:
     return torch.cat([x, x, x], -1)[..., : x.size(-1)]
 
 
-@tails
-@dtypes
+@calls
 @pytest.mark.parametrize("layout", [contiguous, transposed, sliced])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, layout, dtype, residual: bool, activation, device: str) -> None:

@@ -8,7 +8,7 @@ import other_sets
 import pytest
 import torch
 from cases import channels_last, contiguous, same_format
-from other_sets import assert_follows, dtypes, normalized, randomized, spread, tails
+from other_sets import assert_follows, calls, normalized, randomized, spread
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,8 +31,7 @@ def shared(module: nn.Module, x: Tensor) -> Tensor:
     return z if module.bias is None else z + spread(module.bias, x)
 
 
-@tails
-@dtypes
+@calls
 @pytest.mark.parametrize("layout", [contiguous, channels_last])
 @pytest.mark.parametrize(("cls", "shape"), SHAPES, ids=str)
 def test_values_and_gradients(cls: type, shape, layout, dtype, residual: bool, activation, device: str) -> None:
