@@ -209,7 +209,7 @@ class DomainBatchNorm(FusedForward):
         by_batch = self.training or mean is None
         if self.training and not self.track_running_stats:
             mean = var = None
-        if mean is None or not self.training:
+        if mean is None:
             counter = None
         momentum = 0.0 if counter is None and self.momentum is None else self.momentum
         return operator(input, weight, bias, mean, var, counter, by_batch, momentum, self.eps, *chain[:3])

@@ -331,3 +331,28 @@ def test_a_model_that_cannot_be_copied() -> None:
     model.stream = (i for i in range(3))
     with pytest.raises(TypeError, match=r"train\.diagnose: stream of the model cannot be copied"):
         diagnose(model)
+
+
+class OfDomains(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = bn_ext.nn.DomainBatchNorm2d(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x, torch.arange(len(x)) % 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "found"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 6, 1), bn_ext.nn.GhostBatchNorm2d(6, 4)), (8, 3, 4, 4), ["0"]),
+        (nn.Sequential(nn.Conv2d(3, 6, 1), bn_ext.nn.SharedBatchNorm2d(6, 2)), (8, 3, 4, 4), []),
+        (nn.Sequential(nn.Conv1d(3, 6, 1), bn_ext.nn.BatchNormLast(6)), (8, 3, 6), []),
+        (nn.Sequential(nn.Conv2d(3, 6, 1), OfDomains()), (8, 3, 4, 4), []),
+        (bn_ext.nn.BatchNormLast(100), (8, 40, 100), []),  # 320 values per channel
+        (bn_ext.nn.BatchNormLast(100), (2, 3, 100), [""]),
+    ],
+    ids=["ghost", "shared", "last", "domain", "many values", "few values"],
+)
+def test_other_sets_of_values(model: nn.Module, shape: tuple[int, ...], found: list[str]) -> None:
+    assert [finding.path for finding in bn_ext.train.diagnose(model, example=torch.randn(shape))] == found

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -16,6 +17,8 @@ from bn_ext.graph.conversion.classes import is_batch_norm
 from bn_ext.graph.folding.copies import copied, evaluation, twin
 from bn_ext.graph.folding.trace import trace
 from bn_ext.graph.folding.watch import tensors
+from bn_ext.nn import BatchNormLast
+from bn_ext.nn.shared import SharedBatchNorm
 from bn_ext.train.diagnosis.flow import Flow, Input
 
 FUNCTION = "bn_ext.train.diagnose"
@@ -54,7 +57,7 @@ class Norm:
         known = [tensor for tensor in (mean, var, counter) if tensor is not None]
         if mean is None or var is None or any(tensor.is_meta for tensor in known):
             return False
-        return not bool(mean.any()) and bool((var == 1).all()) and (counter is None or not bool(counter))
+        return not bool(mean.any()) and bool((var == 1).all()) and (counter is None or not bool(counter.any()))
 
     @property
     def images(self) -> int | None:
@@ -65,10 +68,14 @@ class Norm:
     def values(self) -> int | None:
         """Per channel, in the smallest batch that was seen; of all processes, if statistics are synchronized."""
         shapes = [input.shape for input in self.inputs if input.shape is not None and len(input.shape) > 1]
-        counts = [shape.numel() // shape[1] for shape in shapes if shape[1]]
+        counts = [shape.numel() // channels for shape in shapes if (channels := self._channels(shape))]
         if not counts:
             return None
         return min(counts) * (processes(getattr(self.module, "process_group", None)) if self.is_synchronized else 1)
+
+    def _channels(self, shape: torch.Size) -> int:
+        """Of an input of this shape."""
+        return shape[-1] if isinstance(self.module, BatchNormLast) else shape[1]
 
     def parameters(self) -> dict[int, str]:
         """The names of weight and bias by the ids of the parameters, or of what these are computed from."""
@@ -128,11 +135,14 @@ class Subject:
         for module, norm in norms.items():
             reads = any(id(tensor) in flow.elsewhere for tensor in tensors(module))
             norm.is_used = example is None or bool(norm.inputs) or reads
-        for layer, name in flow.useless_biases(lambda module: module in norms and norms[module].by_batch):
+        # A mean over several channels leaves the differences of their biases, one over other dimensions all of them.
+        others = (SharedBatchNorm, BatchNormLast)
+        own = {module for module, norm in norms.items() if norm.by_batch and not isinstance(module, others)}
+        for layer, name in flow.useless_biases(own.__contains__):
             path = flow.paths[layer]
-            own = core.get_submodule(path)
-            if own._parameters.get(name) is not None:  # those that have none were given one of zeros
-                self.biases.append((".".join(filter(None, (prefix, path))), own))
+            found = core.get_submodule(path)
+            if found._parameters.get(name) is not None:  # those that have none were given one of zeros
+                self.biases.append((".".join(filter(None, (prefix, path))), found))
 
 
 def processes(group: Any = None) -> int:
