@@ -64,7 +64,8 @@ class FusedForward(Ours, _NormBase):
     def _composed(self, input: Tensor, rule: Rule, chain: Chain) -> Tensor:
         self._check_input_dim(input)
         output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain)
-        if self.training and self.track_running_stats and self.running_mean is not None:
+        tracks = self.training and self.track_running_stats
+        if moments is not None and tracks and self.running_mean is not None:
             move_statistics(moments, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
         return output
 

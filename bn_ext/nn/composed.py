@@ -14,12 +14,15 @@ from torch.jit import is_tracing
 from torch.overrides import handle_torch_function, has_torch_function
 
 from bn_ext import activation as activations
+from bn_ext._fallback import fell_back
 from bn_ext._load import _C
-from bn_ext.functional import exporting, finished, has_kernels
+from bn_ext.functional import EXPORTED, exporting, finished, has_kernels
 from bn_ext.stages import Chain, Moments, Statistics, Sums, backward_elemt, backward_reduce, elemt, stats
 
 # The activations whose gradient is known by a bit an element: none then depends on the weight of the backward.
 _WITH_BRANCHES = tuple(name for name in activations.NAMES if _C.backward_chain(name, residual=True)[1])
+
+_APART = "the residual differs from the input in sizes, dtype, device or layout"
 
 
 class Rule:
@@ -74,14 +77,18 @@ def check_training(input: Tensor, channels: int, eps: float) -> None:
 
 def composed(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, eps: float, chain: Chain
-) -> tuple[Tensor, Moments]:
-    """Normalizes by a rule. Gives the output, and the moments that the values share, without gradient."""
+) -> tuple[Tensor, Moments | None]:
+    """Normalizes by a rule. Gives the output, and the moments that the values of the batch share, without gradient."""
     residual = chain.residual
     if chain.activation == "identity":
         chain = chain._replace(activation=None)
-    if transformed() or exporting() or not has_kernels(input.device):
-        return _by_primitives(input, weight, bias, rule, eps, chain), _merged(input.detach(), rule)
+    if reason := _obstacle(input.device):
+        fell_back(input, reason)
+        output = _by_primitives(input, weight, bias, rule, eps, chain)
+        return output, _merged(input.detach(), rule) if rule.reduces else None
     apart = residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype)
+    if apart:
+        fell_back(input, _APART, "is normalized by our kernels, and finished by torch's own operators")
     with torch.no_grad():
         merged = rule.merged(stats(input.detach(), rule.set_size)) if rule.reduces else rule.given()
     output = _Composed.apply(
@@ -94,7 +101,18 @@ def composed(
         eps,
         Chain() if apart else chain._replace(residual=None),
     )
-    return (finished(output, residual, chain.activation, chain.activation_param) if apart else output), merged
+    if apart:
+        output = finished(output, residual, chain.activation, chain.activation_param)
+    return output, merged if rule.reduces else None
+
+
+def _obstacle(device: torch.device) -> str:
+    """Why torch's own operators answer a call; empty if the stages do."""
+    if transformed():
+        return "torch.func, forward-mode AD or a trace has to see through it"
+    if exporting():
+        return EXPORTED
+    return "" if has_kernels(device) else "there are no kernels for this device"
 
 
 def _rows(input: Tensor) -> Tensor:
@@ -104,9 +122,7 @@ def _rows(input: Tensor) -> Tensor:
 
 def _merged(input: Tensor, rule: Rule) -> Moments:
     """The moments of a call by standard operators."""
-    if not rule.reduces:
-        return rule.given()
-    x = _rows(input).double()
+    x = _rows(input).to(torch.float32 if input.is_mps else torch.float64)
     others = [0, 2] if rule.set_size is None else [2]
     # Of sizes, which a trace follows as it does not follow numbers.
     values = torch.ones_like(x.sum(1)).sum(1)
@@ -188,6 +204,8 @@ def _gradients(ctx: Any, dy: Tensor, input: Any, weight: Any, bias: Any, residua
             f"a second derivative needs the residual, which {chain.activation} does not keep: add it and apply the "
             "activation after the batch norm"
         )
+    reason, how = "its gradient may be differentiated again", "is differentiated by torch's own operators"
+    fell_back(input, reason, how)
     output = _by_primitives(input, weight, bias, ctx.rule, ctx.eps, chain)
     leaves = [input, weight, bias, residual]
     wanted = [wants and leaf is not None for leaf, wants in zip(leaves, ctx.needs_input_grad)]
@@ -212,8 +230,8 @@ def move_statistics(
     if momentum is not None:
         share = torch.full_like(counts, momentum)
     else:
-        share = torch.zeros_like(counts) if counter is None else 1 / (counter + 1).double().unsqueeze(-1)
+        share = torch.zeros_like(counts) if counter is None else 1 / (counter + 1).to(counts.dtype).unsqueeze(-1)
     for running, new in ((running_mean, moments.mean), (running_var, moments.m2 / (counts - 1).clamp(min=1))):
-        running.copy_(torch.where(counts > 1, running.double().lerp(new, share), running))
+        running.copy_(torch.where(counts > 1, running.to(new.dtype).lerp(new, share), running))
     if counter is not None:
         counter.add_(1 if counter.dim() == 0 else moments.counts > 1)

@@ -190,8 +190,10 @@ class DomainBatchNorm(FusedForward):
         chain = Chain(as_tensor(residual, input), activation, activation_param)
         if isinstance(domain, Tensor):
             return self._composed(input, self._by(self._indices(input, domain)), chain)
-        if not isinstance(domain, int):
-            raise TypeError(f"domain should be an int or a tensor, got {type(domain).__name__}")
+        if not isinstance(domain, int):  # NumPy's integers are none
+            if not hasattr(domain, "__index__"):
+                raise TypeError(f"domain should be an int or a tensor, got {type(domain).__name__}")
+            domain = int(domain)
         if not 0 <= domain < self.num_domains:
             raise IndexError(f"domain should be from 0 to {self.num_domains - 1}, got {domain}")
         if exporting():  # where the operator would stay
@@ -205,14 +207,23 @@ class DomainBatchNorm(FusedForward):
             return None if tensor is None else tensor[domain]
 
         weight, bias = map(row, (self.weight, self.bias)) if self.affine_per_domain else (self.weight, self.bias)
-        mean, var, counter = map(row, (self.running_mean, self.running_var, self.num_batches_tracked))
-        by_batch = self.training or mean is None
-        if self.training and not self.track_running_stats:
-            mean = var = None
-        if mean is None:
-            counter = None
+        by_batch = self.training or self.running_mean is None
+        reads = not self.training or self.track_running_stats
+        buffers = (self.running_mean, self.running_var, self.num_batches_tracked if by_batch else None)
+        buffers = buffers if reads and self.running_mean is not None else (None, None, None)
+        copies = is_compiling() and by_batch
+        if copies:
+            # Inductor passes the first row to an operator that writes to a row whose number is a variable.
+            index = torch.full((1,), domain, device=input.device)
+            mean, var, counter = (None if t is None else t.index_select(0, index).squeeze(0) for t in buffers)
+        else:
+            mean, var, counter = map(row, buffers)
         momentum = 0.0 if counter is None and self.momentum is None else self.momentum
-        return operator(input, weight, bias, mean, var, counter, by_batch, momentum, self.eps, *chain[:3])
+        output = operator(input, weight, bias, mean, var, counter, by_batch, momentum, self.eps, *chain[:3])
+        for buffer, new in zip(buffers, (mean, var, counter)) if copies else ():
+            if buffer is not None and new is not None:
+                buffer[domain].copy_(new)
+        return output
 
     def _by(self, domain: Tensor) -> Rule:
         settings = domain, self.num_domains, self.affine_per_domain, self.eps

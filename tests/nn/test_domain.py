@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import other_sets
 import pytest
 import torch
@@ -81,6 +82,7 @@ def test_a_number(affine_per_domain: bool, training: bool, residual: bool, activ
         one(x, domain)
         states.append(one.state_dict())
     torch.testing.assert_close(*states, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(module(x, np.int64(3)), module(x, torch.tensor(3, device=device)))
     with torch.profiler.profile() as profile:
         module(x, 3)
     assert sum(event.count for event in profile.key_averages() if event.key.startswith("bn_ext::batch_norm_")) == 1
@@ -218,28 +220,40 @@ def test_from_a_plain_batch_norm(affine_per_domain: bool, device: str) -> None:
         DomainBatchNorm2d.from_batch_norm(nn.Linear(3, 3), 2)
 
 
-@pytest.mark.parametrize("affine_per_domain", [True, False])
-def test_around(affine_per_domain: bool) -> None:
-    module = randomized(DomainBatchNorm2d(4, 3, affine_per_domain))
-    x, domain = torch.randn(5, 4, 3, 3), torch.tensor([0, 2, 0, 0, 2])
+@pytest.mark.parametrize("number", [True, False])
+def test_around(number: bool) -> None:
+    module = randomized(DomainBatchNorm2d(4, 3, affine_per_domain=not number))
+    x, indices = torch.randn(5, 4, 3, 3), torch.tensor([0, 2, 0, 0, 2])
+    domain = 1 if number else indices
     other_sets.assert_copies(module, x, domain)
     other_sets.assert_deterministic(module, x, domain)
     other_sets.assert_transforms(module, x, domain)
     other_sets.assert_compiles(module, x, domain, activation="relu")
     other_sets.assert_exports(module, x, domain, training=None)
-    if affine_per_domain:
-        other_sets.assert_compiles(module, x, 1, activation="relu")
-        other_sets.assert_exports(module, x, 1, training=None)
     other_sets.assert_refuses(module, x, domain)
-    with pytest.raises(
-        RuntimeError, match=r"TorchScript has no form of DomainBatchNorm2d: use torch.compile or torch.ex"
-    ):
+    with pytest.raises(RuntimeError, match="TorchScript has no form of DomainBatchNorm2d: use"):
         torch.jit.script(nn.Sequential(module))
+    if number:
+        return
     traced = torch.jit.trace(copy.deepcopy(module), (x, domain), check_trace=False)
     module(x, domain)
     for some in (x + 1, x[:3] + 2):  # of any size
-        torch.testing.assert_close(traced(some, domain[: len(some)]), module(some, domain[: len(some)]))
+        torch.testing.assert_close(traced(some, indices[: len(some)]), module(some, indices[: len(some)]))
     torch.testing.assert_close(traced.state_dict(), module.state_dict())
+
+
+@torch.no_grad()
+def test_numbers_compiled_by_inductor() -> None:
+    """Rows are read and written as their own, also once Dynamo takes the number for a variable."""
+    torch._dynamo.reset()
+    module = randomized(DomainBatchNorm2d(4, 3, True))
+    compiled = copy.deepcopy(module)
+    compiled.compile(fullgraph=True)
+    x = torch.randn(5, 4, 3, 3)
+    for domain in (2, 1):
+        assert torch.equal(compiled(x, domain), module(x, domain))
+        torch.testing.assert_close(compiled.state_dict(), module.state_dict(), rtol=0, atol=0)
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("training", [True, False])

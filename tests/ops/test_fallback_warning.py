@@ -57,6 +57,15 @@ def warned(call: Callable[[], object]) -> list[warnings.WarningMessage]:
     return [one for one in caught if "batch norm" in str(one.message)]
 
 
+def shared() -> nn.Module:
+    return bn_ext.nn.SharedBatchNorm2d(3, 1)
+
+
+def shared_gradient_recorded() -> None:
+    module = shared()
+    torch.autograd.grad(module(example()).square().sum(), module.weight, create_graph=True)
+
+
 def with_tangents() -> None:
     with fwAD.dual_level():
         ours()(fwAD.make_dual(example(), example()))
@@ -90,6 +99,16 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "residual of another type": (lambda: ours()(example(), example(dtype=torch.float64)), "the residual differs"),
     "vmap": (lambda: torch.func.vmap(ours().eval())(example()[None]), "torch.func has to see through it"),
     "grad": (lambda: torch.func.grad(lambda x: ours()(x).sum())(example()), "torch.func has to see through it"),
+    "composed, traced": (
+        lambda: torch.jit.trace(shared(), (example(),), check_trace=False),
+        "torch.func, forward-mode AD or a trace has to see through it",
+    ),
+    "composed, export": (
+        lambda: torch.export.export(shared(), (example(),), strict=False),
+        "it is exported, for others to run",
+    ),
+    "composed, residual": (lambda: shared()(example(), torch.zeros(3, 1, 1)), "the residual differs from the input"),
+    "composed, second derivative": (shared_gradient_recorded, "its gradient may be differentiated again"),
     "forward mode": (with_tangents, "has a tangent of forward-mode AD"),
     "inference tensors": (with_inference_tensors, "no tensor that was made in inference mode"),
     "second derivative": (gradient_recorded, "its gradient may be differentiated again"),
@@ -146,6 +165,8 @@ RUNS, FINISHED, DIFFERENTIATED = "runs on", "is normalized by our kernels, and f
     ("case", "how"),
     [
         ("residual", FINISHED),
+        ("composed, residual", FINISHED),
+        ("composed, second derivative", DIFFERENTIATED),
         ("inference tensors", FINISHED),
         ("counter", FINISHED),
         ("grad", RUNS),
@@ -169,6 +190,7 @@ def test_calls_of_kernels_are_silent() -> None:
     assert warned(lambda: step(torch.compile(ours(), backend="aot_eager", fullgraph=True), example())) == []
     assert warned(lambda: ours().eval()(example())) == []
     assert warned(lambda: ours()(example(), example(), activation="gelu")) == []
+    assert warned(lambda: shared()(example(), example(), activation="gelu")) == []
     assert warned(lambda: ours().to("meta")(example(device="meta"))) == []
     assert warned(lambda: Frozen()(example())) == []
     assert warned(lambda: torch.fx.symbolic_trace(Frozen())) == []
