@@ -30,9 +30,10 @@ Sums sums_of(const A* values, const Extent& e, int64_t s) {
   for (int64_t n = e.n0; n < e.n1; ++n) {
     for (int64_t i = n * s + e.s0; i < n * s + e.s1; ++i) {
       const double value = values[i];
-      if (value > 0) {
-        sums.add({value, value * value, 1, i});
-      }
+      sums.sum += value;
+      sums.squares += value * value;
+      sums.positive += value > 0;
+      sums.first = value > 0 ? std::min(sums.first, i) : sums.first;
     }
   }
   return sums;

@@ -151,6 +151,23 @@ def test_sets_without_values(device: str) -> None:
     assert not whole[2:4].any()
 
 
+@pytest.mark.parametrize("start", [0, 300, 1022, 5000])
+def test_means_far_from_zero(start: int, device: str) -> None:
+    """Cost no digits, wherever in a patch, or in which patch, the first values count: also if these are outliers, and
+    what does not count is far away."""
+    x = torch.randn(2, 3, 20000, device=device) + 3e4
+    mask = torch.zeros(2, 20000, dtype=torch.bool, device=device)
+    mask[:, start : start + 3] = True
+    mask[:, 6000:] = torch.rand(2, 14000, device=device) > 0.2
+    x[..., start : start + 3] += 300
+    x[~mask.unsqueeze(1).expand_as(x)] = -1e30
+    for t, of_t in ((x, mask), (x.movedim(1, -1).flatten(0, 1), mask.flatten())):
+        _, found = cut_out(t.double(), of_t)
+        counts, mean, m2 = stats(t, None, of_t)
+        torch.testing.assert_close(mean, found["mean"][0], rtol=1e-9, atol=0)
+        torch.testing.assert_close(m2 / counts, found["var"][0], rtol=2e-5, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------- other ways to the same
 
 
@@ -254,6 +271,21 @@ def test_lengths(name: str, device: str) -> None:
         bn(x, mask=mask, lengths=lengths)
     with pytest.raises(ValueError, match=r"are for inputs \(N, C, L\)"):
         bn(x[..., 0], lengths=lengths)
+
+
+def test_virtual_batches(device: str) -> None:
+    x, mask = torch.randn(12, 3, 9, device=device), torch.rand(12, 9, device=device) > 0.4
+    ghost, noisy = (bn_ext.nn.GhostBatchNorm1d(3, 4, noise).to(device) for noise in (False, True))
+    for part, of_part, found in zip(x.split(4), mask.split(4), ghost(x, mask=mask).split(4), strict=True):
+        torch.testing.assert_close(found, plain(part, of_part))
+    rows = []
+    for _ in range(300):
+        y = noisy(x, mask=mask)
+        assert not y[~mask.unsqueeze(1).expand_as(y)].any()
+        rows.append(y.sum((0, 2)) / mask.sum())
+    noise = torch.stack(rows).var(0) * mask.sum() / 12 / (1 / 4 - 1 / 12)  # 1, were there no second noise
+    assert (noise > 0.7).all()
+    assert (noise < 1.4).all()
 
 
 def test_transposed_rows(device: str) -> None:

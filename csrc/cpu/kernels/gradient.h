@@ -7,8 +7,8 @@
 namespace bn::cpu {
 namespace {
 
-// Any activation by calls, which kernels with a mask take: code of their own for each activation would double the
-// library.
+// Any activation by calls. Kernels with a mask take it in the place of Any: code in line for each activation would
+// double the library.
 struct AnyCalled : activation::Any {
   template <class V>
   BN_NOINLINE V value(const V& z) const {
@@ -58,12 +58,7 @@ struct Gradient {
         functor(functor_of<Functor>(epilogue.activation)) {}
 
   // Whether dz depends on z, and so on x.
-  bool repeats_forward() const {
-    if constexpr (std::is_same_v<Functor, AnyCalled>) {
-      return branches == nullptr && functor.which.kind != ActivationKind::Identity;
-    }
-    return kActivated && branches == nullptr;
-  }
+  bool repeats_forward() const { return kActivated && branches == nullptr; }
 
   // dz at a place, of which x has been read. k = {shift, scale, ..., offset}: an activation needs k[0], k[1] and
   // k[K - 1].

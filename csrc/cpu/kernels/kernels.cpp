@@ -250,11 +250,12 @@ using MaskedInterleaved = Interleaved<T, true>;
 
 const Kernels& BN_KERNELS(Layout layout, DType dtype, const Activation& activation, bool masked) {
   const int i = static_cast<int>(dtype);
-  if (masked) {
-    return layout == Layout::Planar ? kOfDType<MaskedPlanar, AnyCalled>[i] : kOfDType<MaskedInterleaved, AnyCalled>[i];
-  }
   return with_compiled(activation, [&](const auto& functor) -> const Kernels& {
     using Functor = std::decay_t<decltype(functor)>;
+    if (masked) {
+      using Called = std::conditional_t<std::is_same_v<Functor, activation::Any>, AnyCalled, Functor>;
+      return layout == Layout::Planar ? kOfDType<MaskedPlanar, Called>[i] : kOfDType<MaskedInterleaved, Called>[i];
+    }
     return layout == Layout::Planar ? kOfDType<WholePlanar, Functor>[i] : kOfDType<WholeInterleaved, Functor>[i];
   });
 }
