@@ -11,6 +11,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from setuptools.command.build_ext import customize_compiler, new_compiler
@@ -27,10 +28,7 @@ PRODUCTS = (
 
 
 def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "setup.py", "-q", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return forked.run("setup.py", "-q", *arguments, folder=folder, environment=os.environ | environment)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +176,9 @@ def test_variables_that_are_wrong(sources: Path, tmp_path: Path, environment: di
 @pytest.mark.parametrize(("missing", "advised"), [("torch", True), ("numbers_of_torch", False)])
 def test_torch_is_installed_first(sources: Path, tmp_path: Path, missing: str, advised: bool) -> None:
     (tmp_path / "torch.py").write_text(f'raise ModuleNotFoundError("No module named {missing!r}", name="{missing}")')
-    run = run_setup(sources, "build_ext", "--inplace", PYTHONPATH=str(tmp_path))
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert ("install torch 2.11 or newer first" in run.stderr) == advised
     assert ("Traceback" in run.stderr) != advised
@@ -249,8 +249,7 @@ def test_a_build_without_a_gpu_in_sight(
         "BN_EXT_CUDA": "1",
         "TORCH_CUDA_ARCH_LIST": asked,
     }
-    command = [sys.executable, "-c", WITH_CUDA]
-    run = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    run = forked.run(WITH_CUDA, folder=folder, environment=environment)
     assert run.returncode == 0, run.stderr
     info = runpy.run_path(str(folder / "bn_ext" / "_build_info.py"))
     assert info["cuda_architectures"] == built and info["without_cuda"] == ""
