@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import lookalikes
 import pytest
 import torch
@@ -220,14 +218,7 @@ def test_copied_and_pickled(cls: type) -> None:
 def test_unpickled_by_another_process(cls: type, tmp_path: Path) -> None:
     file = tmp_path / "model.pickle"
     file.write_bytes(pickle.dumps(bn_ext.convert(nn.Sequential(cls(3)))))
-    root = Path(bn_ext.__file__).parent.parent
-    ran = subprocess.run(
-        [sys.executable, str(Path(lookalikes.__file__)), str(file)],
-        env={**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests' / 'support'}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    ran = forked.run(lookalikes.__file__, str(file))
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == [f"bn_ext.graph.conversion.classes.{cls.__name__}", f"{cls.__module__}.{cls.__name__}"]
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 
+import forked
 import pytest
 import torch
 import torch.autograd.forward_ad as fwAD
@@ -228,9 +227,10 @@ def test_wrong_arguments_are_errors_without_a_warning() -> None:
 @pytest.mark.parametrize(("value", "warns"), [("1", True), ("0", False), (None, False)])
 def test_the_environment(value: str | None, warns: bool) -> None:
     code = "import torch, bn_ext; bn_ext.BatchNorm2d(3)(torch.randn(2, 3, 4, 5), torch.zeros(3, 1, 1))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = dict(os.environ)
     environment.pop("BN_EXT_WARN_FALLBACK", None)
     if value is not None:
         environment["BN_EXT_WARN_FALLBACK"] = value
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    run = forked.run(code, environment=environment)
+    assert run.returncode == 0, run.stderr
     assert ("UserWarning: bn_ext: batch norm of" in run.stderr) == warns
