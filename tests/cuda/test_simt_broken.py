@@ -14,7 +14,8 @@ from simt.passes import WAYS, assert_same, both_passes, limits_of, masked
 
 
 class Broken(NamedTuple):
-    """A wrong text in place of a right one, what is said of it, and one way through the kernels on which it matters."""
+    """A wrong text in place of a right one, what is said of it, and the way through the kernels and the pass that it
+    matters to."""
 
     name: str
     file: str
@@ -22,6 +23,7 @@ class Broken(NamedTuple):
     wrong: str
     error: str
     way: int
+    of: str = "passes/forward.cu"
 
 
 BROKEN = [
@@ -109,6 +111,8 @@ BROKEN = [
 ]
 
 
+BACKWARD = "passes/backward.cu"
+
 # These break no barrier, bound or address; ``error`` names the result that differs.
 WRONG = [
     Broken(
@@ -127,8 +131,8 @@ WRONG = [
     Broken("no atomic", "kernel/branches.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
     Broken("bits of the next word", "kernel/branches.h", "high != 0", "false", "mask", 1),
     Broken("no residual", "passes/forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),
-    Broken("no residual behind it", "passes/backward.cu", "z = z + batch.tensor[2][u].get(l);", "", "dx", 0),
-    Broken("a gradient of a gradient", "kernel/kernel.h", "if (i + u >= g_.held)", "", "dx", 0),
+    Broken("no residual behind it", BACKWARD, "z = z + batch.tensor[2][u].get(l);", "", "dx", 0, BACKWARD),
+    Broken("a gradient of a gradient", "kernel/kernel.h", "if (i + u >= g_.held)", "", "dx", 0, BACKWARD),
 ]
 
 
@@ -146,8 +150,10 @@ def write_broken(broken: Broken, folder: Path, functor: str) -> None:
         (folder / name).write_text(changed)
 
 
-def broken_passes(folder: str, sanitize: bool, shape: tuple[int, ...], layout: Any, limits: tuple[int, ...]) -> None:
-    kernels = Kernels("broken", sanitize=sanitize, include=[Path(folder)])
+def broken_passes(
+    folder: str, of: str, sanitize: bool, shape: tuple[int, ...], layout: Any, limits: tuple[int, ...]
+) -> None:
+    kernels = Kernels("broken", sanitize=sanitize, include=[Path(folder)], changed=[of])
     for seed in range(4):
         kernels.configure(seed)
         both_passes(kernels, Case(shape, layout), Device(*limits))
@@ -158,7 +164,7 @@ def test_what_is_broken_is_found(broken: Broken, tmp_path: Path, capfd: pytest.C
     write_broken(broken, tmp_path, "Identity{}")
     shape, layout, device = WAYS[broken.way]
     of_memory = "heap" in broken.error
-    given = str(tmp_path), of_memory, shape, layout, limits_of(device)
+    given = str(tmp_path), broken.of, of_memory, shape, layout, limits_of(device)
     with pytest.raises(RuntimeError) as caught:
         if of_memory:  # the process is this test's own: a read that also leaves the heap ends it, after the report
             with sanitized.__wrapped__() as process:
@@ -174,7 +180,7 @@ def test_what_is_wrong_differs(wrong: Broken, tmp_path: Path) -> None:
     write_broken(wrong, tmp_path, "Any{{}, a}")
     shape, layout, device = WAYS[wrong.way]
     name = "silu" if wrong.error == "dx" else "relu6"
-    each = Kernels(), Kernels("broken", include=[tmp_path])
+    each = Kernels(), Kernels("broken", include=[tmp_path], changed=[wrong.of])
     right, broken = (masked(k, device, Case(shape, layout), name=name) for k in each)
     with pytest.raises(AssertionError, match=wrong.error):
         assert_same(broken, right)

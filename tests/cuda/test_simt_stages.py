@@ -192,7 +192,8 @@ BROKEN = [
 @pytest.mark.parametrize("broken", BROKEN, ids=[b.name for b in BROKEN])
 def test_what_is_broken_of_sets_differs(broken: Broken, tmp_path: Path, kernels: Kernels) -> None:
     write_broken(broken, tmp_path, "Identity{}")
-    wrong, a = Kernels("broken", include=[tmp_path]), Case((7, 3, 40), contiguous).arguments("cpu")
+    wrong = Kernels("broken", include=[tmp_path], changed=[broken.of])
+    a = Case((7, 3, 40), contiguous).arguments("cpu")
     right, other = (forward_and_backward(k, NO_CLUSTERS, a, 3) for k in (kernels, wrong))
     differ = [name for name, one in right.items() if one is not None and not torch.equal(one, other[name])]
     assert any(name.startswith(broken.error) for name in differ), differ

@@ -63,7 +63,7 @@ class Pass(ctypes.Structure):
 
 
 class PerChannel(ctypes.Structure):
-    _fields_ = [("data", c_void_p), ("dtype", c_int), ("stride", c_int64)]
+    _fields_ = [("data", c_void_p), ("dtype", c_int), ("stride", c_int64), ("set_stride", c_int64)]
 
 
 class Activation(ctypes.Structure):
@@ -194,14 +194,24 @@ def statistics(x: Tensor, set_size: int | None, number: int) -> Tensor:
 
 
 class Kernels:
-    """The backend, compiled for the model. Kernel files under ``include`` replace files of ``csrc``."""
+    """The backend, compiled for the model. Files under ``include`` replace files of ``csrc`` for the ``changed``
+    passes. Without them, kernels for AddressSanitizer know float and bfloat16 alone."""
 
-    def __init__(self, name: str = "batch_norm", *, sanitize: bool = False, include: Sequence[Path] = ()) -> None:
+    def __init__(
+        self,
+        name: str = "batch_norm",
+        *,
+        sanitize: bool = False,
+        include: Sequence[Path] = (),
+        changed: Sequence[str] = PASSES,
+    ) -> None:
+        include = include or ([HERE / "narrow"] if sanitize else [])
+        changed = changed if include else ()
         folders = [folder / "cuda" for folder in (*include, ROOT / "csrc")]
-        passes = [next(f for f in (folder / file for folder in folders) if f.exists()) for file in PASSES]
-        rest = [HERE / "batch_norm.cpp", *(ROOT / "csrc/cuda" / file for file in ("plan.cpp", "passes/merge_rows.cu"))]
-        of_passes = {"sources": rest, "changed": passes} if include else {"sources": [*rest, *passes]}
-        built = library(name, **of_passes, sanitize=sanitize, include=include)
+        of_changed = [next(f for f in (folder / file for folder in folders) if f.exists()) for file in changed]
+        same = "plan.cpp", "passes/merge_rows.cu", *(file for file in PASSES if file not in changed)
+        sources = [HERE / "batch_norm.cpp", *(ROOT / "csrc/cuda" / file for file in same)]
+        built = library(name, sources, sanitize=sanitize, changed=of_changed, include=include)
         self.library = Library(str(built))
         check_sizes(self.library)
         self.library.batch_norm_forward.argtypes = [POINTER(ForwardArgs), POINTER(Device)]

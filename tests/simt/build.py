@@ -23,7 +23,6 @@ TORCH = Path(importlib.util.find_spec("torch").origin).parent
 MODEL = [HERE / f"{name}.cpp" for name in ("c_api", "fiber", "sanitizers", "scheduler", "shared_memory", "text")]
 FLAGS = [
     "-std=c++20",
-    "-O1",
     "-g1",
     "-fPIC",
     "-fno-gnu-unique",
@@ -33,9 +32,11 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 FLAGS += [f"-I{folder}" for folder in (HERE, ROOT / "csrc", TORCH / "include")]
-CHECKS = ["-fsanitize=alignment,null"]  # of kernels; sanitizers.cpp replaces the runtime library
+CHECKS = ["-fsanitize=alignment,null"]  # of kernels, if not changed; sanitizers.cpp replaces the runtime library
 ADDRESSES = ["-fsanitize=address", "-fsanitize-recover=address", "-fno-omit-frame-pointer"]
-UNOPTIMIZED = ["-O0"]  # of kernels that are changed for one test, which runs less than it compiles
+FAST = ["-O1"]  # the model, where the time goes
+SOME = ["-Og"]  # kernels: with -O1 they and their checks take twice as long to compile, which is most of their time
+NONE = ["-O0"]  # kernels that are changed for one test
 JOBS = 2
 
 
@@ -52,8 +53,9 @@ def library(
     ``changed`` find headers in the folders ``include`` before those of csrc."""
     folders = list(include)
     flags = [*FLAGS, *(f"-D{define}" for define in defines), *(["-DBN_SIMT_SANITIZE"] if sanitize else [])]
-    of_kernels = [*flags, *CHECKS, *(ADDRESSES if sanitize else [])]
-    of_changed = [*(f"-I{folder}" for folder in folders), *of_kernels, *([] if sanitize else UNOPTIMIZED)]
+    addresses = ADDRESSES if sanitize else []
+    of_kernels, of_model = [*flags, *CHECKS, *addresses, *SOME], [*flags, *FAST]
+    of_changed = [*(f"-I{folder}" for folder in folders), *flags, *addresses, *NONE]
     headers = newest([Path(__file__), *headers_of(HERE), *headers_of(ROOT / "csrc")])
     changed_headers = newest(header for folder in folders for header in headers_of(folder))
 
@@ -68,7 +70,7 @@ def library(
         fcntl.flock(lock, fcntl.LOCK_EX)
         units = [(source, of_changed, max(headers, changed_headers)) for source in changed]
         units += [(source, of_kernels, headers) for source in sources]
-        units += [(source, flags, headers) for source in MODEL]
+        units += [(source, of_model, headers) for source in MODEL]
         objects = list(pool.map(compiled, *zip(*units, strict=True)))
         if not is_newer(target, newest(objects)):
             run(["g++", "-shared", "-Wl,-Bsymbolic", *map(str, objects), *ADDRESSES[:sanitize], "-o", str(target)])
