@@ -10,7 +10,7 @@ import pytest
 from cases import Case
 from simt.batch_norm import Device, Kernels
 from simt.build import ROOT, sanitized
-from simt.passes import WAYS, assert_same, both_passes, limits_of, masked
+from simt.passes import WAYS, assert_same, both_passes, chained, limits_of
 
 
 class Broken(NamedTuple):
@@ -120,17 +120,22 @@ WRONG = [
         "kernel/branches.h",
         "bits <<= turn * kLanes",
         "bits <<= (kThreads - 1 - turn) * kLanes",
-        "mask",
+        "branches",
         0,
     ),
-    Broken("bits that do not meet", "kernel/branches.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "mask", 0),
+    Broken("bits that do not meet", "kernel/branches.h", "bits |= gpu::shuffle_xor", "gpu::shuffle_xor", "branches", 0),
     Broken(
-        "a byte of others too", "kernel/slab.h", "whole_bytes(!plan.zeroed_branches)", "whole_bytes(true)", "mask", 1
+        "a byte of others too",
+        "kernel/slab.h",
+        "whole_bytes(!plan.zeroed_branches)",
+        "whole_bytes(true)",
+        "branches",
+        1,
     ),
-    Broken("a mask of anything", "passes/forward.cu", "if (plan.zeroed_branches)", "if (false)", "mask", 1),
-    Broken("no atomic", "kernel/branches.h", "gpu::atomic_or(word, low)", "*word = low", "mask", 1),
-    Broken("bits of the next word", "kernel/branches.h", "high != 0", "false", "mask", 1),
-    Broken("no residual", "passes/forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "mask", 0),
+    Broken("branch bits of anything", "passes/forward.cu", "if (plan.zeroed_branches)", "if (false)", "branches", 1),
+    Broken("no atomic", "kernel/branches.h", "gpu::atomic_or(word, low)", "*word = low", "branches", 1),
+    Broken("bits of the next word", "kernel/branches.h", "high != 0", "false", "branches", 1),
+    Broken("no residual", "passes/forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "branches", 0),
     Broken("no residual behind it", BACKWARD, "z = z + batch.tensor[2][u].get(l);", "", "dx", 0, BACKWARD),
     Broken("a gradient of a gradient", "kernel/kernel.h", "if (i + u >= g_.held)", "", "dx", 0, BACKWARD),
 ]
@@ -181,6 +186,6 @@ def test_what_is_wrong_differs(wrong: Broken, tmp_path: Path) -> None:
     shape, layout, device = WAYS[wrong.way]
     name = "silu" if wrong.error == "dx" else "relu6"
     each = Kernels(), Kernels("broken", include=[tmp_path], changed=[wrong.of])
-    right, broken = (masked(k, device, Case(shape, layout), name=name) for k in each)
+    right, broken = (chained(k, device, Case(shape, layout), name=name) for k in each)
     with pytest.raises(AssertionError, match=wrong.error):
         assert_same(broken, right)

@@ -35,14 +35,14 @@ from simt.passes import (
     DEVICES,
     ROOMY,
     WAYS,
-    Masked,
+    Chained,
     Pass,
     assert_same,
     assert_same_bits,
     bits_of,
     both_passes,
+    chained,
     limits_of,
-    masked,
     together,
 )
 from torch import Tensor
@@ -276,15 +276,15 @@ def test_activations(name: str, types: Types, shape, layout, device, kernels: Ke
         a = Case(shape, layout, types, mode, **fused).arguments("cpu")
         results = [together(kernels, device, a)]
         if name in BRANCHES:
-            mask = empty_branches(a.input)
-            results.append(together(kernels, device, a, mask))
+            branches = empty_branches(a.input)
+            results.append(together(kernels, device, a, branches))
             for one, other in zip(results[0][:3], results[1][:3], strict=True):
-                assert torch.equal(one, other), "the forward depends on the mask"
+                assert torch.equal(one, other), "the forward depends on branch bits"
             assert not residual or torch.equal(results[0].dresidual, results[1].dresidual), "there is another z"
             assert mode.training or torch.equal(results[0].dx, results[1].dx), "there is another z"
             z = together(kernels, device, replace(a, activation=None)).output
             if types in (FLOAT, DOUBLE) or name in ("relu", "leaky_relu"):  # rounded, it could reach the other branches
-                assert torch.equal(bits_of(mask, a.input), BRANCHES[name](z))
+                assert torch.equal(bits_of(branches, a.input), BRANCHES[name](z))
         of_torch, exact = run_torch(a, True), run_reference(a, True)
         for ours in results:
             assert_no_worse(ours, of_torch, exact, f"{mode}, residual: {residual}", slack)
@@ -292,11 +292,11 @@ def test_activations(name: str, types: Types, shape, layout, device, kernels: Ke
 
 @ways
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE, BFLOAT], ids=str)
-def test_any_order_of_threads_gives_the_same_mask(shape, layout, device, types: Types, kernels: Kernels) -> None:
+def test_any_order_of_threads_gives_the_same_branch_bits(shape, layout, device, types: Types, kernels: Kernels) -> None:
     case = Case(shape, layout, types)
-    in_order = masked(kernels, device, case)
+    in_order = chained(kernels, device, case)
     for seed in range(1, 4):
-        assert_same(masked(kernels, device, case, seed), in_order)
+        assert_same(chained(kernels, device, case, seed), in_order)
 
 
 @ways
@@ -304,7 +304,7 @@ def test_any_order_of_threads_gives_the_same_mask(shape, layout, device, types: 
 def test_residuals_that_are_not_aligned(shape, layout, device, types: Types, kernels: Kernels) -> None:
     case = Case(shape, layout, types)
     shifted = replace(case, layout=lambda x: unaligned(layout(x)))
-    assert_same(masked(kernels, device, shifted), masked(kernels, device, case))
+    assert_same(chained(kernels, device, shifted), chained(kernels, device, case))
 
 
 @ways
@@ -312,23 +312,23 @@ def test_residuals_that_are_not_aligned(shape, layout, device, types: Types, ker
 @pytest.mark.parametrize("name", ["relu", "silu"])
 def test_subsets_of_the_gradients_of_a_chain(name: str, shape, layout, device, mode, kernels: Kernels) -> None:
     a = Case(shape, layout, mode=mode, residual=True, activation=name).arguments("cpu")
-    mask = empty_branches(a.input) if name == "relu" else None
-    every = together(kernels, device, a, mask)
+    branches = empty_branches(a.input) if name == "relu" else None
+    every = together(kernels, device, a, branches)
     for wanted in itertools.product((False, True), repeat=4):
         if any(wanted):
-            some = together(kernels, device, a, mask, wanted)
+            some = together(kernels, device, a, branches, wanted)
             expected = every._replace(**{part: None for part, want in zip(Result._fields[3:], wanted) if not want})
             assert_same_bits(some, expected)
 
 
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("types", [FLOAT, DOUBLE], ids=str)
-def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kernels: Kernels) -> None:
-    """Rows of 7 values: those of 8 channels are whole bytes of a mask, those of 4 channels are whole packs."""
+def test_statistics_do_not_depend_on_branch_bits(types: Types, residual: bool, kernels: Kernels) -> None:
+    """Rows of 7 values: those of 8 channels are whole bytes of branch bits, those of 4 channels are whole packs."""
     a = Case((67, 8, 7), types=types, residual=residual, activation="relu").arguments("cpu")
     with_branches, without = (
-        kernels.forward(ROOMY, a.input, None, None, a.weight, a.bias, tail=Tail("relu", 0, a.residual, mask))
-        for mask in (empty_branches(a.input), None)
+        kernels.forward(ROOMY, a.input, None, None, a.weight, a.bias, tail=Tail("relu", 0, a.residual, branches))
+        for branches in (empty_branches(a.input), None)
     )
     assert all(map(torch.equal, with_branches, without))
 
@@ -337,19 +337,20 @@ def test_statistics_do_not_depend_on_the_mask(types: Types, residual: bool, kern
 @pytest.mark.parametrize("residual", [False, True], ids=["alone", "residual"])
 @pytest.mark.parametrize("name", ["identity", "relu", "relu6"])
 def test_a_frozen_layer_needs_no_input(name: str, residual: bool, shape, layout, device, kernels: Kernels) -> None:
-    """In evaluation, for all gradients but the weight's, the backward does without x: a mask tells the branch of z."""
+    """In evaluation, for all gradients but the weight's, the backward does without x: a bit tells the branch of z."""
     a = Case(shape, layout, mode=MODES[2], residual=residual, activation=name).arguments("cpu")
-    mask = empty_branches(a.input) if name in BRANCHES else None
-    for dx, dbias, dresidual in itertools.product((False, True), (False, True), {False, residual and mask is not None}):
+    branches = empty_branches(a.input) if name in BRANCHES else None
+    writes_dresidual = residual and branches is not None
+    for dx, dbias, dresidual in itertools.product((False, True), (False, True), {False, writes_dresidual}):
         wanted = dx, False, dbias, dresidual
         if any(wanted):
-            without = together(kernels, device, a, mask, wanted, reads_x=False)
-            assert_same_bits(without, together(kernels, device, a, mask, wanted))
+            without = together(kernels, device, a, branches, wanted, reads_x=False)
+            assert_same_bits(without, together(kernels, device, a, branches, wanted))
 
 
 def test_a_twin_of_another_size_is_found(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     class Epilogue(ctypes.Structure):
-        _fields_ = [("activation", simt.batch_norm.Activation), ("mask", ctypes.c_void_p)]
+        _fields_ = [("activation", simt.batch_norm.Activation), ("branches", ctypes.c_void_p)]
 
     twins = [Epilogue if twin.__name__ == "Epilogue" else twin for twin in simt.batch_norm.MIRRORED]
     monkeypatch.setattr(simt.batch_norm, "MIRRORED", twins)
@@ -357,15 +358,15 @@ def test_a_twin_of_another_size_is_found(kernels: Kernels, monkeypatch: pytest.M
         simt.batch_norm.check_sizes(kernels.library)
 
 
-def masked_of(case: Case, device: tuple[int, ...], seed: int) -> Masked:
+def chained_of(case: Case, device: tuple[int, ...], seed: int) -> Chained:
     """In a process with AddressSanitizer."""
-    return masked(Kernels(sanitize=True), Device(*device), case, seed)
+    return chained(Kernels(sanitize=True), Device(*device), case, seed)
 
 
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("types", [FLOAT, BFLOAT], ids=str)
 @pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_no_mask_is_read_or_written_out_of_bounds(shape, types: Types, device: Device, kernels: Kernels) -> None:
+def test_no_branch_bit_is_read_or_written_out_of_bounds(shape, types: Types, device: Device, kernels: Kernels) -> None:
     case = Case(shape, contiguous, types)
-    plain = masked(kernels, device, case)
-    assert_same(sanitized().submit(masked_of, case, limits_of(device), 1).result(), plain)
+    plain = chained(kernels, device, case)
+    assert_same(sanitized().submit(chained_of, case, limits_of(device), 1).result(), plain)

@@ -46,13 +46,13 @@ def kernels() -> Kernels:
 
 def forward_and_backward(kernels: Kernels, device: Device, a: Arguments, set_size: int | None, **kept: Tensor) -> dict:
     """All results of the fused kernels, the counter beginning with 3 batches of a cumulative average."""
-    tail = Tail(a.activation or "identity", a.param, a.residual, kept.get("mask"))
+    tail = Tail(a.activation or "identity", a.param, a.residual, kept.get("branches"))
     running = a.running_mean.clone(), a.running_var.clone()
     batches = torch.tensor(3)
     y, mean, invstd = kernels.forward(
         device, a.input, *running, a.weight, a.bias, True, None, batches=batches, tail=tail, set_size=set_size
     )
-    if "mask" in kept:
+    if "branches" in kept:
         tail = tail._replace(residual=None)
     inputs = a.dy, a.input, a.weight, a.bias, mean, invstd
     wanted = True, True, True, a.residual is not None
@@ -93,7 +93,7 @@ def test_sets_are_normalized_by_themselves(shape, layout, set_size, types: Types
     torch.manual_seed(0)
     a = Case(shape, layout, types, residual=True, activation="relu").arguments("cpu")
     kernels.configure()
-    together = forward_and_backward(kernels, device, a, set_size, mask=empty_branches(a.input))
+    together = forward_and_backward(kernels, device, a, set_size, branches=empty_branches(a.input))
     assert kernels.launches() == 2
     apart = one_by_one(kernels, device, a, set_size)
     ulps = 4 * torch.finfo(types.input).eps

@@ -48,7 +48,7 @@ class Wants(ctypes.Structure):
 
 
 class Chain(ctypes.Structure):
-    _fields_ = [("activation", c_int), ("residual", c_bool), ("mask", c_bool)]
+    _fields_ = [("activation", c_int), ("residual", c_bool), ("branches", c_bool)]
 
 
 class Pass(ctypes.Structure):
@@ -71,7 +71,7 @@ class Activation(ctypes.Structure):
 
 
 class Epilogue(ctypes.Structure):
-    _fields_ = [("activation", Activation), ("residual", c_void_p), ("mask", c_void_p)]
+    _fields_ = [("activation", Activation), ("residual", c_void_p), ("branches", c_void_p)]
 
 
 class ForwardArgs(ctypes.Structure):
@@ -148,16 +148,16 @@ def check_sizes(library: ctypes.CDLL) -> None:
 
 
 class Tail(NamedTuple):
-    """The residual, activation and mask of a call; a mask is written by a forward, read by a backward."""
+    """The residual, activation and branch bits of a call; a forward writes the bits, a backward reads them."""
 
     activation: str = "identity"
     param: float = 0
     residual: Tensor | None = None
-    mask: Tensor | None = None
+    branches: Tensor | None = None
 
     def epilogue(self) -> Epilogue:
         kind = Activation(activation.NAMES.index(self.activation), self.param)
-        return Epilogue(kind, address(self.residual), address(self.mask))
+        return Epilogue(kind, address(self.residual), address(self.branches))
 
 
 NOTHING = Tail()

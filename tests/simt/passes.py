@@ -81,46 +81,46 @@ def together(
     kernels: Kernels,
     device: Device,
     a: Arguments,
-    mask: Tensor | None = None,
+    branches: Tensor | None = None,
     wanted: Sequence[bool] | None = None,
     **of_backward: Any,
 ) -> Result:
-    """A forward and a backward by the kernels. If there is a mask, the forward fills it, and the backward reads it in
+    """A forward and a backward by the kernels. With branch bits, the forward fills them, and the backward reads them in
     place of the residual."""
-    tail = Tail(a.activation or "identity", a.param, a.residual, mask)
+    tail = Tail(a.activation or "identity", a.param, a.residual, branches)
     running = a.running_mean.clone(), a.running_var.clone()
     y, *statistics = kernels.forward(device, a.input, *running, a.weight, a.bias, a.training, tail=tail)
-    if mask is not None:
+    if branches is not None:
         tail = tail._replace(residual=None)
     inputs = a.dy, a.input, a.weight, a.bias, *statistics, a.training
     wanted = wanted or (True, True, True, a.residual is not None)
     return Result(y, *running, *kernels.backward(device, *inputs, wanted, tail, **of_backward))
 
 
-def bits_of(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask as a tensor of bools, laid out as ``like``."""
-    bits = mask.unsqueeze(1).bitwise_right_shift(torch.arange(8)).bitwise_and(1).bool().flatten()
+def bits_of(branches: Tensor, like: Tensor) -> Tensor:
+    """Branch bits as a tensor of bools, laid out as ``like``."""
+    bits = branches.unsqueeze(1).bitwise_right_shift(torch.arange(8)).bitwise_and(1).bool().flatten()
     return bits.as_strided(like.shape, like.stride())
 
 
-class Masked(NamedTuple):
-    """A result and its mask, as bools, where its activation has one."""
+class Chained(NamedTuple):
+    """A result and its branch bits, as bools, where its activation has one."""
 
     result: Result
-    mask: Tensor | None
+    branches: Tensor | None
 
 
-def masked(kernels: Kernels, device: Device, case: Case, seed: int = 0, name: str = "relu") -> Masked:
+def chained(kernels: Kernels, device: Device, case: Case, seed: int = 0, name: str = "relu") -> Chained:
     """The results with a residual and an activation."""
     kernels.configure(seed, preempt=seed % 3 * 20)
     torch.manual_seed(0)
     a = replace(case, residual=True, activation=name).arguments("cpu")
-    mask = empty_branches(a.input) if name in BRANCHES else None
-    result = together(kernels, device, a, mask)
+    branches = empty_branches(a.input) if name in BRANCHES else None
+    result = together(kernels, device, a, branches)
     kernels.configure()
-    return Masked(result, None if mask is None else bits_of(mask, a.input))
+    return Chained(result, None if branches is None else bits_of(branches, a.input))
 
 
-def assert_same(one: Masked, other: Masked) -> None:
-    assert one.mask is None or torch.equal(one.mask, other.mask), "mask"
+def assert_same(one: Chained, other: Chained) -> None:
+    assert one.branches is None or torch.equal(one.branches, other.branches), "branches"
     assert_same_bits(one.result, other.result)
