@@ -47,6 +47,7 @@ class Pass:
         activation: one of :data:`bn_ext.activation.NAMES`.
         residual: whether there is one. Training then keeps branch bits, if the activation has two branches.
         set_size: images of a statistic set; all unless given. Inference has no sets.
+        masked: whether there is a mask.
 
     Raises:
         ValueError: for a name that is not one of these, or sizes that are not positive.
@@ -62,6 +63,7 @@ class Pass:
         activation: str = "identity",
         residual: bool = False,
         set_size: int | None = None,
+        masked: bool = False,
     ) -> None: ...
     def wanting(self, gradients: set[str], *, training: bool = True) -> Pass:
         """The backward that writes only these: ``"dx"``, ``"dresidual"``, ``"dweight"``, ``"dbias"``."""
@@ -163,6 +165,8 @@ class LaunchPlan:
     def held(self) -> int: ...
     @property
     def tensors_held(self) -> int: ...
+    @property
+    def mask_parts(self) -> int: ...
     @property
     def zeroed_branches(self) -> bool: ...
     @property

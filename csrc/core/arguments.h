@@ -150,12 +150,14 @@ inline Chain chain_of(const Epilogue& e) {
 
 // The pass of a call: which of its pointers are null.
 inline Pass pass_of(const ForwardArgs& args) {
-  return {args.problem, Direction::Forward, args.training, Wants{}, chain_of(args.epilogue), args.stages};
+  return {args.problem, Direction::Forward, args.training, Wants{}, chain_of(args.epilogue),
+          args.stages,  bool(args.mask)};
 }
 
 inline Pass pass_of(const BackwardArgs& args) {
   const Wants wants{args.dx != nullptr, args.dresidual != nullptr, bool(args.dweight), bool(args.dbias)};
-  return {args.problem, Direction::Backward, args.training, wants, chain_of(args.epilogue), args.stages};
+  return {args.problem, Direction::Backward, args.training, wants, chain_of(args.epilogue),
+          args.stages,  bool(args.mask)};
 }
 
 }  // namespace bn

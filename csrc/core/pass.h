@@ -72,6 +72,7 @@ struct Pass {
   Wants wants;  // backward only
   Chain chain;
   Stages stages = Stages::All;
+  bool masked = false;
 
   bool operator==(const Pass&) const = default;
 
@@ -80,6 +81,11 @@ struct Pass {
 
   // Whether dx depends on the sums, because the statistics depend on x.
   bool through_statistics() const { return !forward() && training && wants.dx; }
+
+  // Whether the sums of the mask are needed: for the moments, or for the part of dx that goes through them.
+  bool counts_masked() const {
+    return masked && (forward() ? reduces() : through_statistics() && stages == Stages::All);
+  }
 
   // The reduction reads the first tensors of (x, residual) in a forward, of (dy, x, residual) in a backward.
   Traffic reduce_reads() const {

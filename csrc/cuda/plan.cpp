@@ -29,6 +29,10 @@ constexpr int64_t kMaxChannels = 256;
 // start of a block. Not measured.
 constexpr int64_t kPacksPerThread = 8;
 
+// The numbers of a mask that one block adds up, unless blocks become many. Not measured.
+constexpr int64_t kMaskShare = int64_t{1} << 13;
+constexpr int64_t kMaxMaskParts = 256;
+
 // The system's own share of a block's shared memory.
 constexpr int64_t kReserved = 1024;
 
@@ -59,6 +63,9 @@ class Planner {
       make_reducing();
     } else {
       make_elementwise();
+    }
+    if (pass_.counts_masked()) {
+      plan_.mask_parts = static_cast<int>(std::min(divide_up(problem_.count_of(0), kMaskShare), kMaxMaskParts));
     }
     plan_.zeroed_branches = pass_.writes().branches && !cut_into_bytes();
     count_bytes();
@@ -226,6 +233,9 @@ class Planner {
     if (plan_.team == Team::Grid) {
       plan_.workspace_bytes += int64_t{8} * 4 * plan_.blocks() * plan_.channels;
     }
+    if (plan_.mask_parts > 0) {
+      plan_.workspace_bytes += plan_.mask_layout().bytes;
+    }
     const int64_t values = problem_.count() * problem_.c;
     const int64_t tensor = values * size_of(problem_.dtype);
     const double held = static_cast<double>(plan_.held * plan_.active) / static_cast<double>(plan_.share);
@@ -297,7 +307,8 @@ const char* name_of(Team team) {
 std::string to_string(const LaunchPlan& plan) {
   // All fields are named: a new one is an error here.
   const auto& [strategy, team, sums, channels, width, threads, active, sets, slabs, teams, team_blocks, share, held,
-               tensors_held, zeroed_branches, shared_bytes, workspace_bytes, bytes_moved, bytes_on_chip] = plan;
+               tensors_held, mask_parts, zeroed_branches, shared_bytes, workspace_bytes, bytes_moved, bytes_on_chip] =
+      plan;
   return fields({{"strategy", name_of(strategy)},
                  {"team", name_of(team)},
                  {"sums", sums},
@@ -312,6 +323,7 @@ std::string to_string(const LaunchPlan& plan) {
                  {"share", share},
                  {"held", held},
                  {"tensors_held", tensors_held},
+                 {"mask_parts", mask_parts},
                  {"zeroed_branches", zeroed_branches},
                  {"shared_bytes", shared_bytes},
                  {"workspace_bytes", workspace_bytes},

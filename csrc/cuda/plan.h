@@ -68,6 +68,19 @@ BN_HD constexpr SharedLayout shared_layout(int channels, int threads, int lanes_
   return at;
 }
 
+// Where the sums of a mask lie in memory, in bytes; every part begins at a multiple of 16.
+struct MaskLayout {
+  static constexpr int64_t kCounted = 8 * 3;
+  static constexpr int64_t kSamples = 8 * 3;
+  static constexpr int64_t kSums = 8 * 6;
+
+  int64_t counted;   // of each set, then of all
+  int64_t samples;   // of each set
+  int64_t arrivals;  // of each set, then of all
+  int64_t sums;      // of each part of each set
+  int64_t bytes;     // of all that
+};
+
 // A slab is a run of adjacent channels of a statistic set: in memory, rows of up to channels * s contiguous values, one
 // for each image or position. Rows are cut into packs of 16 bytes, numbered row by row; each block of the slab's team
 // has a run of `share` packs, and of those each of `active` threads every active-th.
@@ -86,6 +99,7 @@ struct LaunchPlan {
   int64_t share = 0;
   int held = 0;                  // packs that each thread keeps on chip ...
   int tensors_held = 0;          // ... of each of the first tensors
+  int mask_parts = 0;            // blocks that add up the mask of a set; 0: its sums are not needed
   bool zeroed_branches = false;  // bits are added to those of others in a byte: the branch bits have to be zero before
   int64_t shared_bytes = 0;
   int64_t workspace_bytes = 0;
@@ -100,6 +114,15 @@ struct LaunchPlan {
   int64_t arrivals_bytes() const { return round_up(int64_t{4} * teams, 16); }
   // The workspace goes on with a count for each run of channels, of the sets that are finished, if there are several.
   int64_t finished_bytes() const { return sets == 1 ? 0 : round_up(int64_t{4} * (slabs / sets), 16); }
+  // The workspace ends with the sums of the mask.
+  MaskLayout mask_layout() const {
+    MaskLayout at{};
+    at.samples = round_up(MaskLayout::kCounted * (sets + 1), 16);
+    at.arrivals = at.samples + round_up(MaskLayout::kSamples * sets, 16);
+    at.sums = at.arrivals + round_up(int64_t{4} * (sets + 1), 16);
+    at.bytes = at.sums + MaskLayout::kSums * sets * mask_parts;
+    return at;
+  }
   SharedLayout layout(int lanes) const { return shared_layout(channels, threads, per_lane() ? lanes : 1, sums); }
 };
 

@@ -35,14 +35,16 @@ T one_of(const char* what, const std::map<std::string, T>& values, const std::st
   throw py::value_error(std::string(what) + " should be one of " + names + ", got " + name);
 }
 
-// The pass of a layer of sizes (n, c, s); a backward wants every gradient. In evaluation images make no sets.
+// The pass of a layer of sizes (n, c, s), with a mask or not; a backward wants every gradient. In evaluation images
+// make no sets.
 bn::Pass pass_of_layer(std::array<int64_t, 3> sizes,
                        const std::string& dtype,
                        const std::string& layout,
                        const std::string& direction,
                        const std::string& activation,
                        bool residual,
-                       std::optional<int64_t> set_size) {
+                       std::optional<int64_t> set_size,
+                       bool masked) {
   using bn::DType, bn::Layout, bn::Direction;
   const auto type = one_of<DType>("dtype",
                                   {{"float64", DType::Float64},
@@ -58,7 +60,7 @@ bn::Pass pass_of_layer(std::array<int64_t, 3> sizes,
   }
   const auto kind = one_of("activation", activations, activation);
   const bn::Chain kept = bn::backward_chain(kind, residual);
-  const bn::Wants all{true, residual && !bn::dresidual_is_dy(kind), true, true};
+  const bn::Wants all{true, residual && !bn::dresidual_is_dy(kind, masked), true, true};
   auto pass = one_of<bn::Pass>("direction",
                                {{"forward", {{}, Direction::Forward, true, {}, {kind, residual, kept.branches}}},
                                 {"inference", {{}, Direction::Forward, false, {}, {kind, residual, false}}},
@@ -75,6 +77,7 @@ bn::Pass pass_of_layer(std::array<int64_t, 3> sizes,
   if (set_size.value_or(1) < 1) {
     throw py::value_error("set_size should be positive, got " + std::to_string(*set_size));
   }
+  pass.masked = masked;
   pass.problem = bn::problem_of(order, type, n, c, s, pass.training ? std::min(set_size.value_or(n), n) : n);
   return pass;
 }
@@ -174,7 +177,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<bn::Pass>(m, "Pass")
       .def(py::init(&pass_of_layer), py::arg("sizes"), py::kw_only(), py::arg("dtype") = "float32",
            py::arg("layout") = "planar", py::arg("direction") = "forward", py::arg("activation") = "identity",
-           py::arg("residual") = false, py::arg("set_size") = py::none())
+           py::arg("residual") = false, py::arg("set_size") = py::none(), py::arg("masked") = false)
       .def("wanting", &wanting, py::arg("gradients"), py::kw_only(), py::arg("training") = true)
       .def("only", &only, py::arg("stage"))
       .def_property_readonly("reduce_reads", traffic(&bn::Pass::reduce_reads))
@@ -225,6 +228,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("share", &LaunchPlan::share)
       .def_readonly("held", &LaunchPlan::held)
       .def_readonly("tensors_held", &LaunchPlan::tensors_held)
+      .def_readonly("mask_parts", &LaunchPlan::mask_parts)
       .def_readonly("zeroed_branches", &LaunchPlan::zeroed_branches)
       .def_readonly("shared_bytes", &LaunchPlan::shared_bytes)
       .def_readonly("workspace_bytes", &LaunchPlan::workspace_bytes)

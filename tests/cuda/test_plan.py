@@ -454,3 +454,30 @@ def test_sizes_are_positive(place: int, wrong: int) -> None:
 def test_absurd_sizes_are_refused(sizes: tuple[int, int, int], layout: str, direction: str) -> None:
     with pytest.raises(TypeError if max(sizes) >= 2**63 else ValueError):
         launch_plan(*sizes, layout=layout, direction=direction)
+
+
+def test_a_mask_takes_workspace_and_changes_nothing_else() -> None:
+    """Four sets of 50176 numbers, each added up by 7 blocks."""
+    for layout in LAYOUTS:
+        plain, masked = (
+            _C.launch_plan(Pass((64, 32, 3136), layout=layout, set_size=16, masked=m)) for m in (False, True)
+        )
+        assert (plain.mask_parts, masked.mask_parts) == (0, 7)
+        assert masked.workspace_bytes == plain.workspace_bytes + 128 + 96 + 32 + 4 * 7 * 48
+        as_plain = repr(masked).replace("mask_parts=7", "mask_parts=0")
+        assert as_plain.replace(str(masked.workspace_bytes), str(plain.workspace_bytes)) == repr(plain)
+
+
+def test_a_mask_is_added_up_where_its_sums_are_needed() -> None:
+    def parts(call: Pass) -> int:
+        return _C.launch_plan(call).mask_parts
+
+    forward, inference, backward = (
+        Pass((4, 3, 50), direction=direction, activation="relu", masked=True) for direction in WORK
+    )
+    assert [parts(call) for call in (forward, forward.only("reduce"), backward)] == [1, 1, 1]
+    assert parts(Pass((2, 3, 10**8), masked=True)) == 256
+    frozen = backward.wanting({"dx", "dweight", "dbias"}, training=False)
+    of_parameters = backward.wanting({"dweight", "dbias"})
+    needless = inference, forward.only("apply"), backward.only("apply"), frozen, of_parameters
+    assert [parts(call) for call in needless] == [0] * 5

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import channels_last, contiguous
-from masked import cut_out, poisoned
+from cut_out import cut_out, poisoned
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 

@@ -9,8 +9,8 @@ import cuda_check
 import pytest
 
 FORWARD = "bn::cuda::(anonymous namespace)::ForwardPass"
-FLOAT = f"bn::cuda::batch_norm_kernel<{FORWARD}<float, bn::activation::Identity>, 4>(int)"
-HALF = f"bn::cuda::batch_norm_kernel<{FORWARD}<c10::Half, bn::activation::ReLU>, 1>(int)"
+FLOAT = f"bn::cuda::batch_norm_kernel<{FORWARD}<float, bn::activation::Identity, false>, 4>(int)"
+HALF = f"bn::cuda::batch_norm_kernel<{FORWARD}<c10::Half, bn::activation::ReLU, true>, 1>(int)"
 PTXAS = f"""\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function 'void {FLOAT}' for 'sm_90'
@@ -54,7 +54,7 @@ def test_a_wrong_file_is_reported(
 def test_what_ptxas_says_is_understood() -> None:
     assert cuda_check.usages(PTXAS) == {
         "forward identity float32 per lane": cuda_check.Usage(registers=129, shared=4096, stack=24, spills=36),
-        "forward relu float16 one channel": cuda_check.Usage(registers=128, shared=0, stack=0, spills=0),
+        "masked forward relu float16 one channel": cuda_check.Usage(registers=128, shared=0, stack=0, spills=0),
         "helper(double)": cuda_check.Usage(registers=0, shared=0, stack=8, spills=0),
     }
 

@@ -46,8 +46,9 @@ const char* plan_and_launch(Args args, const Device& device, const Launch& launc
 extern "C" {
 
 // The sizes of the structures that ctypes mirrors, in the order of MIRRORED in batch_norm.py.
-int64_t bn_sizes[] = {sizeof(Device),       sizeof(bn::Problem),     sizeof(bn::PerChannel),   sizeof(bn::Activation),
-                      sizeof(bn::Epilogue), sizeof(bn::ForwardArgs), sizeof(bn::BackwardArgs), sizeof(bn::MergeArgs)};
+int64_t bn_sizes[] = {sizeof(Device),          sizeof(bn::Problem),      sizeof(bn::PerChannel),
+                      sizeof(bn::Mask),        sizeof(bn::Activation),   sizeof(bn::Epilogue),
+                      sizeof(bn::ForwardArgs), sizeof(bn::BackwardArgs), sizeof(bn::MergeArgs)};
 
 const char* batch_norm_forward(const bn::ForwardArgs& args, const Device& device) {
   return plan_and_launch(args, device, bn::cuda::batch_norm_forward);

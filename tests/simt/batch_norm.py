@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bn_ext import activation
 
-PASSES = "passes/forward.cu", "passes/backward.cu"
+PASSES = "passes/forward.cu", "passes/backward.cu", "passes/mask.cu"
 ALL, REDUCE, APPLY = range(3)  # Stages of csrc/core/pass.h
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]  # the order of csrc/core/problem.h
 
@@ -59,11 +59,16 @@ class Pass(ctypes.Structure):
         ("wants", Wants),
         ("chain", Chain),
         ("stages", c_int),
+        ("masked", c_bool),
     ]
 
 
 class PerChannel(ctypes.Structure):
     _fields_ = [("data", c_void_p), ("dtype", c_int), ("stride", c_int64), ("set_stride", c_int64)]
+
+
+class Mask(ctypes.Structure):
+    _fields_ = [("values", c_void_p), ("counted", c_void_p)]
 
 
 class Activation(ctypes.Structure):
@@ -79,6 +84,7 @@ class ForwardArgs(ctypes.Structure):
         ("problem", Problem),
         ("stages", c_int),
         ("x", c_void_p),
+        ("mask", Mask),
         ("weight", PerChannel),
         ("bias", PerChannel),
         ("running_mean", PerChannel),
@@ -93,6 +99,7 @@ class ForwardArgs(ctypes.Structure):
         ("mean", c_void_p),
         ("invstd", c_void_p),
         ("m2", c_void_p),
+        ("counts", c_void_p),
     ]
 
 
@@ -102,6 +109,7 @@ class BackwardArgs(ctypes.Structure):
         ("stages", c_int),
         ("dy", c_void_p),
         ("x", c_void_p),
+        ("mask", Mask),
         ("weight", PerChannel),
         ("bias", PerChannel),
         ("mean", c_void_p),
@@ -136,8 +144,8 @@ class MergeArgs(ctypes.Structure):
     ]
 
 
-# As the sizes in batch_norm.cpp. Work is not among them.
-MIRRORED = (Device, Problem, PerChannel, Activation, Epilogue, ForwardArgs, BackwardArgs, MergeArgs)
+# As the sizes in batch_norm.cpp. Pass is not among them.
+MIRRORED = (Device, Problem, PerChannel, Mask, Activation, Epilogue, ForwardArgs, BackwardArgs, MergeArgs)
 
 
 def check_sizes(library: ctypes.CDLL) -> None:
@@ -176,6 +184,15 @@ def problem_of(x: Tensor, set_size: int | None = None) -> Problem:
 
 def per_channel(t: Tensor | None) -> PerChannel:
     return PerChannel() if t is None else PerChannel(t.data_ptr(), DTYPES.index(t.dtype), t.stride(0))
+
+
+def mask_of(mask: Tensor | None, x: Tensor) -> Mask:
+    """A mask (N, *) of numbers of the accumulation type. It lives as long as the tensor."""
+    if mask is None:
+        return Mask()
+    assert mask.is_contiguous() and mask.shape == (x.size(0), *x.shape[2:])
+    assert mask.dtype == torch.promote_types(x.dtype, torch.float32)
+    return Mask(mask.data_ptr())
 
 
 def address(t: Tensor | None) -> int | None:
@@ -246,14 +263,15 @@ class Kernels:
         batches: Tensor | None = None,
         tail: Tail = NOTHING,
         set_size: int | None = None,
+        mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         y, (mean, invstd, m2) = like(x), statistics(x, set_size, 3)
         of_channels = map(per_channel, (weight, bias, running_mean, running_var))
         cumulative = momentum is None and batches is not None
         how = address(batches), training, cumulative, momentum or 0, eps, tail.epilogue()
         rest = *how, *map(address, (y, mean, invstd, m2))
-        problem = problem_of(x, set_size)
-        self.library.batch_norm_forward(ForwardArgs(problem, ALL, address(x), *of_channels, *rest), device)
+        of_values = problem_of(x, set_size), ALL, address(x), mask_of(mask, x)
+        self.library.batch_norm_forward(ForwardArgs(*of_values, *of_channels, *rest), device)
         return y, mean, invstd
 
     def backward(
@@ -270,6 +288,7 @@ class Kernels:
         tail: Tail = NOTHING,
         set_size: int | None = None,
         *,
+        mask: Tensor | None = None,
         reads_x: bool = True,
     ) -> tuple[Tensor | None, ...]:
         """The wanted gradients, in the order of autograd: of input, weight, bias and residual."""
@@ -282,6 +301,7 @@ class Kernels:
             ALL,
             address(dy),
             address(x if reads_x else None),
+            mask_of(mask, x),
             *map(per_channel, (weight, bias)),
             address(mean),
             address(invstd),
@@ -291,14 +311,17 @@ class Kernels:
         self.library.batch_norm_backward(BackwardArgs(*inputs, training, tail.epilogue(), *outputs), device)
         return tuple(gradients)
 
-    def stats(self, device: Device, x: Tensor, set_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """The mean and m2 of each set and channel."""
+    def stats(
+        self, device: Device, x: Tensor, set_size: int | None = None, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The count of each set, the mean and m2 of each set and channel."""
         mean, m2 = statistics(x, set_size, 2)
-        nothing = PerChannel()
-        rest = None, True, False, 0, 0, NOTHING.epilogue(), None, address(mean), None, address(m2)
-        args = ForwardArgs(problem_of(x, set_size), REDUCE, address(x), nothing, nothing, nothing, nothing, *rest)
+        counts = mean.new_full(mean.shape[:-1] or (1,), torch.nan)
+        nothing = [PerChannel()] * 4
+        rest = None, True, False, 0, 0, NOTHING.epilogue(), None, address(mean), None, *map(address, (m2, counts))
+        args = ForwardArgs(problem_of(x, set_size), REDUCE, address(x), mask_of(mask, x), *nothing, *rest)
         self.library.batch_norm_forward(args, device)
-        return mean, m2
+        return counts, mean, m2
 
     def merge_stats(
         self,
@@ -335,12 +358,13 @@ class Kernels:
         invstd: Tensor,
         set_size: int | None = None,
         tail: Tail = NOTHING,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """The output, normalized with these statistics."""
         y, nothing = like(x), PerChannel()
         of_channels = *map(per_channel, (weight, bias)), nothing, nothing
         rest = None, True, False, 0, 0, tail.epilogue(), *map(address, (y, mean, invstd)), None
-        args = ForwardArgs(problem_of(x, set_size), APPLY, address(x), *of_channels, *rest)
+        args = ForwardArgs(problem_of(x, set_size), APPLY, address(x), mask_of(mask, x), *of_channels, *rest)
         self.library.batch_norm_forward(args, device)
         return y
 
@@ -353,11 +377,13 @@ class Kernels:
         outputs: Sequence[Tensor | None] = (None, None),
         set_size: int | None = None,
         tail: Tail = NOTHING,
+        mask: Tensor | None = None,
     ) -> None:
         """The reduction of dy, x, weight, bias, mean and invstd to the two sums; or with counts the gradients, dx and
         dresidual, that follow from these."""
         dy, x, weight, bias, mean, invstd = inputs
-        tensors = *map(address, (dy, x)), *map(per_channel, (weight, bias)), *map(address, (mean, invstd))
+        of_values = *map(address, (dy, x)), mask_of(mask, x)
+        tensors = *of_values, *map(per_channel, (weight, bias)), *map(address, (mean, invstd))
         results = *map(address, outputs), PerChannel(), PerChannel(), *map(address, sums), address(counts)
         stages = REDUCE if counts is None else APPLY
         args = BackwardArgs(problem_of(x, set_size), stages, *tensors, True, tail.epilogue(), *results)

@@ -52,7 +52,8 @@ FUNCTION = re.compile(
     r"(\nptxas info\s*: Used (?P<registers>\d+) registers(.* (?P<shared>\d+) bytes smem)?)?"
 )
 KERNEL = re.compile(
-    r"batch_norm_kernel<.*::(?P<direction>\w+)Pass<(.*?::)?(?P<dtype>\w+), .*::(?P<functor>\w+)>, (?P<lanes>\d+)>"
+    r"batch_norm_kernel<.*::(?P<direction>\w+)Pass<(.*?::)?(?P<dtype>\w+), .*::(?P<functor>\w+), "
+    r"(?P<masked>true|false)>, (?P<lanes>\d+)>"
 )
 DTYPES = {"double": "float64", "float": "float32", "Half": "float16", "BFloat16": "bfloat16"}
 
@@ -62,7 +63,8 @@ def readable(name: str) -> str:
     if kernel is None:
         return re.sub(r"\(anonymous namespace\)::|\w+::|\(\)$", "", name)
     lanes = "one channel" if kernel["lanes"] == "1" else "per lane"
-    return f"{kernel['direction'].lower()} {kernel['functor'].lower()} {DTYPES[kernel['dtype']]} {lanes}"
+    masked = "masked " if kernel["masked"] == "true" else ""
+    return f"{masked}{kernel['direction'].lower()} {kernel['functor'].lower()} {DTYPES[kernel['dtype']]} {lanes}"
 
 
 def usages(ptxas: str) -> dict[str, Usage]:

@@ -1,62 +1,85 @@
-"""A masked batch norm by hand: the values that count are cut out, normalized in float64, and put back."""
+"""Masks, and what a masked batch norm gives by the float64 formulas, set by set."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
+from cases import KINKS, Arguments
 from torch import Tensor
 
-from bn_ext import activation as activations
+from bn_ext import reference
+
+# Masks by name. Of "second half" the first set may count nothing, of "one value" all sets but one.
+MASKS = ["bools", "weights", "second half", "one value", "nothing"]
 
 
-def cut_out(
-    input: Tensor,
-    mask: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    activation: Any = None,
-    set_size: int | None = None,
-    running: tuple[Tensor, Tensor] | None = None,
-    eps: float = 1e-5,
-) -> tuple[Tensor, dict[str, Any]]:
-    """The output, differentiable, and the statistics: of each set count, mean and variance, and of all of them what the
-    running statistics move to. With running statistics they normalize, as in evaluation."""
-    rows = []
-    sets: list[tuple[Tensor, Tensor, Tensor]] = []
-    freedom, squares = 0.0, 0.0
-    for images in torch.arange(len(input)).split(set_size or len(input)):
-        x, counts = input[images].movedim(1, -1), mask[images] > 0
-        values, weights = x[counts], mask[images][counts].to(x.dtype).unsqueeze(-1)
-        total = weights.sum()
-        mean = (weights * values).sum(0) / total if total > 0 else x.new_zeros(x.shape[-1])
-        m2 = (weights * (values - mean).square()).sum(0)
-        var = m2 / total if total > 0 else torch.zeros_like(mean)
-        sets.append((total, mean, var))
-        if len(values) > 1:
-            freedom = freedom + (total - weights.square().sum() / total)
-            squares = squares + m2
-        if running is not None:
-            mean, var = running
-        z = (values - mean) * (var + eps).rsqrt()
-        z = z if weight is None else z * weight
-        z = z if bias is None else z + bias
-        z = z if residual is None else z + residual[images].movedim(1, -1)[counts]
-        out = x.new_zeros(x.shape).masked_scatter(counts.unsqueeze(-1), activations.apply(z, activation, None))
-        rows.append(out.movedim(-1, 1))
-    counts, means, _ = (torch.stack(column) for column in zip(*sets, strict=True))
-    found = {"counts": counts, "mean": means, "var": torch.stack([var for *_, var in sets])}
-    if freedom > 0:
-        found |= {"moves_to": ((counts.unsqueeze(-1) * means).sum(0) / counts.sum(), squares / freedom)}
-    return torch.cat(rows), found
+def mask_of(name: str, x: Tensor) -> Tensor:
+    """A mask for ``x`` (N, C, *), of numbers (N, *) of its accumulation type."""
+    shape = x.size(0), *x.shape[2:]
+    bools = (torch.rand(shape) < 0.6).double()
+    place = torch.arange(bools.numel()).view(shape)
+    mask = {
+        "bools": bools,
+        "weights": bools * (torch.rand(shape) + 0.25),
+        "second half": bools * (place >= place.numel() // 2),
+        "one value": 0.5 * (place == place.numel() * 2 // 3),
+        "nothing": torch.zeros(shape),
+    }[name]
+    return mask.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def lengths_mask(n: int, length: int) -> Tensor:
-    """Sequences of lengths that differ, none of them empty."""
-    return torch.arange(length) < torch.randint(1, length + 1, (n, 1))
+def without_others(a: Arguments, mask: Tensor) -> Arguments:
+    """The arguments with NaN where the mask is 0."""
+
+    def spoilt(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.masked_fill((mask == 0).unsqueeze(1), torch.nan)
+
+    return replace(a, input=spoilt(a.input), dy=spoilt(a.dy), residual=spoilt(a.residual))
 
 
-def poisoned(t: Tensor, mask: Tensor) -> Tensor:
-    """NaN where the mask is 0."""
-    return t.masked_fill(~(mask > 0).unsqueeze(1), torch.nan)
+def expected(a: Arguments, mask: Tensor, set_size: int | None = None) -> dict[str, Tensor]:
+    """All results by name. In training also the statistics, with a row for each set if there is a set size."""
+    size = set_size or a.input.size(0)
+    norm = a.running_mean, a.running_var, a.weight, a.bias
+    parts: list[dict[str, Tensor]] = []
+    for i in range(0, a.input.size(0), size):
+        x, dy, residual, m = (None if t is None else t[i : i + size] for t in (a.input, a.dy, a.residual, mask))
+        one = reference.results(x, residual, dy, norm, a.training, a.momentum, a.eps, (a.activation, a.param), m)
+        mean, var = reference.statistics(x, m)
+        parts.append(one | {"mean": mean, "invstd": (var + a.eps).rsqrt()})
+    found = {
+        name: torch.cat([one[name] for one in parts]) for name in ("output", "dx", "dresidual") if name in parts[0]
+    }
+    found |= {name: torch.stack([one[name] for one in parts]).sum(0) for name in ("dweight", "dbias")}
+    if a.training:
+        found |= {name: torch.stack([one[name] for one in parts]) for name in ("mean", "invstd")}
+        found |= {} if set_size else {name: found[name][0] for name in ("mean", "invstd")}
+    sets = zip(a.input.split(size), mask.split(size), strict=True)
+    moves = a.training and sum(reference.freedom(x, m) for x, m in sets) > 0
+    running = a.running_mean.double(), a.running_var.double()
+    if moves:
+        observed = reference.statistics(a.input, mask)[0], reference.pooled_variance(a.input, size, mask)
+        running = tuple(reference.running(old, new, a.momentum) for old, new in zip(running, observed, strict=True))
+    return found | dict(zip(("running_mean", "running_var"), running, strict=True))
+
+
+def off_kinks(a: Arguments, mask: Tensor, set_size: int | None = None) -> Arguments:
+    """The arguments with a gradient of 0 where rounding could decide on which side of a kink z is."""
+    z = expected(replace(a, activation=None), mask, set_size)["output"]
+    close = 16 * torch.finfo(a.input.dtype).eps * z.abs().amax()
+    near = [(z - kink).abs() < close for kink in KINKS.get(a.activation or "", ())]
+    return replace(a, dy=a.dy.masked_fill(torch.stack(near).any(0), 0)) if near else a
+
+
+def assert_close(found: dict[str, Tensor | None], exact: dict[str, Tensor], mask: Tensor) -> None:
+    """Up to some units in the last place of the largest value of a channel; and 0 where the mask is."""
+    for name, value in exact.items():
+        ours = found[name]
+        eps = 4 * torch.finfo(ours.dtype).eps if ours.dtype != torch.float64 else 1e-7
+        scale = max(1.0, value.abs().max().item())
+        torch.testing.assert_close(
+            ours.double(), value, rtol=eps, atol=eps * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
+        if name in ("output", "dx", "dresidual"):
+            assert not ours.movedim(1, -1)[mask == 0].any(), f"{name} where the mask is 0"

@@ -3,6 +3,7 @@
 #include "cuda/gpu/gpu.h"
 #include "cuda/kernel/branches.h"
 #include "cuda/kernel/lane_sums.h"
+#include "cuda/kernel/mask.h"
 #include "cuda/kernel/slab.h"
 #include "cuda/kernel/team_sums.h"
 #include "cuda/plan.h"
@@ -19,9 +20,10 @@
 //   summed(j)               tensor j if it is read to be summed, else null
 //   applied(j, held)        tensor j if it is read to compute outputs, for packs that are held or not, else null
 //   summed_branches(), applied_branches(held)   the branch bits, if they are read, else null
+//   kMasked, mask()         whether there is a mask; what it is then
 //   writes()                whether there are outputs
 //   begin(sums)             is called before a block's first slab
-//   kRefersToChannels       true: reference(set, c), by channel; false: reference(batch, lanes, l), by the first batch
+//   kRefersToChannels       true: reference(set, c), by channel; false: reference(batch, masks, l), by the first batch
 //   prepare(...)            replaces a pack that was read by the pack that is held
 //   factors<B>(...)         u and w of an element, in type B
 //   settle(...)             turns the sums of a lane into sums that all lanes of the channel can add up
@@ -84,7 +86,9 @@ class Block {
   }
 
  private:
+  static constexpr bool kMasked = Pass::kMasked;
   using OwnSlab = Slab<T, (kSummed > 1)>;
+  using PackMask = std::conditional_t<kMasked, Masked<T>, Unmasked<T>>;
   template <int kPacks>
   using BatchOf = Batch<T, Pass::kTensors, kPacks>;
 
@@ -117,11 +121,11 @@ class Block {
     LaneSums<kSummed> sums;
     for (int i = 0; i < slab.packs() || (kRefers && Pass::kRefersToChannels && i == 0); i += kAtOnce) {
       BatchOf<kAtOnce> batch;
-      int lanes[kAtOnce];
+      PackMask masks[kAtOnce];
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const PackPlace place = slab.place(i + u);
-        lanes[u] = place.lanes;
+        masks[u] = mask_of(place);
         sums.count += kSummed == 1 ? place.lanes : i + u < slab.packs();
 #pragma unroll
         for (int j = 0; j < Pass::kTensors; ++j) {
@@ -131,12 +135,12 @@ class Block {
       }
       if constexpr (kRefers) {
         if (i == 0) {
-          refer(slab, batch, lanes, reference);
+          refer(slab, batch, masks, reference);
         }
       }
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
-        pass_.prepare(batch, u, lanes[u], [&](int l) -> const Reference& { return reference[l % kSummed]; });
+        pass_.prepare(batch, u, masks[u], [&](int l) -> const Reference& { return reference[l % kSummed]; });
 #pragma unroll
         for (int j = 0; j < Pass::kHeld; ++j) {
           if (i + u < g_.held && j < g_.tensors_held) {
@@ -145,7 +149,7 @@ class Block {
         }
       }
       const auto factors = [&](int u, int l) {
-        return pass_.template factors<B>(batch, u, l, l < lanes[u], reference[l % kSummed]);
+        return pass_.template factors<B>(batch, u, l, masks[u], reference[l % kSummed]);
       };
       add_batch<B, kAtOnce, Pack<T>::kLanes>(factors, sums);
     }
@@ -156,7 +160,7 @@ class Block {
   template <int kAtOnce>
   BN_DEVICE void refer(const OwnSlab& slab,
                        const BatchOf<kAtOnce>& batch,
-                       const int (&lanes)[kAtOnce],
+                       const PackMask (&masks)[kAtOnce],
                        Reference (&reference)[kSummed]) const {
     if constexpr (Pass::kRefersToChannels) {
       for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
@@ -169,7 +173,7 @@ class Block {
       if constexpr (Pass::kRefersToChannels) {
         reference[l] = references_.read(lane_in_slab(slab, l));
       } else {
-        reference[l] = pass_.reference(batch, lanes, l);
+        reference[l] = pass_.reference(batch, masks, l);
       }
     }
   }
@@ -215,11 +219,22 @@ class Block {
 #pragma unroll
       for (int u = 0; u < kAtOnce; ++u) {
         const PackPlace place = slab.place(i + u);
+        const PackMask mask = mask_of(place);
         if (i + u >= g_.held) {
-          pass_.prepare(batch, u, place.lanes, of_lane);
+          pass_.prepare(batch, u, mask, of_lane);
         }
-        pass_.write(batch, u, place, of_lane, g_);
+        pass_.write(batch, u, place, mask, of_lane, g_);
       }
+    }
+  }
+
+  BN_DEVICE PackMask mask_of(const PackPlace& place) const {
+    if constexpr (!kMasked) {
+      return {place.lanes};
+    } else if constexpr (kSummed == 1) {
+      return load_weights<T>(pass_.mask(), place, g_);
+    } else {
+      return load_weights_per_lane<T>(pass_.mask(), place, g_);
     }
   }
 

@@ -20,10 +20,13 @@ inline bool packs_align(const Problem& problem, const LaunchPlan& plan, std::ini
   return aligned;
 }
 
-// The position of a pack in the tensors, and its number of elements.
+// The place of a pack: its first element in the tensors, its number of elements, its row in the tensors, and its first
+// position in the slab's part of the row.
 struct PackPlace {
   int64_t offset;
   int lanes;
+  int64_t row;
+  int64_t position;
 };
 
 // A problem and its plan in the form that kernels use.
@@ -91,7 +94,8 @@ class Slab {
     const int64_t left = g.c - first_channel_;
     channels_ = left < g.channels ? static_cast<int>(left) : g.channels;
     const int64_t row = begin / g.width;
-    start_ = (set() * g.rows + row) * g.row_stride + first_channel_ * g.s;
+    row_ = set() * g.rows + row;
+    start_ = row_ * g.row_stride + first_channel_ * g.s;
     first_ = static_cast<int>(begin - row * g.width) + t;
     if constexpr (kColumn) {
       first_ = g.by_width.quotient(t);  // the row of the first pack
@@ -121,7 +125,7 @@ class Slab {
     const int64_t position = int64_t{kLanes} * column;
     const int64_t rest = i < packs_ ? channels_ * g_.s - position : 0;
     const int lanes = static_cast<int>(rest < 0 ? 0 : rest < kLanes ? rest : kLanes);
-    return {start_ + row * g_.row_stride + position, lanes};
+    return {start_ + row * g_.row_stride + position, lanes, row_ + row, position};
   }
 
   // The number in the slab of the channel of lane l, for a thread that stays in its column.
@@ -134,6 +138,7 @@ class Slab {
   const Geometry& g_;
   int64_t slab_;
   int64_t first_channel_;
+  int64_t row_;
   int64_t start_;
   int first_;
   int column_ = 0;

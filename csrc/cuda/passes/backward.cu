@@ -2,6 +2,7 @@
 #include "cuda/kernel/functor.h"
 #include "cuda/kernel/kernel.h"
 #include "cuda/launch.h"
+#include "cuda/passes/mask.h"
 
 #include <algorithm>
 
@@ -10,7 +11,7 @@ namespace {
 
 // dz, the gradient of the activation's input, replaces dy as soon as dy is read. dz is summed before it is rounded. It
 // is held and applied in the type of the tensors, in which the gradient of a residual is written.
-template <class T_, class Functor>
+template <class T_, class Functor, bool kMasked_>
 class BackwardPass {
  public:
   using T = T_;
@@ -21,6 +22,7 @@ class BackwardPass {
     GradientCoefficients<A> backward;
   };
   static constexpr const char* kName = "batch_norm_backward";
+  static constexpr bool kMasked = kMasked_;
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;
   static constexpr bool kRounds = kIsAny<Functor> && !std::is_same_v<T, A>;
   static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read by Any alone
@@ -30,19 +32,24 @@ class BackwardPass {
   static constexpr int kSumBatch = batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
   static constexpr int kApplyBatch = kSumBatch;
 
-  BackwardPass(const BackwardArgs& args, const Functor& activation) : args_(args), activation_(activation) {
+  static_assert(!kMasked || !kPlain, "prepare selects dz by the mask");
+
+  BackwardPass(const BackwardArgs& args, const CountedMask& counted, const Functor& activation)
+      : args_(args), mask_(args.mask, args.problem), activation_(activation) {
     const Pass pass = pass_of(args);
     reduce_reads_ = pass.reduce_reads().tensors;
     apply_reads_ = pass.apply_reads().tensors;
     applies_ = pass.applies();
     finishes_sets_ = bn::finishes_sets(args);
     branches_ = pass.chain.branches ? args.epilogue.branches : nullptr;
+    args_.mask = counted.mask;
   }
 
   BN_DEVICE const T* summed(int j) const { return tensor(j, reduce_reads_); }
   BN_DEVICE const T* applied(int j, bool held) const { return held ? nullptr : tensor(j, apply_reads_); }
   BN_DEVICE const uint8_t* summed_branches() const { return branches_; }
   BN_DEVICE const uint8_t* applied_branches(bool held) const { return held ? nullptr : branches_; }
+  BN_DEVICE const MaskValues<A>& mask() const { return mask_; }
   BN_DEVICE bool writes() const { return applies_; }
   BN_HD bool finishes_sets() const { return finishes_sets_; }
 
@@ -50,15 +57,15 @@ class BackwardPass {
 
   BN_DEVICE Reference reference(int64_t set, int64_t c) const { return repeat_forward<A>(args_, set, c); }
 
-  // In lanes without an element dz is 0.
-  template <class Batch, class CoefficientsOf>
-  BN_DEVICE void prepare(Batch& batch, int u, int lanes, const CoefficientsOf& of_lane) const {
+  // In lanes that do not count dz is 0.
+  template <class Batch, class PackMask, class CoefficientsOf>
+  BN_DEVICE void prepare(Batch& batch, int u, const PackMask& mask, const CoefficientsOf& of_lane) const {
     if constexpr (!kPlain) {
       with_known(activation_, [&](const auto& known) {
         Pack<T> dz = {};
 #pragma unroll
         for (int l = 0; l < Pack<T>::kLanes; ++l) {
-          const A exact = l < lanes ? gradient(known, batch, u, l, forward_of(of_lane(l))) : 0;
+          const A exact = mask.counts(l) ? gradient(known, batch, u, l, forward_of(of_lane(l))) : 0;
           dz.set(l, static_cast<T>(exact));
           batch.exact[u][l] = exact;
         }
@@ -67,10 +74,11 @@ class BackwardPass {
     }
   }
 
-  template <class B, class Batch>
-  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, bool, const Reference& k) const {
+  template <class B, class Batch, class PackMask>
+  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, const PackMask& mask, const Reference& k) const {
     const A dz = kRounds ? batch.exact[u][l] : batch.tensor[0][u].get(l);
-    return {static_cast<B>(dz), static_cast<B>(batch.tensor[1][u].get(l)) - static_cast<B>(k.shift)};
+    const B d = static_cast<B>(batch.tensor[1][u].get(l)) - static_cast<B>(k.shift);
+    return {static_cast<B>(dz), mask.keep(l, d)};
   }
 
   BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t, int64_t) const {}
@@ -86,9 +94,13 @@ class BackwardPass {
     bn::finish_sets(args_, c, [](const double* p) { return gpu::load_written(p); });
   }
 
-  template <class Batch, class CoefficientsOf>
-  BN_DEVICE void write(
-      const Batch& batch, int u, const PackPlace& place, const CoefficientsOf& of_lane, const Geometry& g) const {
+  template <class Batch, class PackMask, class CoefficientsOf>
+  BN_DEVICE void write(const Batch& batch,
+                       int u,
+                       const PackPlace& place,
+                       const PackMask& mask,
+                       const CoefficientsOf& of_lane,
+                       const Geometry& g) const {
     const Pack<T>& dz = batch.tensor[0][u];
     if (args_.dx != nullptr) {
       Pack<T> dx = {};
@@ -96,9 +108,10 @@ class BackwardPass {
       for (int l = 0; l < Pack<T>::kLanes; ++l) {
         const auto& [forward, backward] = of_lane(l);
         const A x = batch.tensor[1][u].get(l);
-        const A through = bn::through_statistics(x, forward.shift, backward.slope, backward.offset);
-        dx.set(l, static_cast<T>(args_.training ? input_gradient(dz.get(l), through, forward.scale)
-                                                : dz.get(l) * forward.scale));
+        const A through = through_statistics(x, forward.shift, backward.slope, backward.offset);
+        const A own = args_.training ? input_gradient(dz.get(l), mask.weigh(l, through), forward.scale)
+                                     : dz.get(l) * forward.scale;
+        dx.set(l, static_cast<T>(mask.keep(l, own)));
       }
       store_pack(static_cast<T*>(args_.dx) + place.offset, dx, place.lanes, g.aligned);
     }
@@ -132,6 +145,7 @@ class BackwardPass {
   }
 
   BackwardArgs args_;
+  MaskValues<A> mask_;
   Functor activation_;
   int reduce_reads_;  // of dy, x and the residual, the first so many
   int apply_reads_;
@@ -145,18 +159,21 @@ class BackwardPass {
 void batch_norm_backward(const BackwardArgs& args, const LaunchPlan& plan, void* workspace, CUstream_st* stream) {
   const bool aligned =
       packs_align(args.problem, plan, {args.dy, args.x, args.epilogue.residual, args.dx, args.dresidual});
-  const auto run = [&](const auto& activation) {
+  const CountedMask counted = counted_mask(args.problem, args.mask, plan, workspace, stream);
+  const auto run = [&](const auto& activation, auto masked) {
     with_type(args.problem.dtype, [&](auto type) {
-      launch_batch_norm(BackwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation),
-                        args.problem, aligned, plan, workspace, stream);
+      using Pass = BackwardPass<decltype(type), std::decay_t<decltype(activation)>, masked.value>;
+      launch_batch_norm(Pass(args, counted, activation), args.problem, aligned, plan, workspace, stream);
     });
   };
   const Pass pass = pass_of(args);
   const bool reads_residual = std::max(pass.reduce_reads().tensors, pass.apply_reads().tensors) == 3;
-  if (reads_residual) {
-    run(activation::Any{{}, args.epilogue.activation});
+  if (args.mask) {
+    run(activation::Any{{}, args.epilogue.activation}, std::true_type{});
+  } else if (reads_residual) {
+    run(activation::Any{{}, args.epilogue.activation}, std::false_type{});
   } else {
-    with_compiled(args.epilogue.activation, run);
+    with_compiled(args.epilogue.activation, [&](const auto& activation) { run(activation, std::false_type{}); });
   }
 }
 

@@ -2,11 +2,12 @@
 #include "cuda/kernel/functor.h"
 #include "cuda/kernel/kernel.h"
 #include "cuda/launch.h"
+#include "cuda/passes/mask.h"
 
 namespace bn::cuda {
 namespace {
 
-template <class T_, class Functor>
+template <class T_, class Functor, bool kMasked_>
 class ForwardPass {
  public:
   using T = T_;
@@ -14,22 +15,26 @@ class ForwardPass {
   using Reference = A;
   using Coefficients = NormalizeCoefficients<A>;
   static constexpr const char* kName = "batch_norm_forward";
+  static constexpr bool kMasked = kMasked_;
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and there is no residual
   static constexpr int kTensors = kPlain ? 1 : 2;
   static constexpr int kHeld = 1;
-  static constexpr bool kRefersToChannels = false;
-  // Not measured.
-  static constexpr int kSumBatch = sizeof(T) == 2 ? 4 : 8;
+  static constexpr bool kRefersToChannels = kMasked;
+  // Not measured. The mask of a pack takes as many registers as the pack, or twice as many.
+  static constexpr int kSumBatch = (sizeof(T) == 2 ? 4 : 8) / (kMasked ? 2 : 1);
   static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
 
-  ForwardPass(const ForwardArgs& args, const Functor& activation)
-
+  ForwardPass(const ForwardArgs& args, const CountedMask& counted, const Functor& activation)
       : args_(args),
+        mask_(args.mask, args.problem),
+        samples_(counted.samples),
         activation_(activation),
         branches_(pass_of(args).writes().branches ? args.epilogue.branches : nullptr),
         reduces_(pass_of(args).reduces()),
         applies_(pass_of(args).applies()),
-        finishes_sets_(bn::finishes_sets(args)) {}
+        finishes_sets_(bn::finishes_sets(args)) {
+    args_.mask = counted.mask;
+  }
 
   BN_DEVICE const T* summed(int j) const { return reduces_ && j == 0 ? x() : nullptr; }
   BN_DEVICE const T* applied(int j, bool) const {
@@ -37,13 +42,18 @@ class ForwardPass {
   }
   BN_DEVICE const uint8_t* summed_branches() const { return nullptr; }
   BN_DEVICE const uint8_t* applied_branches(bool) const { return nullptr; }
+  BN_DEVICE const MaskValues<A>& mask() const { return mask_; }
   BN_DEVICE bool writes() const { return applies_; }
   BN_HD bool finishes_sets() const { return finishes_sets_; }
 
-  // Counts the batch once, and sets the momentum in the blocks that will write running statistics.
+  // Counts the batch once, unless too little counts for a variance, and sets the momentum in the blocks that will write
+  // running statistics.
   BN_DEVICE void begin(const TeamSums& team) {
     momentum_ = args_.momentum;
     if (!reduces_ || args_.num_batches_tracked == nullptr) {
+      return;
+    }
+    if (kMasked && freedom_of_all(args_.problem, args_.mask) <= 0) {
       return;
     }
     if (args_.cumulative && team.leads()) {
@@ -53,37 +63,43 @@ class ForwardPass {
     }
   }
 
-  // One of the lane's own values, so that differences from it lose no digits. It is the middle one of three values, so
-  // that it is no single outlier.
-  template <class Batch>
-  BN_DEVICE A reference(const Batch& batch, const int (&lanes)[kSumBatch], int l) const {
+  // One of the lane's own values, so that differences from it lose no digits.
+  template <class Batch, class PackMask>
+  BN_DEVICE A reference(const Batch& batch, const PackMask (&masks)[kSumBatch], int l) const {
     const A x = batch.tensor[0][0].get(l);
-    const A y = l < lanes[1] ? batch.tensor[0][1].get(l) : x;
-    const A z = l < lanes[2] ? batch.tensor[0][2].get(l) : x;
-    const A low = x < y ? x : y;
-    const A high = x < y ? y : x;
-    return finite_or_zero(z < low ? low : z < high ? z : high);
+    const A y = masks[1].counts(l) ? batch.tensor[0][1].get(l) : x;
+    const A z = masks[2].counts(l) ? batch.tensor[0][2].get(l) : x;
+    return middle(x, y, z);
   }
 
-  template <class Batch, class ReferenceOf>
-  BN_DEVICE void prepare(Batch&, int, int, const ReferenceOf&) const {}
+  // With a mask, one of the channel's values that count: none of the lane's own first ones may.
+  BN_DEVICE A reference(int64_t set, int64_t c) const {
+    const auto& [first, second, third] = samples_[set].position;
+    return middle(value(set, c, first), value(set, c, second), value(set, c, third));
+  }
 
-  template <class B, class Batch>
-  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, bool there, A reference) const {
+  template <class Batch, class PackMask, class ReferenceOf>
+  BN_DEVICE void prepare(Batch&, int, const PackMask&, const ReferenceOf&) const {}
+
+  template <class B, class Batch, class PackMask>
+  BN_DEVICE Factors<B> factors(const Batch& batch, int u, int l, const PackMask& mask, A reference) const {
     const B d = static_cast<B>(batch.tensor[0][u].get(l)) - static_cast<B>(reference);
-    return there ? Factors<B>{d, d} : Factors<B>{0, 0};
+    return mask.counts(l) ? Factors<B>{mask.weigh(l, d), d} : Factors<B>{0, 0};
   }
 
   // Turns sums about the lane's reference into sums about the channel's origin.
   BN_DEVICE void settle(double& sum, double& sum_sq, double count, A reference, int64_t set, int64_t c) const {
-    const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(set, c));
-    sum = moved.sum;
-    sum_sq = moved.sum_sq;
+    if constexpr (!kMasked) {
+      const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(set, c));
+      sum = moved.sum;
+      sum_sq = moved.sum_sq;
+    }
   }
 
   BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
-    const auto count = static_cast<double>(args_.problem.count_of(set));
-    const Moments batch = reduces_ ? shifted_moments(count, origin(set, c), sums.sum(k), sums.product(k)) : Moments{};
+    const double count = counted(args_.problem, args_.mask, set).count;
+    const bool some = reduces_ && (!kMasked || count > 0);
+    const Moments batch = some ? shifted_moments(count, origin(set, c), sums.sum(k), sums.product(k)) : Moments{};
     return finish_forward<A>(args_, set, c, batch, momentum_, sums.leads());
   }
 
@@ -91,9 +107,13 @@ class ForwardPass {
     bn::finish_sets(args_, c, momentum_, [](const double* p) { return gpu::load_written(p); });
   }
 
-  template <class Batch, class CoefficientsOf>
-  BN_DEVICE void write(
-      const Batch& batch, int u, const PackPlace& place, const CoefficientsOf& of_lane, const Geometry& g) const {
+  template <class Batch, class PackMask, class CoefficientsOf>
+  BN_DEVICE void write(const Batch& batch,
+                       int u,
+                       const PackPlace& place,
+                       const PackMask& mask,
+                       const CoefficientsOf& of_lane,
+                       const Geometry& g) const {
     Pack<T> y = {};
     uint32_t bits = 0;
     with_known(activation_, [&](const auto& known) {
@@ -104,7 +124,7 @@ class ForwardPass {
         if constexpr (!kPlain) {
           z = z + batch.tensor[1][u].get(l);
         }
-        y.set(l, static_cast<T>(known.value(z)));
+        y.set(l, static_cast<T>(mask.keep(l, known.value(z))));
         if constexpr (std::decay_t<decltype(known)>::kBranches) {
           bits |= static_cast<uint32_t>(known.branch(z)) << l;
         }
@@ -119,10 +139,29 @@ class ForwardPass {
  private:
   BN_DEVICE const T* x() const { return static_cast<const T*>(args_.x); }
 
-  // The set's first value in the channel. Its distance from the mean costs no digits that matter in double precision.
-  BN_DEVICE double origin(int64_t set, int64_t c) const {
+  // In a channel of a set.
+  BN_DEVICE A value(int64_t set, int64_t c, int64_t position) const {
     const Problem& p = args_.problem;
-    return finite_or_zero(static_cast<double>(static_cast<A>(x()[(set * p.per_set * p.c + c) * p.s])));
+    const int64_t row = set * p.per_set + position / p.s;
+    return static_cast<A>(x()[(row * p.c + c) * p.s + position % p.s]);
+  }
+
+  // The middle one of three values is no single outlier.
+  static BN_DEVICE A middle(A x, A y, A z) {
+    const A low = x < y ? x : y;
+    const A high = x < y ? y : x;
+    return finite_or_zero(z < low ? low : z < high ? z : high);
+  }
+
+  // The set's first value in the channel. Its distance from the mean costs no digits that matter in double precision.
+  // With a mask, what all lanes refer to.
+  BN_DEVICE double origin(int64_t set, int64_t c) const {
+    if constexpr (kMasked) {
+      return static_cast<double>(reference(set, c));
+    } else {
+      const Problem& p = args_.problem;
+      return finite_or_zero(static_cast<double>(static_cast<A>(x()[(set * p.per_set * p.c + c) * p.s])));
+    }
   }
 
   // Returns the number of batches, this one included. The leaders of all teams have to read the counter before one of
@@ -140,6 +179,8 @@ class ForwardPass {
   }
 
   ForwardArgs args_;
+  MaskValues<A> mask_;
+  const Samples* samples_;
   Functor activation_;
   uint8_t* branches_;
   bool reduces_;
@@ -155,17 +196,20 @@ void batch_norm_forward(const ForwardArgs& args, const LaunchPlan& plan, void* w
   if (plan.zeroed_branches) {
     gpu::set_to_zero(args.epilogue.branches, branch_bytes(args.problem.count() * args.problem.c), stream);
   }
-  const auto run = [&](const auto& activation) {
+  const CountedMask counted = counted_mask(args.problem, args.mask, plan, workspace, stream);
+  const auto run = [&](const auto& activation, auto masked) {
     with_type(args.problem.dtype, [&](auto type) {
-      launch_batch_norm(ForwardPass<decltype(type), std::decay_t<decltype(activation)>>(args, activation), args.problem,
-                        aligned, plan, workspace, stream);
+      using Pass = ForwardPass<decltype(type), std::decay_t<decltype(activation)>, masked.value>;
+      launch_batch_norm(Pass(args, counted, activation), args.problem, aligned, plan, workspace, stream);
     });
   };
   const Epilogue& e = args.epilogue;
-  if (e.activation.kind == ActivationKind::Identity && e.residual != nullptr) {
-    run(activation::Any{{}, e.activation});
+  if (args.mask) {
+    run(activation::Any{{}, e.activation}, std::true_type{});
+  } else if (e.activation.kind == ActivationKind::Identity && e.residual != nullptr) {
+    run(activation::Any{{}, e.activation}, std::false_type{});
   } else {
-    with_compiled(e.activation, run);
+    with_compiled(e.activation, [&](const auto& activation) { run(activation, std::false_type{}); });
   }
 }
 
