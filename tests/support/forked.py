@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-_FORKS = multiprocessing.get_context("forkserver")
+METHOD = "forkserver"
+_FORKS = multiprocessing.get_context(METHOD)
 _FORKS.set_forkserver_preload(["setuptools", "torch.utils.cpp_extension"])
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -33,7 +35,8 @@ def _worker(rank: int, ranks: int, folder: str, job: Callable) -> None:
 
 def in_each_of(ranks: int, folder: Path, job: Callable) -> list:
     """Gives what ``job`` returns in each of so many processes that know each other."""
-    workers = torch.multiprocessing.spawn(_worker, (ranks, str(folder), job), nprocs=ranks, join=False)
+    given = ranks, str(folder), job
+    workers = torch.multiprocessing.start_processes(_worker, given, ranks, join=False, start_method=forked.METHOD)
     deadline = time.monotonic() + 300
     try:
         while not workers.join(timeout=1):  # True once all have ended
@@ -60,17 +63,14 @@ def _sharded(model: nn.Module, **options) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def _train_as_torchs() -> None:
-    inputs = torch.Generator().manual_seed(dist.get_rank())
-    for name in ("resnet18", "unet3d"):
-        network = NETWORKS[name]
-        for prepare in PREPARATIONS:
-            for wrapped in (_data_parallel, _sharded):
-                torch.manual_seed(0)
-                theirs = network.make().double()
-                mine = prepare(copy.deepcopy(theirs))
-                batches = [network.input(n, dtype=torch.float64, generator=inputs) for n in (4, 3)]
-                assert_same_training(wrapped(mine), wrapped(theirs), batches)
+def _train_as_torchs(name: str, ways: Iterable[tuple[Callable, Callable]]) -> None:
+    inputs, network = torch.Generator().manual_seed(dist.get_rank()), NETWORKS[name]
+    for prepare, wrapped in ways:
+        torch.manual_seed(0)
+        theirs = network.make().double()
+        mine = prepare(copy.deepcopy(theirs))
+        batches = [network.input(n, dtype=torch.float64, generator=inputs) for n in (4, 3)]
+        assert_same_training(wrapped(mine), wrapped(theirs), batches)
 
 
 def _train_in_bfloat16() -> None:
@@ -91,8 +91,13 @@ def _train_in_bfloat16() -> None:
 
 
 def _jobs() -> None:
-    _train_as_torchs()
-    _train_in_bfloat16()
+    wrappers = _data_parallel, _sharded
+    if dist.get_world_size() == 1:
+        _train_as_torchs("resnet18", zip(PREPARATIONS, wrappers, strict=True))
+    else:
+        _train_as_torchs("resnet18", product(PREPARATIONS, wrappers))
+        _train_as_torchs("unet3d", zip(PREPARATIONS, wrappers, strict=True))
+        _train_in_bfloat16()
 
 
 @pytest.mark.parametrize("ranks", [1, RANKS])
