@@ -42,26 +42,27 @@ FUSED = "Tensor? residual, int activation, float activation_param"
 OF_SETS = "int? set_size"
 READ = "Tensor? weight, Tensor? bias, Tensor mean, Tensor invstd"
 BEHIND = "Tensor? residual, Tensor? branches, int activation, float activation_param"
+MASK = "Tensor? mask=None"
 SCHEMAS = {
     "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
-    "float? activation_param=None, int? set_size=None) -> Tensor",
-    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}, {OF_SETS}, bool with_branches) "
+    f"float? activation_param=None, int? set_size=None, {MASK}) -> Tensor",
+    "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}, {OF_SETS}, bool with_branches, {MASK}) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor branches)",
     "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
-    f"Tensor running_var, float eps, {FUSED}, bool with_branches) "
+    f"Tensor running_var, float eps, {FUSED}, bool with_branches, {MASK}) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor branches)",
     "batch_norm_backward": f"(Tensor dy, Tensor? input, {READ}, bool training, {BEHIND}, {OF_SETS}, "
-    "bool[4] output_mask) "
+    f"bool[4] output_mask, {MASK}) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias, Tensor dresidual)",
-    "batch_norm_stats": f"(Tensor input, {OF_SETS}=None) -> (Tensor count, Tensor mean, Tensor m2)",
+    "batch_norm_stats": f"(Tensor input, {OF_SETS}=None, {MASK}) -> (Tensor count, Tensor mean, Tensor m2)",
     "batch_norm_merge_stats": f"(Tensor count, Tensor mean, Tensor m2, {MUTABLE}, float? momentum, float eps) "
     "-> (Tensor count, Tensor mean, Tensor invstd)",
-    "batch_norm_elemt": f"(Tensor input, {READ}, {FUSED}, {OF_SETS}, bool with_branches) "
+    "batch_norm_elemt": f"(Tensor input, {READ}, {FUSED}, {OF_SETS}, bool with_branches, {MASK}) "
     "-> (Tensor output, Tensor branches)",
-    "batch_norm_backward_reduce": f"(Tensor dy, Tensor input, {READ}, {BEHIND}, {OF_SETS}) "
+    "batch_norm_backward_reduce": f"(Tensor dy, Tensor input, {READ}, {BEHIND}, {OF_SETS}, {MASK}) "
     "-> (Tensor sum_dz, Tensor sum_dz_xmu)",
     "batch_norm_backward_elemt": f"(Tensor dy, Tensor input, {READ}, Tensor sum_dz, Tensor sum_dz_xmu, Tensor count, "
-    f"{BEHIND}, {OF_SETS}, bool[2] output_mask) -> (Tensor dx, Tensor dresidual)",
+    f"{BEHIND}, {OF_SETS}, bool[2] output_mask, {MASK}) -> (Tensor dx, Tensor dresidual)",
 }
 
 

@@ -290,6 +290,8 @@ WRONG: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
     "dy": ("dy", lambda t: t[:1], "expected dy like the input"),
     "residual": ("residual", lambda t: t[:1], "expected residual like the input"),
     "branches": ("branches", lambda t: t[:1], "branches should hold"),
+    "mask": ("mask", lambda t: t[:1], "mask should hold"),
+    "type of a mask": ("mask", Tensor.bool, "expected mask of type Float, got Bool"),
     "m2": ("m2", lambda t: t[:1], "m2 should hold"),
     "running_var": ("running_var", lambda t: t[:2], "running_var should hold 3 values"),
     "running_mean": ("running_mean", Tensor.long, "expected running_mean of type Double, Float, .*, got Long"),
@@ -304,7 +306,10 @@ def test_mistakes(wrong: str, device: str) -> None:
     name, change, message = WRONG[wrong]
     refused = 0
     for op, arguments in calls(contiguous, FLOAT, 3, device).items():
-        given = dict(zip((a.name for a in op._schema.arguments), arguments, strict=True))
+        names = [a.name for a in op._schema.arguments]
+        given: dict[str, Any] = dict(zip(names, arguments, strict=False))
+        if "mask" in names:
+            given["mask"] = torch.ones_like(given["input"][:, 0])
         if not isinstance(given.get(name), Tensor):
             continue
         before = {n: t.clone() for n, t in given.items() if isinstance(t, Tensor)}
