@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -66,8 +65,7 @@ def test_backend_by_name_with_nothing_imported() -> None:
         "torch.testing.assert_close(torch.compile(m, backend='bn_ext')(x), expected)\n"
         "assert 'bn_ext.graph.fusion.rewrite' in sys.modules and int(m[0].num_batches_tracked) == 2\n"
     )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    run = forked.run(code, environment=os.environ | {"PYTHONPATH": str(ROOT)})
     assert run.returncode == 0, run.stderr
 
 
@@ -247,7 +245,7 @@ def test_the_whole_graph_under_ddp() -> None:
     network = NETWORKS["resnet18"]
     whole_net = bn_ext.fuse(network.make())
     DistributedDataParallel(whole_net, bucket_cap_mb=1e-3)(network.input())
-    assert sum(fused == ("add", "relu") for fused in fused_with(whole_net).values()) == 8
+    assert sum(fused == ("add", "relu") for fused in fused_with(whole_net).values()) == 3
 
 
 # ---------------------------------------------------------------------------------------------- imports
@@ -256,6 +254,5 @@ def test_the_whole_graph_under_ddp() -> None:
 def test_fuse_loads_the_compiler_when_it_is_called() -> None:
     code = "import sys, torch, bn_ext\nassert 'torch._dynamo' not in sys.modules\n"
     code += "bn_ext.graph.unfuse(torch.nn.ReLU())\nassert 'torch._dynamo' not in sys.modules\n"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    run = forked.run(code)
     assert run.returncode == 0, run.stderr

@@ -119,10 +119,9 @@ class PreActBottleneck(nn.Module):
 
 
 def preact_resnet(width: int = 4, classes: int = 5) -> nn.Module:
-    blocks = [PreActBottleneck(width, width, 1), PreActBottleneck(4 * width, width, 1)]
-    blocks += [PreActBottleneck(4 * width, 2 * width, 2)]
-    head = [nn.BatchNorm2d(8 * width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    return nn.Sequential(conv(3, width), *blocks, *head, nn.Linear(8 * width, classes))
+    blocks = [PreActBottleneck(width, width, 2), PreActBottleneck(4 * width, width, 1)]
+    head = [nn.BatchNorm2d(4 * width), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    return nn.Sequential(conv(3, width), *blocks, *head, nn.Linear(4 * width, classes))
 
 
 # ---------------------------------------------------------------------------------------------- MobileNet, EfficientNet
@@ -168,7 +167,7 @@ class InvertedResidual(nn.Module):
 
 
 def _inverted_residuals(width: int, classes: int, activation: type[nn.Module], excite: bool) -> nn.Module:
-    plan = [(width, width, 1, 1), (width, 2 * width, 2, 4), (2 * width, 2 * width, 1, 4)]  # inputs to expansion
+    plan = [(width, 2 * width, 2, 1), (2 * width, 2 * width, 1, 4)]  # inputs to expansion
     return nn.Sequential(
         ConvNormActivation(3, width, 3, 2, 1, activation),
         *[InvertedResidual(*sizes, activation, excite) for sizes in plan],
@@ -218,9 +217,9 @@ def densenet(growth: int = 4, classes: int = 5) -> nn.Module:
     width = 2 * growth
     stem = [conv(3, width, 7, 2), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
     transition = [nn.BatchNorm2d(4 * growth), nn.ReLU(inplace=True), conv(4 * growth, width, 1), nn.AvgPool2d(2)]
-    head = [nn.BatchNorm2d(4 * growth), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
-    blocks = [DenseBlock(2, width, growth), *transition, DenseBlock(2, width, growth)]
-    return nn.Sequential(*stem, *blocks, *head, nn.Linear(4 * growth, classes))
+    head = [nn.BatchNorm2d(3 * growth), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    blocks = [DenseBlock(2, width, growth), *transition, DenseBlock(1, width, growth)]
+    return nn.Sequential(*stem, *blocks, *head, nn.Linear(3 * growth, classes))
 
 
 # ---------------------------------------------------------------------------------------------- U-Net, in 3-D
@@ -235,7 +234,7 @@ class DoubleConv(nn.Sequential):
 
 
 class UNet3d(nn.Module):
-    def __init__(self, width: int = 4, levels: int = 2) -> None:
+    def __init__(self, width: int = 4, levels: int = 1) -> None:
         super().__init__()
         sizes = [width << level for level in range(levels + 1)]
         self.stem = DoubleConv(1, width)
@@ -257,6 +256,8 @@ class UNet3d(nn.Module):
 
 # ---------------------------------------------------------------------------------------------- all of them
 
+# Of few blocks, a kind each: what a compiler takes for a network grows with their number.
+
 
 class Network(NamedTuple):
     make: Callable[[], nn.Module]
@@ -267,8 +268,8 @@ class Network(NamedTuple):
 
 
 NETWORKS = {
-    "resnet18": Network(lambda: resnet18(width=4, classes=5), (3, 64, 64)),
-    "resnet50": Network(lambda: ResNet(Bottleneck, (2, 1), 4, classes=5), (3, 32, 32)),
+    "resnet18": Network(lambda: ResNet(BasicBlock, (2, 1), 4, classes=5), (3, 32, 32)),
+    "resnet50": Network(lambda: ResNet(Bottleneck, (1, 1), 4, classes=5), (3, 32, 32)),
     "preact_resnet": Network(preact_resnet, (3, 12, 12)),
     "mobilenet_v2": Network(mobilenet_v2, (3, 16, 16)),
     "efficientnet": Network(efficientnet, (3, 16, 16)),
