@@ -97,7 +97,8 @@ class ForwardPass {
   }
 
   BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
-    const double count = counted(args_.problem, args_.mask, set).count;
+    const Problem& p = args_.problem;
+    const double count = kMasked ? counted(p, args_.mask, set).count : static_cast<double>(p.count_of(set));
     const bool some = reduces_ && (!kMasked || count > 0);
     const Moments batch = some ? shifted_moments(count, origin(set, c), sums.sum(k), sums.product(k)) : Moments{};
     return finish_forward<A>(args_, set, c, batch, momentum_, sums.leads());
