@@ -216,6 +216,10 @@ def test_derivatives_of_every_kind(weighted: bool, set_size: int | None, device:
 
     torch.autograd.gradcheck(call, leaves, check_forward_ad=True)
     torch.autograd.gradgradcheck(call, leaves)
+    dy = torch.randn_like(x)  # not 0 where nothing counts
+    once, again = (torch.autograd.grad(call(*leaves), leaves, dy, create_graph=graph) for graph in (False, True))
+    for one, other in zip(once, again, strict=True):
+        torch.testing.assert_close(one, other)
     by_kernels = torch.autograd.grad(call(*leaves).square().sum(), leaves)
     leaves = [t.detach() for t in leaves]
     by_functorch = torch.func.grad(lambda *args: call(*args).square().sum(), argnums=(0, 1, 2, 3))(*leaves)
