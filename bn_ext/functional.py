@@ -56,17 +56,14 @@ def check(input: Any, activation: str | None, activation_param: float | None) ->
         activations.check(activation, activation_param)
 
 
-def finished(
-    output: Tensor, residual: Tensor | None, activation: activations.Name | None, activation_param: float | None
-) -> Tensor:
-    """Adds the residual and applies the activation, by standard operators."""
-    return activations.apply(output if residual is None else output + residual, activation, activation_param)
-
-
 def mask_of(input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """The mask of a call that may be given the lengths of sequences instead."""
     if lengths is None:
         return mask
+    if not is_scripting():
+        check(input, None, None)
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"lengths should be a Tensor, got {type(lengths).__name__}")
     if mask is not None:
         raise ValueError("batch_norm(): mask and lengths were both given")
     if input.dim() != 3 or lengths.size() != input.size()[:1]:
@@ -79,6 +76,18 @@ def masked(output: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return output
     return torch.where(mask.unsqueeze(1) > 0, output, torch.zeros((), dtype=output.dtype, device=output.device))
+
+
+def finished(
+    output: Tensor,
+    residual: Tensor | None,
+    activation: activations.Name | None,
+    activation_param: float | None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Adds the residual and applies the activation, by standard operators. Behind the mask neither sees anything."""
+    z = output if residual is None else masked(output + residual, mask)
+    return masked(activations.apply(z, activation, activation_param), mask)
 
 
 def batch_norm(
@@ -192,7 +201,7 @@ def _batch_norm(
                 raise not_exportable("batch_norm() with a mask", "export with training=False")
             fell_back(input, EXPORTED)
             output = F.batch_norm(masked(input, mask), running_mean, running_var, weight, bias, training, momentum, eps)
-            return masked(finished(output, residual, activation, activation_param), mask)
+            return finished(output, residual, activation, activation_param, mask)
     return operator(
         input,
         weight,

@@ -27,11 +27,11 @@ class Ours(torch.nn.Module):
 class FusedForward(Ours, _NormBase):
     """Statistics, normalization, residual, activation, running statistics and batch counter in one operator call."""
 
-    __constants__ = [*_NormBase.__constants__, "frozen", "running_share"]  # noqa: RUF012
+    __constants__ = [*_NormBase.__constants__, "frozen", "masks", "running_share"]  # noqa: RUF012
     # Modules that bn_ext.train.freeze and bn_ext.train.adapt changed have attributes of their own.
     frozen: bool = False
     mixes: ClassVar[bool] = True  # whether bn_ext.train.adapt may change it
-    masks: ClassVar[bool] = True  # whether a call takes a mask
+    masks: bool = True  # whether a call takes a mask
     running_share: float = 1.0  # of the running statistics in evaluation; the rest of 1 is the batch's
 
     def train(self, mode: bool = True) -> Any:
@@ -89,11 +89,13 @@ class FusedForward(Ours, _NormBase):
         activation_param: float | None,
         mask: Tensor | None = None,
     ) -> Tensor:
+        if mask is not None and not self.masks:
+            raise TypeError("this batch norm takes no mask")
         if not is_scripting():
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
             rule = self._rule(input)
-            if mask is not None and (rule is not None or not self.masks):
+            if mask is not None and rule is not None:
                 raise TypeError(f"{type(self).__name__}{self._changed()} takes no mask")
             if rule is not None:
                 return self._composed(input, rule, Chain(residual, activation, activation_param))
@@ -103,7 +105,7 @@ class FusedForward(Ours, _NormBase):
                     raise not_exportable("a batch norm with a mask", "call eval() first")
                 fell_back(input, EXPORTED)
                 output = _BatchNorm.forward(self, masked(input, mask))  # type: ignore[arg-type]
-                return masked(finished(output, residual, activation, activation_param), mask)
+                return finished(output, residual, activation, activation_param, mask)
         self._check_input_dim(input)
         weight: Tensor | None = self.weight
         bias: Tensor | None = self.bias

@@ -247,7 +247,7 @@ class DomainBatchNorm(FusedForward):
             if least < 0 or most >= self.num_domains:
                 wrong = int(least if least < 0 else most)
                 raise IndexError(f"domain should be from 0 to {self.num_domains - 1}, got {wrong}")
-        return domain.long()
+        return domain.long().clone()  # the backward reads it again, whatever the caller does with it
 
 
 class DomainBatchNorm1d(DomainBatchNorm):

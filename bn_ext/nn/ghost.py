@@ -50,7 +50,11 @@ class GhostBatchNorm(_FusedBatchNorm):
         if mask is None:
             noise = noise * (inverse_m * max(channels, 1) * input.size(0) / max(input.numel(), 1)) ** 0.5
         else:
-            noise = noise * (inverse_m * input.size(0) / mask.sum().clamp(min=1)) ** 0.5
+            weights = torch.where(mask > 0, mask, torch.zeros_like(mask)).to(torch.float64)
+            weights = weights / weights.sum().clamp(min=1e-300)
+            values = 1 / weights.square().sum()  # as many that count alike have a mean of this variance
+            variance = torch.where(values > 1, inverse_m * input.size(0) / values, torch.zeros_like(values))
+            noise = noise * variance.sqrt().to(dtype)
         scale = torch.exp(-noise[1] * 0.5**0.5)
         if weight is not None:
             scale = scale * weight

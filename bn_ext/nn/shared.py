@@ -48,7 +48,8 @@ class Groups(Rule):
         scale = torch.where(exact.abs() < least, least, exact)
         divisor = torch.where(scale == 0, 1, scale)
         dz, dz_xmu = (self._mean(exact * part) * size / divisor for part in sums)
-        return Sums(dz, dz_xmu), scale.to(weight.dtype)
+        precise = torch.promote_types(weight.dtype, torch.float32)  # half precision has no numbers so small
+        return Sums(dz, dz_xmu), scale.to(precise)
 
     def by_primitives(self, x: Tensor) -> tuple[Tensor, Tensor]:
         mean = self._mean(x.mean((0, 2))).unsqueeze(-1)

@@ -82,7 +82,7 @@ class Collecting(TorchFunctionMode):
             return func(*args, **kwargs)
         self.order[pool] = self.order.get(pool, 0) + 1
         if self.order[pool] == self.calls:
-            pool.add(given["moments"] if composed else stats(given["input"]))
+            pool.add(given["moments"] if composed else stats(given["input"], None, given.get("mask")))
             raise StopError
         output, moments = (None, given["moments"]) if composed else _normalized(given)
         pool.add(moments)
@@ -99,7 +99,11 @@ def _normalized(given: Mapping[str, Any]) -> tuple[Tensor, Moments]:
     number = activations.DEFAULTS[name] if param is None or not joins else param
     precise = torch.promote_types(input.dtype, torch.float32)
     mean, var = torch.zeros(2, input.size(1), dtype=precise, device=input.device)
-    set_size = given.get("set_size")
+    set_size, mask = given.get("set_size"), given.get("mask")
+    if mask is not None:
+        chain = residual, activation, param, set_size, mask
+        norm = given.get("weight"), given.get("bias"), None, None, None, True, 0.0, given.get("eps", 1e-5)
+        return torch.ops.bn_ext.batch_norm(input, *norm, *chain), stats(input, None, mask)
     output, exact_mean, _, _ = torch.ops.bn_ext.batch_norm_forward(
         input,
         given.get("weight"),

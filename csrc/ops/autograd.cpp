@@ -9,6 +9,7 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/amax.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/SymBool.h>
@@ -280,15 +281,21 @@ Tensor transformed(const Arguments& a) {
   return decomposed(a, "a transform of torch.func has to see through it");
 }
 
-// How much each value counts, as operators below batch_norm take it: what is not positive does not.
+// How much each value counts, as operators below batch_norm take it: what is not positive does not. Their largest is 1,
+// so that neither their squares nor gradients over their sum leave the range of the type.
 OptionalTensor weights_of(const OptionalTensor& mask, const Tensor& input) {
   if (!mask.has_value()) {
     return std::nullopt;
   }
   check_mask(input, *mask);
-  const Tensor weights = mask->to(at::toOpMathType(input.scalar_type()));
-  const bool counts_one = mask->scalar_type() == at::kBool;
-  return (counts_one ? weights : at::where(weights > 0, weights, at::zeros({}, weights.options()))).contiguous();
+  const auto type = at::toOpMathType(input.scalar_type());
+  if (mask->scalar_type() == at::kBool || TORCH_GUARD_OR_FALSE(mask->sym_numel().sym_eq(0))) {
+    return mask->to(type).contiguous();
+  }
+  const Tensor weights = mask->to(at::kDouble);
+  const Tensor positive = at::where(weights > 0, weights, at::zeros({}, weights.options()));
+  const Tensor largest = positive.amax();
+  return at::where(largest > 0, positive / largest, positive).to(type).contiguous();
 }
 
 // A function as the dispatcher calls it.

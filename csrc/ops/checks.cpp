@@ -90,6 +90,7 @@ void check_set_size(const char* op, SetSize set_size) {
 }
 
 void check_mask(const Tensor& input, const Tensor& mask) {
+  TORCH_CHECK(!mask.is_nested(), "batch_norm: expected a mask of one tensor, got a nested tensor");
   const auto expect = [&](bool fits) {
     TORCH_CHECK_VALUE(fits, "batch_norm: expected a mask of sizes (N, *) for an input (N, C, *) of sizes ",
                       input.sym_sizes(), ", got ", mask.sym_sizes());
@@ -101,7 +102,8 @@ void check_mask(const Tensor& input, const Tensor& mask) {
   TORCH_CHECK(mask.device() == input.device(), "batch_norm: mask is on ", mask.device(), " but input is on ",
               input.device());
   TORCH_CHECK(!mask.is_complex() && mask.layout() == at::kStrided && !mask.is_quantized(),
-              "batch_norm: expected a mask of type Bool or of real numbers, got ", mask.scalar_type());
+              "batch_norm: expected a strided mask of type Bool or of real numbers, got ", mask.layout(), " of type ",
+              mask.scalar_type());
   TORCH_CHECK(!at::GradMode::is_enabled() || !mask.requires_grad(), "batch_norm: mask cannot require gradients");
 }
 

@@ -370,8 +370,9 @@ Tensor decomposed(const Arguments& given, const char* reason, Tensor (*kernels)(
   if (torchs && (in_functorch() || any_of(a, has_tangent))) {
     n.output = by_primitives(a);
   }
-  const Tensor output =
-      only(activated(a.residual.has_value() ? n.output + *a.residual : n.output, a.activation), a.mask);
+  // What is behind the mask is cleared before the activation too, whose derivative may be NaN there.
+  const Tensor z = a.residual.has_value() ? only(n.output + *a.residual, a.mask) : n.output;
+  const Tensor output = only(activated(z, a.activation), a.mask);
   if (n.running_mean.has_value()) {
     const Tensor mean = n.running_mean->view_as(*a.running_mean);
     const Tensor var = n.running_var->view_as(*a.running_var);
@@ -405,13 +406,13 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout l
     x_hat = xmu * invstd;
   }
   const activation::Any function{{}, a.activation};
-  Tensor dz = a.dy.to(type);
+  Tensor dz = only(a.dy.to(type), a.mask);
   if (a.branches.has_value()) {
     dz = function.gradient_on(branches(*a.branches, a.dy, layout), dz);
   } else if (a.activation.kind != ActivationKind::Identity) {
     Tensor z = a.weight.has_value() ? x_hat * a.weight->to(type).view(per_channel) : x_hat;
     z = a.bias.has_value() ? z + a.bias->to(type).view(per_channel) : z;
-    z = a.residual.has_value() ? z + a.residual->to(type) : z;
+    z = a.residual.has_value() ? z + only(a.residual->to(type), a.mask) : z;
     dz = function.gradient(dz, z);
   }
   dz = only(dz, a.mask);

@@ -119,7 +119,7 @@ FourTensors run_forward(const Arguments& a, bool with_branches) {
   if (a.input.numel() == 0) {
     mean.zero_();
     invstd.zero_();
-    if (counts) {
+    if (counts && !a.mask.has_value()) {
       count_batch(*a.num_batches_tracked);
     }
     return {output, mean, invstd, branches};

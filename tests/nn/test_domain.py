@@ -381,3 +381,14 @@ def test_whole_models() -> None:
     torch.testing.assert_close(bn_ext.fold(model, x, domains())(x, domains()), plain)
     assert torch.equal(model(x, domains()), plain)
     assert [(row.cls, row.runs_on) for row in bn_ext.report(model).rows] == [("DomainBatchNorm2d", "bn_ext")]
+
+
+def test_indices_may_change_before_the_backward(device: str) -> None:
+    bn = DomainBatchNorm1d(3, 2, affine_per_domain=True).to(device)
+    x, domain = torch.randn(6, 3, 4, device=device, requires_grad=True), torch.tensor([0, 1, 1, 0, 1, 0], device=device)
+    weights = x, bn.weight, bn.bias
+    expected = torch.autograd.grad(bn(x, domain).square().sum(), weights)
+    y = bn(x, domain)
+    domain.fill_(5)
+    for one, other in zip(torch.autograd.grad(y.square().sum(), weights), expected, strict=True):
+        torch.testing.assert_close(one, other)

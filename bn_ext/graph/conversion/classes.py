@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -15,15 +15,25 @@ from bn_ext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from bn_ext.nn.base import Ours
 
 
-class LazyBatchNorm1d(Ours, nn.LazyBatchNorm1d):
+class _Lazy(Ours):
+    def initialize_parameters(self, input: Tensor, *_: Any, **__: Any) -> None:
+        """Is called with all arguments of the first call, of which torch's takes the input alone."""
+        super().initialize_parameters(input)  # type: ignore[misc]
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Is what the first call found before it made the module one of another class."""
+        return type(self).forward(self, input, *args, **kwargs)
+
+
+class LazyBatchNorm1d(_Lazy, nn.LazyBatchNorm1d):
     cls_to_become = BatchNorm1d  # type: ignore[assignment]
 
 
-class LazyBatchNorm2d(Ours, nn.LazyBatchNorm2d):
+class LazyBatchNorm2d(_Lazy, nn.LazyBatchNorm2d):
     cls_to_become = BatchNorm2d  # type: ignore[assignment]
 
 
-class LazyBatchNorm3d(Ours, nn.LazyBatchNorm3d):
+class LazyBatchNorm3d(_Lazy, nn.LazyBatchNorm3d):
     cls_to_become = BatchNorm3d  # type: ignore[assignment]
 
 

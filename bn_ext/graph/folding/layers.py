@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from bn_ext import activation as activations
-from bn_ext.functional import finished, operator
+from bn_ext.functional import finished, mask_of, operator
 from bn_ext.nn import BatchNorm2d
 from bn_ext.nn.activated import BatchNormAct
 
@@ -165,15 +165,17 @@ class Rest(nn.Module):
         residual: Tensor | None = None,
         activation: activations.Name | None = None,
         activation_param: float | None = None,
+        mask: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         if self.rank is not None:
             torch._assert(input.dim() == self.rank, f"{self.folded} for inputs of {self.rank} dimensions alone")
         if not torch.jit.is_scripting():
             if self.activation is not None:
                 activation, activation_param = self.activation, self.activation_param
-            return finished(input, residual, activation, activation_param)
-        alone = residual is None and activation is None and self.activation is None
-        torch._assert(alone, "a folded batch norm with a residual or an activation cannot be scripted")
+            return finished(input, residual, activation, activation_param, mask_of(input, mask, lengths))
+        alone = residual is None and activation is None and self.activation is None and mask is None and lengths is None
+        torch._assert(alone, "a folded batch norm with a residual, an activation or a mask cannot be scripted")
         return input
 
     def extra_repr(self) -> str:

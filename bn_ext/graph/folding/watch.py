@@ -208,7 +208,7 @@ class Watch:
         body.normalized.append(value)
         settings = (given["weight"], given["bias"])
         fixed = given["training"] is False and all(s is None or id(s) in own for s in settings)
-        plain = all(given.get(name) is None for name in ("residual", "activation"))
+        plain = all(given.get(name) is None for name in ("residual", "activation", "mask"))
         if fixed and plain:
             body.affine = Affine(given["running_mean"], given["running_var"], *settings, given["eps"])
         return value
