@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import SymFloat, SymInt, Tensor
 from torch.compiler import is_exporting
+from torch.fx import Proxy
 from torch.jit import is_scripting, is_tracing
 
 from bn_ext import activation as activations
@@ -50,7 +51,7 @@ def check(input: Any, activation: str | None, activation_param: float | None) ->
     """Raises errors before the dispatcher does, which prints the values of an argument that is no tensor."""
     if not hasattr(input, "__torch_function__"):
         raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
-    if isinstance(input, Tensor) and input.is_nested:
+    if not isinstance(input, Proxy) and getattr(input, "is_nested", False):
         raise NotImplementedError("batch_norm(): nested tensors have no batch norm: pad them, and give a mask")
     if activation is not None or activation_param is not None:
         activations.check(activation, activation_param)

@@ -16,7 +16,7 @@ OBJECTS = sorted(Path(__file__).parents[2].glob("build/temp*/*/csrc/cpu/kernels/
 def test_each_unit_shares_nothing_but_its_table_of_kernels() -> None:
     for built in OBJECTS:
         capability = built.parents[3].name
-        table = f"bn::cpu::kernels_{capability.lower()}(bn::Layout, bn::DType, bn::Activation const&)"
+        table = f"bn::cpu::kernels_{capability.lower()}(bn::Layout, bn::DType, bn::Activation const&, bool)"
         listing = subprocess.run(["nm", "-C", str(built)], check=True, capture_output=True, text=True).stdout
         symbols = [line[17:].split(" ", 1) for line in listing.splitlines() if line[17] in "TWVuDBR"]
         assert ["T", table] in symbols

@@ -296,7 +296,7 @@ def lower_arguments(op: OpOverload, device: str) -> dict[str, Any]:
     backward = op is OPS.batch_norm_backward.default
     given = backward_arguments(case, "cpu") if backward else forward_call(case, "cpu")[1]
     names = [argument.name for argument in op._schema.arguments]
-    return {name: a.to(device) if isinstance(a, Tensor) else a for name, a in zip(names, given, strict=True)}
+    return {name: a.to(device) if isinstance(a, Tensor) else a for name, a in zip(names, given, strict=False)}
 
 
 def with_each(change: Callable[[Tensor], Tensor]) -> Callable[[dict], list[dict]]:
