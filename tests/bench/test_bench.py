@@ -18,7 +18,8 @@ from bench import cpu, expect, heap, measure, memory, networks, peers, record, r
 
 SHAPE = "2x4x5x5"
 SHORT = ["--seconds", "0", "--rounds", "2"]
-TINY = {"shape": "4x3x32x32", "width": 4}
+# Not 4: a channels-last training step of so few channels damages the heap in torch itself (2.13, AMD EPYC).
+TINY = {"shape": "4x3x32x32", "width": 8}
 
 
 @pytest.fixture(scope="module")
