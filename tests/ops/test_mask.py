@@ -228,6 +228,21 @@ def test_derivatives_of_every_kind(weighted: bool, set_size: int | None, device:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("set_size", [None, 4])
+def test_running_statistics_by_primitives(set_size: int | None, device: str) -> None:
+    """Move as those of kernels do, by weights too."""
+    x = torch.randn(8, 3, 6, dtype=torch.float64, device=device)
+    mask = mask_of((8, 3, 6), "weights", device)
+    found = []
+    for transformed in (False, True):
+        running = torch.zeros(3, dtype=x.dtype, device=device), torch.ones(3, dtype=x.dtype, device=device)
+        with forward_ad.dual_level():
+            given = forward_ad.make_dual(x, x) if transformed else x
+            OPS.batch_norm(given, None, None, *running, None, True, 0.5, 1e-5, set_size=set_size, mask=mask)
+        found.append(running)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+
+
 def test_mapped_over_masks(device: str) -> None:
     x, masks = torch.randn(5, 3, 6, device=device), torch.rand(4, 5, 6, device=device) > 0.4
     mapped = torch.func.vmap(lambda mask: plain(x, mask))(masks)
