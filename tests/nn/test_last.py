@@ -111,11 +111,7 @@ def test_gradcheck() -> None:
 
 
 def test_autocast() -> None:
-    model, x = nn.Sequential(nn.Linear(3, 3), BatchNormLast(3)), torch.randn(8, 5, 3)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(x)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), model(x), rtol=0.05, atol=0.05)
+    other_sets.assert_autocast(nn.Linear(3, 3), BatchNormLast(3), torch.randn(8, 5, 3))
 
 
 def test_mistakes() -> None:

@@ -188,12 +188,7 @@ def test_a_second_derivative_without_the_residual(device: str) -> None:
 
 
 def test_autocast() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), SharedBatchNorm2d(4, 2))
-    x = torch.randn(5, 3, 4, 4)
-    with torch.autocast("cpu", torch.bfloat16):
-        output = model(x)
-    assert output.dtype == torch.bfloat16
-    torch.testing.assert_close(output.float(), copy.deepcopy(model)(x), rtol=0.05, atol=0.05)
+    other_sets.assert_autocast(nn.Conv2d(3, 4, 1), SharedBatchNorm2d(4, 2), torch.randn(5, 3, 4, 4))
 
 
 def test_construction() -> None:

@@ -202,6 +202,15 @@ def assert_exports(module: nn.Module, x: Tensor, *args: Any, training: str | Non
             exported()
 
 
+def assert_autocast(layer: nn.Module, norm: nn.Module, x: Tensor) -> None:
+    """Behind a layer that autocast computes in half precision."""
+    model = nn.Sequential(layer, norm)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(x)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), copy.deepcopy(model)(x), rtol=0.05, atol=0.05)
+
+
 def assert_refuses(module: nn.Module, x: Tensor, *args: Any) -> None:
     """Nested and complex inputs, by name, with nothing changed."""
     before = copy.deepcopy(module.state_dict())
