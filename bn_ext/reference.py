@@ -56,7 +56,7 @@ def running(old: Tensor, observed: Tensor, momentum: float) -> Tensor:
 
 
 def freedom(input: Tensor, mask: Tensor | None = None) -> float:
-    """What divides the sum of squared deviations for the unbiased variance: m - 1 for m values, 0 for less than two."""
+    """The number that divides m2 for the unbiased variance: m - 1 of m values, and 0 of less than two."""
     w = weights(input, mask)
     return (w.sum() - w.square().sum() / w.sum()).item() if (w > 0).sum() > 1 else 0.0
 

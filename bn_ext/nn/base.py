@@ -56,7 +56,7 @@ class FusedForward(Ours, _NormBase):
         return ", frozen" * self.frozen + share
 
     def _rule(self, input: Tensor) -> Rule | None:
-        """What stands between the stages of this call; None if there is nothing, so that one operator answers it."""
+        """Returns the rule by which stages make up this call, or None where one operator answers it."""
         if self.running_share == 1 or self.training or self.running_mean is None or self.running_var is None:
             return None
         return Mixture(self.running_mean, self.running_var, self.running_share, self.eps)

@@ -116,7 +116,7 @@ def _obstacle(device: torch.device) -> str:
 
 
 def _rows(input: Tensor) -> Tensor:
-    """As (N, C, S)."""
+    """Views an input of any rank as (N, C, S)."""
     return input.flatten(2) if input.dim() > 2 else input.unsqueeze(2)
 
 
@@ -124,7 +124,7 @@ def _merged(input: Tensor, rule: Rule) -> Moments:
     """The moments of a call by standard operators."""
     x = _rows(input).to(torch.float32 if input.is_mps else torch.float64)
     others = [0, 2] if rule.set_size is None else [2]
-    # Of sizes, which a trace follows as it does not follow numbers.
+    # A trace follows sums of ones, where it would keep the example's sizes as numbers.
     values = torch.ones_like(x.sum(1)).sum(1)
     counts = values.sum() if rule.set_size is None else values
     mean = x.sum(others) / counts.clamp(min=1).unsqueeze(-1)

@@ -79,7 +79,7 @@ class Running(OfBatch):
     reduces = False
 
     def given(self) -> Moments:
-        # As if of one value each.
+        # Moments of one value have the variance as their sum of squares.
         mean, var = self.running_mean.double(), self.running_var.double()
         return Moments(mean.new_ones(mean.size(0)), mean, var)
 

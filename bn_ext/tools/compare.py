@@ -182,7 +182,7 @@ def _first(input: Any, *_: Any, **__: Any) -> Any:
     return input
 
 
-# Those of the other modules in bn_ext.nn normalize by statistics for which torch has no class.
+# The modules whose classes torch has a counterpart of: other classes of bn_ext.nn normalize by other statistics.
 _LIKE_TORCHS = ("bn_ext.nn.batch_norm", "bn_ext.nn.activated")
 
 

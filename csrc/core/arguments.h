@@ -36,14 +36,14 @@ struct PerChannel {
   }
 };
 
-// What the mask of a statistic set adds up to.
+// The sums of a mask over a statistic set.
 struct Counted {
   double count = 0;    // the sum: the number of values that count, where each counts 1
   double freedom = 0;  // divides m2 for the unbiased variance: 0 if at most one value counts
   int64_t first = 0;   // the position of the first value that counts, in the set
 };
 
-// With numbers of these sums. `positive` of them are not 0.
+// Counted from a mask's numbers, of which `positive` are not 0, and their sums.
 BN_HD Counted counted_of(double sum, double sum_of_squares, int64_t positive, int64_t first) {
   const double freedom = positive > 1 ? sum - sum_of_squares / sum : 0;
   return {sum, freedom > 0 ? freedom : 0, first};

@@ -74,7 +74,7 @@ class Norm:
         return min(counts) * (processes(getattr(self.module, "process_group", None)) if self.is_synchronized else 1)
 
     def _channels(self, shape: torch.Size) -> int:
-        """Of an input of this shape."""
+        """Returns the number of channels of an input of this shape."""
         return shape[-1] if isinstance(self.module, BatchNormLast) else shape[1]
 
     def parameters(self) -> dict[int, str]:

@@ -41,7 +41,7 @@ class Scratch {
   std::byte* next_;
 };
 
-// What a mask adds up to in a patch, and in the patch's first quarter.
+// The sums of a mask over a patch and over the patch's first quarter.
 struct PatchCount {
   double whole;
   double quarter;
@@ -50,8 +50,7 @@ struct PatchCount {
 // The mask of a statistic set.
 struct SetMask {
   const void* values = nullptr;  // of the accumulation type, for each image and position of the problem; or null
-  // The same, repeated for the channels of a tile: rows of `width`, as the lanes of joined planes or of folded rows
-  // are.
+  // The values repeated for the channels of a tile, in rows of `width`: a lane of joined planes or folded rows has one.
   const void* lanes = nullptr;
   int64_t width = 0;
   const PatchCount* patches = nullptr;
