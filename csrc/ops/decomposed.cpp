@@ -79,6 +79,11 @@ Tensor spread_mask(const Tensor& mask, const Tensor& t) {
   return mask.unsqueeze(1).to(t.scalar_type());
 }
 
+// t, each value as much as it counts.
+Tensor weighed(const Tensor& t, const OptionalTensor& mask) {
+  return mask.has_value() ? t * spread_mask(*mask, t) : t;
+}
+
 // The sum of each channel in each statistic set over the number of values, of those that count by the mask.
 Tensor shared_out(const Tensor& t, SetSize set_size, const OptionalTensor& mask) {
   return mask.has_value() ? divided(by_image(t, set_size, sum), by_image(spread_mask(*mask, t), set_size, sum))
@@ -87,7 +92,7 @@ Tensor shared_out(const Tensor& t, SetSize set_size, const OptionalTensor& mask)
 
 // The mean of each channel in each statistic set, of sizes that broadcast with t.
 Tensor average(const Tensor& t, SetSize set_size, const OptionalTensor& mask) {
-  return shared_out(mask.has_value() ? t * spread_mask(*mask, t) : t, set_size, mask);
+  return shared_out(weighed(t, mask), set_size, mask);
 }
 
 // t, and 0 where the mask is.
@@ -252,9 +257,7 @@ Tensor freedom(const Tensor& x, SetSize set_size, const OptionalTensor& mask) {
 Normalized by_sets(const Arguments& a, const Tensor& momentum) {
   const auto others = dimensions(a.input).first;
   const Tensor x = a.input.detach().to(at::kDouble);
-  const Tensor weights = a.mask.has_value() ? spread_mask(*a.mask, x) : Tensor();
-  const auto weighed = [&](const Tensor& t) { return weights.defined() ? t * weights : t; };
-  const Tensor within = weighed((x - average(x, a.set_size, a.mask)).square()).sum(others);
+  const Tensor within = weighed((x - average(x, a.set_size, a.mask)).square(), a.mask).sum(others);
   const Tensor free = freedom(x, a.set_size, a.mask);
   const Tensor weight = at::where(free > 0, momentum, at::zeros({}, momentum.options()));
   return {by_primitives(a), moved(a.running_mean, average(x, std::nullopt, a.mask), weight, at::kDouble, x),
@@ -418,12 +421,10 @@ FourTensors decomposed_backward(const BackwardArguments& a, double eps, Layout l
   dz = only(dz, a.mask);
   const auto [wants_dx, wants_dweight, wants_dbias, wants_dresidual] = a.output_mask;
   const auto dx = [&] {
+    const auto shared = [&](const Tensor& t) { return shared_out(t, a.set_size, a.mask); };
     Tensor centred = dz;
-    if (a.training && a.mask.has_value()) {
-      const auto shared = [&](const Tensor& t) { return shared_out(t, a.set_size, a.mask); };
-      centred = dz - spread_mask(*a.mask, dz) * (shared(dz) + x_hat * shared(dz * x_hat));
-    } else if (a.training) {
-      centred = dz - by_image(dz, a.set_size, mean) - x_hat * by_image(dz * x_hat, a.set_size, mean);
+    if (a.training) {
+      centred = dz - weighed(shared(dz), a.mask) - weighed(x_hat * shared(dz * x_hat), a.mask);
     }
     centred = centred * invstd;
     return (a.weight.has_value() ? centred * a.weight->to(type).view(per_channel) : centred).to(a.dy.scalar_type());
