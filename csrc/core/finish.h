@@ -92,10 +92,10 @@ BN_HD void set_parameter_gradients(const BackwardArgs& args, int64_t c, double d
 }
 
 // dz is the gradient of the activation's input. `sum_dz_shifted` is the sum of dz * (x - shift), with the shift of the
-// forward. Both are used by a pass that reduces only.
+// forward. Both are used by a pass that reduces only. `count` says how many values the statistics are of.
 template <class A>
 BN_HD GradientCoefficients<A> finish_backward(
-    const BackwardArgs& args, int64_t set, int64_t c, double sum_dz, double sum_dz_shifted, bool writes) {
+    const BackwardArgs& args, int64_t set, int64_t c, double count, double sum_dz, double sum_dz_shifted, bool writes) {
   const int64_t i = args.problem.statistic(set, c);
   const double mean = args.mean[i];
   const double invstd = args.invstd[i];
@@ -112,7 +112,6 @@ BN_HD GradientCoefficients<A> finish_backward(
       set_parameter_gradients(args, c, sums.dz_xmu * invstd, sums.dz);
     }
   }
-  const double count = args.counts != nullptr ? args.counts[set] : counted(args.problem, args.mask, set).count;
   return gradient_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
 }
 

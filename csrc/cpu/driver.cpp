@@ -211,8 +211,8 @@ void forward(ForwardArgs args, const Kernels& kernels) {
   const Pass pass = pass_of(args);
   const bool reduces = pass.reduces();
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
-  const MaskSums mask(args.mask, args.problem, plan);
-  args.mask = mask.mask();
+  const MaskSums mask(args.mask, pass, plan);
+  args.mask = mask.counted_mask();
   const Partial partial(plan, reduces);
   Coefficients<A> coefficients(plan, Direction::Forward);
   double momentum = args.momentum;
@@ -281,8 +281,8 @@ void backward(BackwardArgs args, const Kernels& kernels) {
   const bool reduces = pass.reduces();
   const bool reduces_dz_alone = pass.reduce_reads().tensors == 1;
   const Plan plan = cpu::plan(pass, at::get_num_threads(), last_cache_bytes());
-  const MaskSums mask(args.mask, args.problem, plan);
-  args.mask = mask.mask();
+  const MaskSums mask(args.mask, pass, plan);
+  args.mask = mask.counted_mask();
   const Partial partial(plan, reduces);
   Coefficients<A> coefficients(plan, Direction::Backward);
   for_each(plan, plan.sets, [&](int64_t set) {
@@ -307,10 +307,12 @@ void backward(BackwardArgs args, const Kernels& kernels) {
     if (reduces) {
       add_chunks(set, begin, end);
     }
+    const double count = args.counts != nullptr ? args.counts[set] : counted(args.problem, args.mask, set).count;
     for (int64_t i = begin; i < end; ++i) {
       const double sum_dz = reduces ? partial.first(set, 0)[i] : 0;
       const double sum_dz_shifted = reduces ? partial.second(set, 0)[i] : 0;
-      coefficients.set_channel(set, i, finish_backward<A>(args, set, i, sum_dz, sum_dz_shifted, /*writes=*/true));
+      coefficients.set_channel(set, i,
+                               finish_backward<A>(args, set, i, count, sum_dz, sum_dz_shifted, /*writes=*/true));
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);

@@ -28,7 +28,7 @@ class BackwardPass {
   static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read by Any alone
   static constexpr bool kRefersToChannels = true;
   static constexpr int kHeld = 2;
-  // Not measured. Without an activation two packs of a 2-byte type spill on sm_75 and sm_80.
+  // Not measured. Without an activation two packs of a 2-byte type spill on sm_75.
   static constexpr int kSumBatch = kPlain && sizeof(T) == 2 ? 1 : batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
   static constexpr int kApplyBatch = kSumBatch;
 
@@ -87,7 +87,8 @@ class BackwardPass {
     const bool summed = reduce_reads_ > 0;
     const double sum = summed ? sums.sum(k) : 0;
     const double product = summed ? sums.product(k) : 0;
-    return {repeat_forward<A>(args_, set, c), finish_backward<A>(args_, set, c, sum, product, sums.leads())};
+    return {repeat_forward<A>(args_, set, c),
+            finish_backward<A>(args_, set, c, count(set), sum, product, sums.leads())};
   }
 
   BN_DEVICE void finish_sets(int64_t c) const {
@@ -121,6 +122,14 @@ class BackwardPass {
   }
 
  private:
+  // The values that the statistics of a set are of.
+  BN_DEVICE double count(int64_t set) const {
+    if (args_.counts != nullptr) {
+      return args_.counts[set];
+    }
+    return kMasked ? counted(args_.problem, args_.mask, set).count : static_cast<double>(args_.problem.count_of(set));
+  }
+
   static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const NormalizeCoefficients<A>& k) { return k; }
   static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const Coefficients& k) { return k.forward; }
 
