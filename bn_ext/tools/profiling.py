@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import tempfile
@@ -17,6 +18,19 @@ _LOG = b"USDT:"
 _STEPS = 3
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Keeps Python from freeing cycles: memory of an earlier step would count as freed by this one."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+@_without_collector()
 def allocated(step: Callable[[], object], device: str) -> tuple[int, int]:
     """Bytes that ``step`` leaves in what it returns, and the most that it had at a time."""
     if torch.device(device).type == "cuda":

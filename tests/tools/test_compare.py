@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import random
 import re
@@ -303,6 +304,24 @@ def test_the_profiler_is_silent_but_nothing_else_is(capfd: pytest.CaptureFixture
 
     profiling.allocated(lambda: os.write(2, b"heard\n"), "cpu")
     assert capfd.readouterr().err == "heard\n"
+
+
+def test_memory_of_an_earlier_step_is_not_freed_by_a_later_one() -> None:
+    def leave() -> None:
+        cycle: list[object] = [torch.empty(1000)]
+        cycle.append(cycle)
+
+    def collect() -> None:
+        gc.set_threshold(1)
+        assert [[]]
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(10**9)
+    try:
+        found = [profiling.allocated(step, "cpu")[0] for step in (leave, collect)]
+    finally:
+        gc.set_threshold(*thresholds)
+    assert found == [4000, 0]
 
 
 def wrong_in_ours(monkeypatch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
