@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import tempfile
@@ -34,6 +35,13 @@ def pytest_report_header() -> str:
 @pytest.fixture(params=cases.DEVICES)
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects() -> None:
+    """Has the collector pass by what is there: torch's compiler alone leaves 350,000 objects, which take it 0.2 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
