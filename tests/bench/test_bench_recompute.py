@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -41,3 +42,35 @@ def test_table() -> None:
     line = recompute.table(rows).splitlines()[-1]
     expected = "N, contiguous, float32, batch 2 | 2.0 MB | 70% | 40% **other bits** | 40% | 50% | 10 / 10 / 10 | 1.10 |"
     assert line == f"| {expected}"
+    for row in rows:
+        del row["median_ms"], row["over_fused"]
+    assert recompute.table(rows).endswith("| 40% | 50% |  |  |")
+
+
+def test_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row for each way, with medians over the processes. (What a process finds, the processes that run it tell.)"""
+    found = iter((1.5, 1.1, 1.2))
+
+    def in_a_process(what: str, *arguments: object, environment: object = None) -> object:
+        if what == "held":
+            return 10, 20
+        over = next(found)
+        return {way: (3.0, over) for way in recompute.WAYS}
+
+    monkeypatch.setattr(recompute, "SIZE", 32)
+    monkeypatch.setattr(recompute, "in_a_process", in_a_process)
+    monkeypatch.setitem(NETWORKS, "ResNet-18", (NETWORKS["ResNet-18"][0], 2))
+    rows = recompute.measure("ResNet-18", "contiguous", "float32", 0, 1, processes=3)
+    assert [row["way"] for row in rows] == [*recompute.WAYS]
+    assert all(row["over_fused"] == 1.2 and row["held_over"] == 1 and row["kept"] > 0 for row in rows)
+    assert rows[-1]["same_bits"] and rows[-1]["kept_over"] < 1
+
+
+def test_what_a_process_finds(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "SIZE", 32)
+    monkeypatch.setitem(NETWORKS, "ResNet-18", (NETWORKS["ResNet-18"][0], 2))
+    case = ["ResNet-18", "contiguous", "float32"]
+    assert recompute.main(["--held", *case, recompute.FUSED]) == 0
+    assert recompute.main(["--times", *case, "0", "2"]) == 0
+    (_, _), times = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [*times] == [*recompute.WAYS] and times[recompute.FUSED][1] == 1
