@@ -43,33 +43,55 @@ def exporting() -> bool:
 
 def as_tensor(residual: Any, input: Tensor) -> Any:
     """The residual, as a tensor if it is a number: the operator takes tensors only."""
-    is_number = isinstance(residual, (int, float, SymInt, SymFloat))
-    return input.new_full((), residual) if is_number else residual  # type: ignore[arg-type]
+    if isinstance(residual, (int, float, SymInt, SymFloat)):
+        return input.new_full((), residual)  # type: ignore[arg-type]
+    if residual is not None:
+        check_tensor("residual", residual)
+    return residual
+
+
+def check_tensor(name: str, value: Any) -> None:
+    """Raises an error before the dispatcher does, which prints the values of an argument that is no tensor."""
+    if not hasattr(value, "__torch_function__"):
+        raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
 def check(input: Any, activation: str | None, activation_param: float | None) -> None:
-    """Raises errors before the dispatcher does, which prints the values of an argument that is no tensor."""
-    if not hasattr(input, "__torch_function__"):
-        raise TypeError(f"batch_norm(): argument 'input' must be Tensor, not {type(input).__name__}")
+    """Raises the errors that the operator does not raise, or not as clearly."""
+    check_tensor("input", input)
     if not isinstance(input, Proxy) and getattr(input, "is_nested", False):
         raise NotImplementedError("batch_norm(): nested tensors have no batch norm: pad them, and give a mask")
     if activation is not None or activation_param is not None:
         activations.check(activation, activation_param)
 
 
+def check_virtual_batch_size(size: Any) -> None:
+    """Raises the errors of a number of images in a virtual batch."""
+    if isinstance(size, bool) or not isinstance(size, (int, SymInt)):
+        raise TypeError(f"virtual_batch_size should be an int, got {type(size).__name__}")
+    if not 1 <= size < 2**63:  # what the operator takes
+        raise ValueError(f"virtual_batch_size should be positive and less than 2**63, got {size}")
+
+
 def mask_of(input: Tensor, mask: Tensor | None, lengths: Tensor | None) -> Tensor | None:
     """The mask of a call that may be given the lengths of sequences instead."""
-    if lengths is None:
-        return mask
+    if mask is None and lengths is None:
+        return None
     if not is_scripting():
         check(input, None, None)
-        if not isinstance(lengths, Tensor):
-            raise TypeError(f"lengths should be a Tensor, got {type(lengths).__name__}")
+        check_tensor("mask" if lengths is None else "lengths", mask if lengths is None else lengths)
+    if lengths is None:
+        return mask
     if mask is not None:
         raise ValueError("batch_norm(): mask and lengths were both given")
-    if input.dim() != 3 or lengths.size() != input.size()[:1]:
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths should be of an integer type, got {lengths.dtype}")
+    # A trace would keep the result of a comparison of sizes, and warn.
+    if input.dim() != 3 or lengths.dim() != 1 or (not is_tracing() and lengths.size(0) != input.size(0)):
         raise ValueError(f"lengths of sizes {lengths.size()} are for inputs (N, C, L), got sizes {input.size()}")
-    return torch.arange(input.size(2), device=input.device) < lengths.unsqueeze(1)
+    if lengths.device != input.device:
+        raise RuntimeError(f"lengths is on {lengths.device} but input is on {input.device}")
+    return torch.arange(input.size(2), device=input.device) < lengths.to(torch.int64).unsqueeze(1)
 
 
 def masked(output: Tensor, mask: Tensor | None) -> Tensor:
@@ -141,11 +163,12 @@ def batch_norm(
 
     Raises:
         ValueError: in training, one value per channel, or ``eps`` not positive; one of the running statistics alone; an
-            unknown activation, or a parameter that it does not take; a ``virtual_batch_size`` below 1; a mask of other
-            sizes.
+            unknown activation, or a parameter that it does not take; a ``virtual_batch_size`` below 1 or of 2**63 and
+            more; a mask of other sizes.
         RuntimeError: a size, dtype or device that does not fit the input; no statistics outside training; an export of
             virtual batches, or of a mask in training; a mask that requires gradients.
-        TypeError: an input or a momentum of None.
+        TypeError: an input, a residual or a mask that is no tensor; a ``virtual_batch_size`` that is no int; a momentum
+            of None.
         NotImplementedError: an input that is not of a floating dtype.
 
     Example:
@@ -192,8 +215,10 @@ def _batch_norm(
         check(input, activation, activation_param)
         if momentum is None:  # to the operator it means a cumulative average
             raise TypeError("batch_norm(): momentum must be a number, got None")
-        if virtual_batch_size is not None and virtual_batch_size < 1:
-            raise ValueError(f"virtual_batch_size should be positive, got {virtual_batch_size}")
+        if virtual_batch_size is not None:
+            check_virtual_batch_size(virtual_batch_size)
+        if mask is not None:
+            check_tensor("mask", mask)
         residual = as_tensor(residual, input)
         if exporting():
             if training and virtual_batch_size is not None:

@@ -50,7 +50,8 @@ class BatchNorm1d(_FusedBatchNorm, torch.nn.BatchNorm1d):
         - lengths: (N,).
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+        TypeError: in a call, ``lengths`` of another type than integers.
+        TypeError, ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
 
     Example:
         >>> bn = bn_ext.BatchNorm1d(8)
@@ -82,6 +83,7 @@ class BatchNorm2d(_FusedBatchNorm, torch.nn.BatchNorm2d):
         - mask: (N, H, W).
 
     Raises:
+        TypeError: in a call, an input, a residual or a mask that is no tensor.
         ValueError: in a call, an input of another rank; in training, one value per channel, or ``eps`` not positive; an
             unknown activation, or a parameter for one that has none; a mask of other sizes.
         RuntimeError: in a call, other than ``num_features`` channels; a dtype or device that does not fit the input.
@@ -108,7 +110,7 @@ class BatchNorm3d(_FusedBatchNorm, torch.nn.BatchNorm3d):
         - mask: (N, D, H, W).
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+        TypeError, ValueError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
 
     Example:
         >>> bn = bn_ext.BatchNorm3d(8)

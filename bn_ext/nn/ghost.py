@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
-from bn_ext.functional import not_exportable
+from bn_ext.functional import check_virtual_batch_size, not_exportable
 from bn_ext.nn.batch_norm import _FusedBatchNorm
 
 
@@ -18,10 +18,7 @@ class GhostBatchNorm(_FusedBatchNorm):
     __constants__ = [*_FusedBatchNorm.__constants__, "virtual_batch_size", "noise"]  # noqa: RUF012
 
     def __init__(self, num_features: int, virtual_batch_size: int = 32, noise: bool = False, **options: Any) -> None:
-        if type(virtual_batch_size) is not int:
-            raise TypeError(f"virtual_batch_size should be an int, got {type(virtual_batch_size).__name__}")
-        if virtual_batch_size < 1:
-            raise ValueError(f"virtual_batch_size should be positive, got {virtual_batch_size}")
+        check_virtual_batch_size(virtual_batch_size)
         if type(noise) is not bool:
             raise TypeError(f"noise should be a bool, got {type(noise).__name__}: give other options by name")
         super().__init__(num_features, **options)
@@ -108,9 +105,10 @@ class GhostBatchNorm2d(GhostBatchNorm, torch.nn.BatchNorm2d):
         - input, residual, output: (N, C, H, W), of any strides.
 
     Raises:
-        TypeError: a ``virtual_batch_size`` that is no int, or a ``noise`` that is no bool.
-        ValueError: a ``virtual_batch_size`` below 1; in a call, virtual batches of one value per channel (but for a
-            last, shorter one), or what :class:`BatchNorm2d` refuses.
+        TypeError: a ``virtual_batch_size`` that is no int, or a ``noise`` that is no bool; in a call, as
+            :class:`BatchNorm2d`.
+        ValueError: a ``virtual_batch_size`` below 1 or of 2**63 and more; in a call, virtual batches of one value per
+            channel (but for a last, shorter one), or what :class:`BatchNorm2d` refuses.
         RuntimeError: in training, :func:`torch.export.export` or ONNX; in a call, as :class:`BatchNorm2d`.
         NotImplementedError: in a call, as :class:`BatchNorm2d`.
 

@@ -24,6 +24,15 @@ SHAPES = [
 ]
 
 
+WRONG_SIZES = [
+    (0, ValueError, r"virtual_batch_size should be positive and less than 2\*\*63, got 0"),
+    (2**63, ValueError, r"virtual_batch_size should be positive and less than 2\*\*63, got 9223372036854775808"),
+    (2.0, TypeError, "virtual_batch_size should be an int, got float"),
+    (True, TypeError, "virtual_batch_size should be an int, got bool"),
+    ("2", TypeError, "virtual_batch_size should be an int, got str"),
+]
+
+
 def ghost(module: nn.Module, x: Tensor) -> Tensor:
     others = [0, *range(2, x.dim())]
     z = torch.cat([normalized(part, others) for part in x.split(module.virtual_batch_size)])
@@ -86,7 +95,7 @@ def test_one_operator(device: str) -> None:
 
 def test_a_batch_of_one_virtual_batch_is_plain(device: str) -> None:
     x = torch.randn(10, 6, 5, 7, device=device)
-    for size, noise in ((10, False), (32, False), (10, True), (32, True)):
+    for size, noise in ((10, False), (2**63 - 1, False), (10, True), (32, True)):
         module, plain = GhostBatchNorm2d(6, size, noise, device=device), bn_ext.BatchNorm2d(6, device=device)
         assert torch.equal(module(x), plain(x))
         assert other_sets.same(module.state_dict(), plain.state_dict())
@@ -179,8 +188,9 @@ def test_the_function(training: bool, device: str) -> None:
 
 def test_the_function_refuses(device: str) -> None:
     x = torch.randn(10, 6, device=device)
-    with pytest.raises(ValueError, match="virtual_batch_size should be positive, got 0"):
-        bn_ext.functional.batch_norm(x, None, None, training=True, virtual_batch_size=0)
+    for wrong, error, message in WRONG_SIZES:
+        with pytest.raises(error, match=message):
+            bn_ext.functional.batch_norm(x, None, None, training=True, virtual_batch_size=wrong)
     with pytest.raises(TypeError):  # by name alone
         bn_ext.functional.batch_norm(x, None, None, None, None, True, 0.1, 1e-5, None, None, None, 4)
 
@@ -234,11 +244,11 @@ def test_construction() -> None:
     module = GhostBatchNorm2d(3, 8, eps=1e-3, momentum=None, affine=False, dtype=torch.float64)
     assert (module.eps, module.momentum, module.weight, module.virtual_batch_size) == (1e-3, None, None, 8)
     assert "track_running_stats=True, virtual_batch_size=8, noise=False, bn_ext)" in repr(module)
-    with pytest.raises(ValueError, match="virtual_batch_size should be positive, got 0"):
-        GhostBatchNorm2d(3, 0)
-    for wrong in (1e-5, True, None):
-        with pytest.raises(TypeError, match="virtual_batch_size should be an int, got"):
+    for wrong, error, message in WRONG_SIZES:
+        with pytest.raises(error, match=message):
             GhostBatchNorm2d(3, wrong)
+    with pytest.raises(TypeError, match="virtual_batch_size should be an int, got NoneType"):
+        GhostBatchNorm2d(3, None)
     with pytest.raises(TypeError, match="noise should be a bool, got float"):
         GhostBatchNorm2d(3, 32, 0.1)
 
