@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from bn_ext import activation as activations
+from bn_ext.functional import check_tensor
 
 _OPS = torch.ops.bn_ext
 
@@ -88,10 +89,8 @@ def _weights(mask: Tensor | None, input: Tensor) -> Tensor | None:
     """A mask as operators take it."""
     if mask is None:
         return None
-    if mask.shape != input.shape[:1] + input.shape[2:]:
-        raise ValueError(f"expected a mask of sizes (N, *) for an input of sizes {input.shape}, got {mask.shape}")
-    weights = mask.to(torch.promote_types(input.dtype, torch.float32))
-    return torch.where(weights > 0, weights, 0).contiguous()
+    check_tensor("mask", mask)
+    return _OPS.batch_norm_mask(input, mask)
 
 
 def stats(input: Tensor, set_size: int | None = None, mask: Tensor | None = None) -> Moments:

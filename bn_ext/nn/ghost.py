@@ -39,6 +39,8 @@ class GhostBatchNorm(_FusedBatchNorm):
             return weight, bias, self.virtual_batch_size
         if input.dim() < 2 or input.size(0) <= self.virtual_batch_size:
             return weight, bias, None
+        if mask is not None:  # checked before anything is drawn
+            mask = torch.ops.bn_ext.batch_norm_mask(input, mask)
         # (x_hat - n1) * exp(-n2) * weight + bias, as a weight and a bias; n1 has variance 1/m, n2 1/(2m).
         channels = input.size(1)
         dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -47,7 +49,7 @@ class GhostBatchNorm(_FusedBatchNorm):
         if mask is None:
             noise = noise * (inverse_m * max(channels, 1) * input.size(0) / max(input.numel(), 1)) ** 0.5
         else:
-            weights = torch.where(mask > 0, mask, torch.zeros_like(mask)).to(torch.float64)
+            weights = mask.double()
             weights = weights / weights.sum().clamp(min=1e-300)
             values = 1 / weights.square().sum()  # as many that count alike have a mean of this variance
             variance = torch.where(values > 1, inverse_m * input.size(0) / values, torch.zeros_like(values))

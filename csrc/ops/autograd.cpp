@@ -281,21 +281,26 @@ Tensor transformed(const Arguments& a) {
   return decomposed(a, "a transform of torch.func has to see through it");
 }
 
-// How much each value counts, as operators below batch_norm take it: what is not positive does not. Their largest is 1,
-// so that neither their squares nor gradients over their sum leave the range of the type.
-OptionalTensor weights_of(const OptionalTensor& mask, const Tensor& input) {
-  if (!mask.has_value()) {
-    return std::nullopt;
-  }
-  check_mask(input, *mask);
+// How much each value counts: what is not positive does not.
+Tensor batch_norm_mask(const Tensor& input, const Tensor& mask, bool relative) {
+  check_mask(input, mask);
   const auto type = at::toOpMathType(input.scalar_type());
-  if (mask->scalar_type() == at::kBool || TORCH_GUARD_OR_FALSE(mask->sym_numel().sym_eq(0))) {
-    return mask->to(type).contiguous();
+  if (mask.scalar_type() == at::kBool || TORCH_GUARD_OR_FALSE(mask.sym_numel().sym_eq(0))) {
+    return mask.to(type).contiguous();
   }
-  const Tensor weights = mask->to(at::kDouble);
+  const Tensor weights = mask.to(at::kDouble);
   const Tensor positive = at::where(weights > 0, weights, at::zeros({}, weights.options()));
+  if (!relative) {
+    return positive.to(type).contiguous();
+  }
   const Tensor largest = positive.amax();
   return at::where(largest > 0, positive / largest, positive).to(type).contiguous();
+}
+
+// To batch_norm only the ratios of weights matter. The largest is 1, so that neither squares of weights nor gradients
+// over their sum leave the range of the type.
+OptionalTensor weights_of(const OptionalTensor& mask, const Tensor& input) {
+  return mask.has_value() ? OptionalTensor(batch_norm_mask(input, *mask, /*relative=*/true)) : std::nullopt;
 }
 
 // A function as the dispatcher calls it.
@@ -330,6 +335,7 @@ Tensor with_arguments(const Tensor& input,
 
 TORCH_LIBRARY_IMPL(bn_ext, CompositeImplicitAutograd, m) {
   m.impl("batch_norm", with_arguments<batch_norm>);
+  m.impl("batch_norm_mask", batch_norm_mask);
 }
 
 TORCH_LIBRARY_IMPL(bn_ext, FuncTorchDynamicLayerFrontMode, m) {

@@ -332,8 +332,10 @@ void check_writable(const Arguments& a, const Tensor& mean, const Tensor& var) {
       running.copy_(at::where(at::zeros({}, running.options().dtype(at::kBool)), value, running));
     }
   } catch (const c10::Error& error) {
-    TORCH_CHECK(false, "batch_norm: under torch.func, with ",
-                a.set_size.has_value() ? "a set_size" : "a cumulative average or mixed types",
+    const char* what = a.set_size.has_value() ? "a set_size"
+                       : a.mask.has_value()   ? "a mask"
+                                              : "a cumulative average or mixed types";
+    TORCH_CHECK(false, "batch_norm: under torch.func, with ", what,
                 ", running_mean and running_var should be tensors that the transformed function may write to: ",
                 error.what_without_backtrace());
   }

@@ -18,11 +18,15 @@ TORCH_LIBRARY(bn_ext, m) {
       "str? activation=None, float? activation_param=None, int? set_size=None, Tensor? mask=None) -> Tensor",
       tags);
 
+  // A mask of batch_norm as the operators below take it: of the type that the input is summed in, and 0 for what is not
+  // positive. relative: to the largest.
+  m.def("batch_norm_mask(Tensor input, Tensor mask, bool relative=False) -> Tensor", tags);
+
   // batch_norm below autograd: one operator for training, and one for evaluation, which writes to nothing. mean and
   // invstd are the statistics that normalized the input, in float64: (C,), or with a set_size (sets, C). branches, of
   // bytes, has a bit for each element in the order of memory: the branch of the activation; None without with_branches.
-  // The activation is a number, its place in the list of activations. The mask of these operators is of the type that
-  // the input is summed in, and has no negative numbers.
+  // The activation is a number, its place in the list of activations. The mask of these operators is that of
+  // batch_norm_mask.
   m.def(
       "batch_norm_forward(Tensor input, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
       "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps, "

@@ -16,9 +16,11 @@ import bn_ext
 BN = bn_ext.nn.GhostBatchNorm1d
 CALLS: dict[str, Callable[..., Any]] = {
     "module": lambda bn, x, mask: bn(x, mask=mask),
+    "noise": lambda bn, x, mask: bn(x, mask=mask),
     "function": lambda bn, x, mask: bn_ext.functional.batch_norm(
         x, bn.running_mean, bn.running_var, training=True, mask=mask
     ),
+    "stages": lambda bn, x, mask: bn_ext.stages.stats(x, mask=mask),
 }
 MISTAKES: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
     "sizes": (lambda m: m[:, :-1], ValueError, r"expected a mask of sizes \(N, \*\) .* \[4, 3, 6\], got \[4, 5\]"),
@@ -53,7 +55,7 @@ def rejected(call: Callable[[], Any], bn: nn.Module, error: type[Exception], mes
 @pytest.mark.parametrize("wrong", MISTAKES)
 def test_masks(wrong: str, call: str, device: str) -> None:
     change, error, message = MISTAKES[wrong]
-    bn, x = BN(3, 2).to(device), torch.randn(4, 3, 6, device=device)
+    bn, x = BN(3, 2, noise=call == "noise").to(device), torch.randn(4, 3, 6, device=device)
     mask = change(torch.ones(4, 6, dtype=torch.bool, device=device))
     rejected(lambda: CALLS[call](bn, x, mask), bn, error, message)
     if wrong != "layout":  # there are no fake sparse tensors
@@ -86,6 +88,14 @@ def test_mask_and_lengths(device: str) -> None:
     mask, lengths = torch.ones(4, 6, device=device), torch.tensor([1, 2, 3, 4], device=device)
     rejected(lambda: bn(x, mask=mask, lengths=lengths), bn, ValueError, "mask and lengths were both given")
     rejected(lambda: bn(x[..., 0], lengths=lengths), bn, ValueError, r"are for inputs \(N, C, L\), got .*\[4, 3\]")
+
+
+def test_running_statistics_captured_by_vmap(device: str) -> None:
+    """Says that it is the mask by which they would be written to."""
+    bn, mask = bn_ext.BatchNorm1d(3).to(device), torch.ones(4, 6, device=device)
+    many = torch.randn(2, 4, 3, 6, device=device)
+    message = "under torch.func, with a mask, running_mean and running_var should be tensors that"
+    rejected(lambda: torch.func.vmap(lambda x: bn(x, mask=mask))(many), bn, RuntimeError, message)
 
 
 def test_classes_that_take_no_mask() -> None:

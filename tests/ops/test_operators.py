@@ -46,6 +46,7 @@ MASK = "Tensor? mask=None"
 SCHEMAS = {
     "batch_norm": f"({NORM}, bool training, float? momentum, float eps, Tensor? residual=None, str? activation=None, "
     f"float? activation_param=None, int? set_size=None, {MASK}) -> Tensor",
+    "batch_norm_mask": "(Tensor input, Tensor mask, bool relative=False) -> Tensor",
     "batch_norm_forward": f"({NORM}, float? momentum, float eps, {FUSED}, {OF_SETS}, bool with_branches, {MASK}) "
     "-> (Tensor output, Tensor mean, Tensor invstd, Tensor branches)",
     "batch_norm_forward.evaluation": "(Tensor input, Tensor? weight, Tensor? bias, Tensor running_mean, "
