@@ -13,7 +13,7 @@ from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, masked, not_exportable, operator
 from bn_ext.nn.adapted import Mixture
-from bn_ext.nn.composed import Rule, composed, move_statistics
+from bn_ext.nn.composed import Rule, check_input, composed, move_statistics
 from bn_ext.stages import Chain
 
 
@@ -66,6 +66,7 @@ class FusedForward(Ours, _NormBase):
         output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain)
         tracks = self.training and self.track_running_stats
         if moments is not None and tracks and self.running_mean is not None:
+        check_input(input, self.num_features)
             move_statistics(moments, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
         return output
 

@@ -22,6 +22,8 @@ from bn_ext.stages import Chain, Moments, Statistics, Sums, backward_elemt, back
 # The activations whose gradient is known by a bit an element: none then depends on the weight of the backward.
 _WITH_BRANCHES = tuple(name for name in activations.NAMES if _C.backward_chain(name, residual=True)[1])
 
+_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 _APART = "the residual differs from the input in sizes, dtype, device or layout"
 
 
@@ -67,10 +69,20 @@ def transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or is_tracing()
 
 
+def check_input(input: Tensor, channels: int) -> None:
+    """Raises the errors of an input (N, C, *) that the stages do not raise, or in their own names."""
+    if input.dtype not in _TYPES:
+        asked = "float64, float32, bfloat16 or float16"
+        raise NotImplementedError(f"batch_norm(): expected an input of type {asked}, got {input.dtype}")
+    if input.layout != torch.strided:
+        raise NotImplementedError(f"batch_norm(): expected a strided input, got {input.layout}")
+    if not is_tracing() and input.size(1) != channels:  # a trace would keep the result, and warn
+        raise RuntimeError(f"running_mean should contain {input.size(1)} elements not {channels}")
+
+
 def check_training(input: Tensor, channels: int, eps: float) -> None:
     """Raises the errors of a batch norm in training that the stages do not raise, before anything is written."""
-    if input.dim() > 1 and input.size(1) != channels:
-        raise RuntimeError(f"running_mean should contain {input.size(1)} elements not {channels}")
+    check_input(input, channels)
     if eps <= 0:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.jit import is_tracing
@@ -190,9 +191,11 @@ class DomainBatchNorm(FusedForward):
         chain = Chain(as_tensor(residual, input), activation, activation_param)
         if isinstance(domain, Tensor):
             return self._composed(input, self._by(self._indices(input, domain)), chain)
-        if not isinstance(domain, int):  # NumPy's integers are none
-            if not hasattr(domain, "__index__"):
-                raise TypeError(f"domain should be an int or a tensor, got {type(domain).__name__}")
+        # NumPy's integers are no int, but numbers; its arrays have the attribute, too.
+        is_number = isinstance(domain, int) or (hasattr(domain, "__index__") and not getattr(domain, "ndim", 0))
+        if isinstance(domain, bool) or not is_number:
+            raise TypeError(f"domain should be an int or a tensor, got {type(domain).__name__}")
+        if not isinstance(domain, int):
             domain = int(domain)
         if not 0 <= domain < self.num_domains:
             raise IndexError(f"domain should be from 0 to {self.num_domains - 1}, got {domain}")
@@ -241,13 +244,13 @@ class DomainBatchNorm(FusedForward):
             raise ValueError(f"domain should have one index a sample, ({input.size(0)},), got {tuple(domain.shape)}")
         if domain.device != input.device:
             raise RuntimeError(f"domain is on {domain.device} but input is on {input.device}")
-        readable = domain.device.type == "cpu" and not (is_compiling() or exporting() or transformed())
-        if readable and domain.numel() > 0:
+        has_values = not (is_compiling() or exporting() or transformed() or isinstance(domain, FakeTensor))
+        if has_values and domain.device.type == "cpu" and domain.numel() > 0:
             least, most = domain.aminmax()
             if least < 0 or most >= self.num_domains:
                 wrong = int(least if least < 0 else most)
                 raise IndexError(f"domain should be from 0 to {self.num_domains - 1}, got {wrong}")
-        return domain.long().clone()  # the backward reads it again, whatever the caller does with it
+        return domain
 
 
 class DomainBatchNorm1d(DomainBatchNorm):
@@ -272,6 +275,7 @@ class DomainBatchNorm1d(DomainBatchNorm):
     """
 
     _check_input_dim = nn.BatchNorm1d._check_input_dim
+        domain = domain.long().clone()  # the backward reads it again, whatever the caller does with it
 
 
 class DomainBatchNorm2d(DomainBatchNorm):

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit import is_tracing
 from torch.nn.modules.batchnorm import _NormBase
 
 from bn_ext.nn.batch_norm import _FusedBatchNorm
@@ -79,8 +80,9 @@ class SharedBatchNorm(_FusedBatchNorm):
     def _rule(self, input: Tensor) -> Rule | None:
         if not self.training or self.frozen:
             return None
+        self._check_input_dim(input)
         check_training(input, self.num_features, self.eps)
-        if input.numel() == self.stat_groups:
+        if not is_tracing() and input.numel() == self.stat_groups:
             size = f"torch.Size({list(input.shape)})"
             raise ValueError(f"Expected more than 1 value per group when training, got input size {size}")
         return Groups(self.stat_groups, self.eps)
@@ -127,7 +129,7 @@ class SharedBatchNorm2d(SharedBatchNorm, torch.nn.BatchNorm2d):
         - input, residual, output: (N, C, H, W), of any strides.
 
     Raises:
-        TypeError: a ``stat_groups`` that is no int.
+        TypeError: a ``stat_groups`` that is no int; in a call, as :class:`BatchNorm2d`.
         ValueError: channels that cannot be divided by ``stat_groups``; no running statistics, without which torch's
             evaluation would share none; in a call, one value per group in training, or what :class:`BatchNorm2d`
             refuses.

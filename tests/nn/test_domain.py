@@ -11,6 +11,7 @@ import torch
 from cases import channels_last, contiguous, same_format
 from other_sets import assert_follows, calls, normalized, randomized, spread, tails
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
@@ -23,6 +24,7 @@ SHAPES = [
     (DomainBatchNorm3d, (9, 6, 2, 3, 4)),
 ]
 DOMAIN = [0, 2, 0, 4, 2, 0, 2, 2, 0]  # of 5: none of 1 and 3, one of 4
+U16 = torch.uint16
 
 
 def domains(device: str = "cpu") -> Tensor:
@@ -82,7 +84,7 @@ def test_a_number(affine_per_domain: bool, training: bool, residual: bool, activ
         one(x, domain)
         states.append(one.state_dict())
     torch.testing.assert_close(*states, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(module(x, np.int64(3)), module(x, torch.tensor(3, device=device)))
+    torch.testing.assert_close(module(x, np.int64(3)), module(x, torch.tensor(3, device=device).to(U16)))
     with torch.profiler.profile() as profile:
         module(x, 3)
     assert sum(event.count for event in profile.key_averages() if event.key.startswith("bn_ext::batch_norm_")) == 1
@@ -313,16 +315,18 @@ def test_mistakes(device: str) -> None:
         with pytest.raises(error, match=message):
             module(x, domain)
     if device == "cpu":
-        for values, message in (((0, 3), "got 3"), ((-1, 0), "got -1")):
+        for wrong, message in ((indices(0, 3), "got 3"), (indices(-1, 0), "got -1"), (indices(0, 9).to(U16), "got 9")):
             with pytest.raises(IndexError, match=f"domain should be from 0 to 2, {message}"):
-                module(x, indices(*values))
+                module(x, wrong)
     with pytest.raises(TypeError):
         module(x)
     with pytest.raises(ValueError, match="expected 2D or 3D input"):
         module(torch.randn(2, 4, 3, 3, device=device), 0)
     for domain in (0, indices(0, 1)):
-        with pytest.raises(RuntimeError, match="should contain 6 elements not 4"):
-            module(torch.randn(2, 6, device=device), domain)
+        for training in (True, False):
+            with pytest.raises(RuntimeError, match="running_mean should contain 6 elements not 4"):
+                module.train(training)(torch.randn(2, 6, device=device), domain)
+        module.train()
         with pytest.raises(ValueError, match="activation should be"):
             module(x, domain, activation="rule")
     with pytest.raises(ValueError, match="more than 1 value per channel"):
@@ -348,11 +352,17 @@ class Model(nn.Module):
     def forward(self, x: Tensor, domain: int | Tensor) -> Tensor:
         return self.norm(self.conv(x), domain).relu()
 
+        (indices(False, True), TypeError, "domain should be of an integer type, got torch.bool"),
 
 def test_whole_models() -> None:
+        (True, TypeError, "domain should be an int or a tensor, got bool"),
+        (np.array([0, 1]), TypeError, "domain should be an int or a tensor, got ndarray"),
     """Tools leave the class alone, and say so where they cannot do what they are for."""
     model, x = Model(), torch.randn(9, 3, 4, 4)
     expected = model(x, domains())
+        if not isinstance(domain, Tensor) or domain.dtype != torch.int64:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, pytest.raises(error, match=message):
+                module(torch.empty(2, 4), fake.from_tensor(domain) if isinstance(domain, Tensor) else domain)
     before = copy.deepcopy(model.state_dict())
     for converter in (bn_ext.convert, bn_ext.revert, nn.SyncBatchNorm.convert_sync_batchnorm):
         assert type(converter(model).norm) is DomainBatchNorm2d

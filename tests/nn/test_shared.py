@@ -10,6 +10,7 @@ import torch
 from cases import channels_last, contiguous, same_format
 from other_sets import assert_follows, calls, normalized, randomized, spread
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import bn_ext
@@ -215,8 +216,23 @@ def test_mistakes() -> None:
         module(torch.randn(2, 4), activation="rule")
     with pytest.raises(RuntimeError):
         module(torch.randn(2, 4), torch.randn(3, 4))
-    with pytest.raises(NotImplementedError, match="Long"):
+    with pytest.raises(NotImplementedError, match=r"got torch\.int64"):
         module(torch.ones(2, 4, dtype=torch.int64))
+    for wrong, error, message in (
+        (torch.randn(2), ValueError, r"expected 2D or 3D input \(got 1D input\)"),
+        (
+            torch.randn(2, 4) + 0j,
+            NotImplementedError,
+            r"batch_norm\(\): expected an input of type .*, got torch.complex64",
+        ),
+        (torch.randn(2, 4).to_sparse(), NotImplementedError, "expected a strided input, got torch.sparse_coo"),
+        (torch.randn(1, 2), RuntimeError, "running_mean should contain 2 elements not 4"),
+    ):
+        with pytest.raises(error, match=message):
+            module(wrong)
+        if wrong.layout == torch.strided:
+            with FakeTensorMode() as fake, pytest.raises(error, match=message):
+                SharedBatchNorm1d(4, 2)(fake.from_tensor(wrong))
     module.eps = 0.0
     with pytest.raises(ValueError, match="eps must be positive"):
         module(torch.randn(2, 4))
