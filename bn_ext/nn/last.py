@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.fx import Proxy
-from torch.jit import is_scripting
+from torch.jit import is_scripting, is_tracing
 
 from bn_ext import activation as activations
 from bn_ext.functional import as_tensor, check
@@ -28,7 +31,7 @@ class BatchNormLast(FusedForward):
 
     Raises:
         ValueError: in a call, an input of fewer than two dimensions, or what :class:`BatchNorm2d` refuses.
-        RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
+        TypeError, RuntimeError, NotImplementedError: in a call, as :class:`BatchNorm2d`.
 
     Example:
         >>> bn = bn_ext.nn.BatchNormLast(8)
@@ -43,6 +46,13 @@ class BatchNormLast(FusedForward):
         if input.dim() < 2:
             raise ValueError(f"expected 2D input or more, (..., C), got {input.dim()}D input")
 
+    def _check_values(self, input: Tensor) -> None:
+        """Raises the operator's error, which would name the sizes that the operator sees."""
+        by_batch = (self.training and not self.frozen) or self.running_mean is None
+        if by_batch and math.prod(input.shape[:-1]) == 1:
+            size = f"torch.Size({list(input.shape)})"
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
     def forward(
         self,
         input: Tensor,
@@ -56,6 +66,9 @@ class BatchNormLast(FusedForward):
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
         self._check_input_dim(input)
+        if not is_scripting():  # noqa: SIM102, which would have TorchScript compile what is inside
+            if not (is_compiling() or is_tracing()):  # they would keep what a comparison of sizes gives
+                self._check_values(input)
         transposed = not input.is_contiguous() and input.movedim(-1, 1).is_contiguous()
         if residual is not None and residual.dim() > 0:
             residual = residual.expand_as(input)

@@ -10,6 +10,7 @@ import torch
 from cases import same_format
 from other_sets import assert_follows, calls, normalized, randomized
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import bn_ext
 from bn_ext.nn import BatchNormLast
@@ -121,8 +122,14 @@ def test_mistakes() -> None:
         module(torch.randn(3))
     with pytest.raises(RuntimeError, match="should contain 4 elements not 3"):
         module(torch.randn(2, 3, 4))
-    with pytest.raises(ValueError, match="more than 1 value per channel"):
-        module(torch.randn(1, 1, 3))
+    for sizes in ([1, 3], [1, 1, 3], [1, 1, 1, 3]):
+        message = rf"more than 1 value per channel when training, got input size torch.Size\(\{sizes}\)"
+        without = BatchNormLast(3, track_running_stats=False).eval()
+        for one in (module, without):
+            with pytest.raises(ValueError, match=message):
+                one(torch.randn(sizes))
+        with FakeTensorMode(), pytest.raises(ValueError, match=message):
+            BatchNormLast(3)(torch.empty(sizes))
     with pytest.raises(TypeError, match="must be Tensor, not list"):
         module([1.0])
     assert other_sets.same(module.state_dict(), before)
