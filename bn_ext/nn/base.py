@@ -16,6 +16,9 @@ from bn_ext.nn.adapted import Mixture
 from bn_ext.nn.composed import Rule, check_input, composed, move_statistics
 from bn_ext.stages import Chain
 
+# The attributes that a module has while it is frozen by bn_ext.train.freeze. All but the first are for the time after.
+FREEZING = ("frozen", "_thawed_training", "_thawed_parameters")
+
 
 class Ours(torch.nn.Module):
     """A module of ours, or one that will become ours: its repr says so."""
@@ -63,10 +66,10 @@ class FusedForward(Ours, _NormBase):
 
     def _composed(self, input: Tensor, rule: Rule, chain: Chain) -> Tensor:
         self._check_input_dim(input)
+        check_input(input, self.num_features)
         output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain)
         tracks = self.training and self.track_running_stats
         if moments is not None and tracks and self.running_mean is not None:
-        check_input(input, self.num_features)
             move_statistics(moments, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
         return output
 

@@ -12,10 +12,11 @@ from torch.compiler import is_compiling
 from torch.fx import Proxy
 from torch.jit import is_tracing
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.parameter import is_lazy
 
 from bn_ext import activation as activations
 from bn_ext.functional import as_tensor, check, exporting, operator
-from bn_ext.nn.base import FusedForward
+from bn_ext.nn.base import FREEZING, FusedForward
 from bn_ext.nn.composed import Rule, check_training, transformed
 from bn_ext.stages import Chain, Moments, Statistics, Sums
 
@@ -94,16 +95,46 @@ class Running(OfBatch):
         return mean.to(x.dtype).unsqueeze(2), var.to(x.dtype).unsqueeze(2)
 
 
+def _check_number(num_domains: Any) -> None:
+    if type(num_domains) is not int:
+        raise TypeError(f"num_domains should be an int, got {type(num_domains).__name__}")
+    if num_domains < 1:
+        raise ValueError(f"num_domains should be positive, got {num_domains}")
+
+
+def _batch_norms(given: Any) -> list[Any]:
+    """A batch norm alone, and behind a split one those of the other splits."""
+    name = type(given).__name__
+    if not isinstance(given, _BatchNorm):
+        raise TypeError(f"from_batch_norm: expected a batch norm of torch, got {name}")
+    for part in ("drop", "act"):
+        behind = getattr(given, part, None)
+        if behind is not None and type(behind) is not nn.Identity:
+            what = f"{name} with {type(behind).__name__} behind it, as its {part}"
+            instead = "replace that by torch.nn.Identity() and call it, or give activation= in the call"
+            raise ValueError(f"from_batch_norm: expected a batch norm alone, got {what}: {instead}")
+    if any(map(is_lazy, given.state_dict(keep_vars=True).values())):
+        raise ValueError(f"from_batch_norm: {name} is not initialized: call it once")
+    return [given, *getattr(given, "aux_bn", ())]
+
+
+def _freezing(batch_norms: list[Any]) -> dict[str, Any]:
+    """What bn_ext.train.freeze set, to be the same for a batch norm that is made of these."""
+    if any(getattr(one, "running_share", 1) != 1 for one in batch_norms):
+        raise ValueError("from_batch_norm: domains take no bn_ext.train.adapt: undo it by adapt(batch_norm, 1)")
+    found = [{name: vars(one)[name] for name in FREEZING if name in vars(one)} for one in batch_norms]
+    if any(one != found[0] for one in found):
+        raise ValueError("from_batch_norm: some of the splits are frozen, some not: bn_ext.train.unfreeze(batch_norm)")
+    return found[0]
+
+
 class DomainBatchNorm(FusedForward):
     """The base of the three classes of batch norm with domains."""
 
     mixes = False
 
     def __init__(self, num_features: int, num_domains: int, affine_per_domain: bool = False, **options: Any) -> None:
-        if type(num_domains) is not int:
-            raise TypeError(f"num_domains should be an int, got {type(num_domains).__name__}")
-        if num_domains < 1:
-            raise ValueError(f"num_domains should be positive, got {num_domains}")
+        _check_number(num_domains)
         if type(affine_per_domain) is not bool:
             given = type(affine_per_domain).__name__
             raise TypeError(f"affine_per_domain should be a bool, got {given}: give other options by name")
@@ -124,7 +155,7 @@ class DomainBatchNorm(FusedForward):
         """Makes one whose domains all begin with the parameters and statistics of a plain batch norm, which are copied.
 
         timm's ``SplitBatchNorm2d``, which has a batch norm for each split of a batch, gives its batch norms to the
-        domains, the main one to domain 0, and parameters of their own.
+        domains, the main one to domain 0, and parameters of their own. What is made of a frozen one is frozen.
 
         Args:
             batch_norm: a batch norm of torch or a subclass.
@@ -132,12 +163,16 @@ class DomainBatchNorm(FusedForward):
             affine_per_domain: whether each domain gets a copy of weight and bias.
 
         Raises:
-            TypeError: a module of another class, or no ``num_domains``.
-            ValueError: another ``num_domains`` than there are batch norms in a split one.
+            TypeError: a module of another class; no ``num_domains``, or one that is no int.
+            ValueError: a ``num_domains`` below 1, or another than there are batch norms in a split one; a batch norm
+                with an activation or a dropout of its own, as timm's may be; an adapted one, a partly frozen one, or
+                one that is not initialized.
         """
-        if not isinstance(batch_norm, _BatchNorm):
-            raise TypeError(f"from_batch_norm: expected a batch norm of torch, got {type(batch_norm).__name__}")
-        sources = [batch_norm, *getattr(batch_norm, "aux_bn", ())]
+        if num_domains is not None:
+            _check_number(num_domains)
+        sources = _batch_norms(batch_norm)
+        plain = sources[0]
+        freezing = _freezing(sources)
         if len(sources) > 1:
             if num_domains not in (None, len(sources)):
                 raise ValueError(f"from_batch_norm: {num_domains} domains for a batch norm of {len(sources)} splits")
@@ -147,15 +182,15 @@ class DomainBatchNorm(FusedForward):
                 raise TypeError("from_batch_norm: give the number of domains, num_domains")
             sources *= num_domains
         made = cls(
-            batch_norm.num_features,
+            plain.num_features,
             len(sources),
             affine_per_domain,
-            eps=batch_norm.eps,
-            momentum=batch_norm.momentum,
-            affine=batch_norm.affine,
-            track_running_stats=batch_norm.track_running_stats,
+            eps=plain.eps,
+            momentum=plain.momentum,
+            affine=plain.affine,
+            track_running_stats=plain.track_running_stats,
         )
-        for name, buffer in batch_norm._buffers.items():
+        for name, buffer in plain._buffers.items():
             made._buffers[name] = None if buffer is None else torch.stack([one._buffers[name] for one in sources])
         for name in made._parameters:
             parameters = [getattr(one, name) for one in sources]
@@ -164,7 +199,9 @@ class DomainBatchNorm(FusedForward):
                 made._parameters[name] = nn.Parameter(copied.detach(), parameters[0].requires_grad)
             else:
                 made._parameters[name] = None
-        return made.train(batch_norm.training)
+        made.train(plain.training)
+        vars(made).update(freezing)
+        return made
 
     def extra_repr(self) -> str:
         own = f"num_domains={self.num_domains}, affine_per_domain={self.affine_per_domain}"
@@ -238,6 +275,7 @@ class DomainBatchNorm(FusedForward):
         """The domains of the samples. On a GPU their values are not looked at, which would make it wait."""
         if domain.is_floating_point() or domain.is_complex() or domain.dtype == torch.bool:
             raise TypeError(f"domain should be of an integer type, got {domain.dtype}")
+        domain = domain.long().clone()  # the backward reads it again, whatever the caller does with it
         if domain.dim() == 0:
             domain = domain.expand(input.size(0))
         if domain.dim() != 1 or (not is_tracing() and domain.size(0) != input.size(0)):
@@ -275,7 +313,6 @@ class DomainBatchNorm1d(DomainBatchNorm):
     """
 
     _check_input_dim = nn.BatchNorm1d._check_input_dim
-        domain = domain.long().clone()  # the backward reads it again, whatever the caller does with it
 
 
 class DomainBatchNorm2d(DomainBatchNorm):

@@ -9,11 +9,8 @@ from typing import Any
 from torch import nn
 
 from bn_ext.graph.conversion.convert import make_ours
-from bn_ext.nn.base import FusedForward
+from bn_ext.nn.base import FREEZING, FusedForward
 from bn_ext.train.record import Record, batch_norms, record, row
-
-# The attributes that a module has while it is frozen. All but the first are for the time after.
-_OWN = ("frozen", "_thawed_training", "_thawed_parameters")
 
 
 def freeze(model: nn.Module, affine: bool = True) -> Record:
@@ -152,12 +149,12 @@ def _thaw(module: FusedForward) -> str:
 
 def _restoring(module: FusedForward) -> Callable[[], None]:
     """Notes what freezing changes. The function that it returns restores it."""
-    own: dict[str, Any] = {name: value for name, value in vars(module).items() if name in _OWN}
+    own: dict[str, Any] = {name: value for name, value in vars(module).items() if name in FREEZING}
     training = module.training
     requires = {name: p.requires_grad for name, p in _parameters(module).items()}
 
     def restore() -> None:
-        for name in _OWN:
+        for name in FREEZING:
             vars(module).pop(name, None)
         vars(module).update(own)
         module.training = training

@@ -36,3 +36,21 @@ def test_models(name: str) -> None:
     torch.testing.assert_close(fused.eval()(batches[1]), plain.eval()(batches[1]), rtol=1e-7, atol=1e-7)
     found = fusions(fused)
     assert sum(len(fusion.fused) for fusion in found) / len(found) >= MODELS[name]
+
+
+def test_split_batch_norms() -> None:
+    """What timm's conversion makes keeps the activation of what it converts, which domains take in the call."""
+    plain = timm.layers.BatchNormAct2d(4)
+    plain.weight.data.uniform_(0.5, 2)
+    split = timm.layers.convert_splitbn_model(plain, num_splits=2)
+    split.aux_bn[0].bias.data.normal_()
+    with pytest.raises(ValueError, match="got SplitBatchNorm2d with ReLU behind it, as its act"):
+        bn_ext.nn.DomainBatchNorm2d.from_batch_norm(split)
+    x, domain = torch.randn(6, 4, 5, 5), torch.arange(2).repeat_interleave(3)
+    alone = copy.deepcopy(split)
+    alone.act = torch.nn.Identity()
+    module = bn_ext.nn.DomainBatchNorm2d.from_batch_norm(alone)
+    torch.testing.assert_close(module(x, domain, activation="relu"), split(x))
+    torch.testing.assert_close(module.eval()(x, 0, activation="relu"), split.eval()(x))
+    rows = torch.stack([split.running_var, split.aux_bn[0].running_var])
+    torch.testing.assert_close(module.running_var, rows)

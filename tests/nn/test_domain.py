@@ -168,17 +168,20 @@ def test_evaluation_keeps_its_statistics(device: str) -> None:
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """What timm's does: equal parts of the batch, the first by itself, each other by a batch norm of its own."""
+    """What timm's does: equal parts of the batch, the first by itself, each other by a batch norm of its own; then what
+    stood behind a batch norm with activation."""
 
     def __init__(self, num_features: int, num_splits: int = 2) -> None:
         super().__init__(num_features)
         self.aux_bn = nn.ModuleList(nn.BatchNorm2d(num_features) for _ in range(num_splits - 1))
+        self.act = nn.Identity()
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training:
-            return super().forward(input)
+            return self.act(super().forward(input))
         first, *others = input.chunk(1 + len(self.aux_bn))
-        return torch.cat([super().forward(first), *(bn(part) for bn, part in zip(self.aux_bn, others, strict=True))])
+        z = torch.cat([super().forward(first), *(bn(part) for bn, part in zip(self.aux_bn, others, strict=True))])
+        return self.act(z)
 
 
 @pytest.mark.parametrize("theirs", [True, False])
@@ -198,6 +201,14 @@ def test_from_a_split_batch_norm(theirs: bool, device: str) -> None:
     torch.testing.assert_close(module.running_mean[1], split.aux_bn[0].running_mean)
     with pytest.raises(ValueError, match="2 domains for a batch norm of 3 splits"):
         DomainBatchNorm2d.from_batch_norm(split, 2)
+    split.act = nn.ReLU()
+    with pytest.raises(ValueError, match="got SplitBatchNorm2d with ReLU behind it, as its act: replace that by"):
+        DomainBatchNorm2d.from_batch_norm(split)
+    split.act = nn.Identity()
+    for bn in split.aux_bn:
+        bn_ext.train.freeze(bn)
+    with pytest.raises(ValueError, match="some of the splits are frozen, some not"):
+        DomainBatchNorm2d.from_batch_norm(split)
 
 
 @pytest.mark.parametrize("affine_per_domain", [True, False])
@@ -220,6 +231,36 @@ def test_from_a_plain_batch_norm(affine_per_domain: bool, device: str) -> None:
         DomainBatchNorm2d.from_batch_norm(plain)
     with pytest.raises(TypeError, match="expected a batch norm of torch, got Linear"):
         DomainBatchNorm2d.from_batch_norm(nn.Linear(3, 3), 2)
+    for wrong, error, message in (
+        (2.0, TypeError, "num_domains should be an int, got float"),
+        (True, TypeError, "num_domains should be an int, got bool"),
+        (-1, ValueError, "num_domains should be positive, got -1"),
+    ):
+        with pytest.raises(error, match=message):
+            DomainBatchNorm2d.from_batch_norm(plain, wrong)
+    with pytest.raises(ValueError, match="LazyBatchNorm2d is not initialized"):
+        DomainBatchNorm2d.from_batch_norm(nn.LazyBatchNorm2d(), 2)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_from_a_frozen_batch_norm(affine: bool, device: str) -> None:
+    """Is frozen, and thaws to what it would have been. Of an adapted one none is made."""
+    plain = randomized(bn_ext.BatchNorm2d(6, device=device))
+    bn_ext.train.freeze(plain, affine)
+    module = DomainBatchNorm2d.from_batch_norm(plain, 3).train()
+    x, before = torch.randn(9, 6, 5, 7, device=device), copy.deepcopy(module.state_dict())
+    torch.testing.assert_close(module(x, 1), plain(x))
+    assert other_sets.same(module.state_dict(), before)
+    assert module.weight.requires_grad != affine
+    bn_ext.train.unfreeze(module)
+    assert module.training
+    assert module.weight.requires_grad
+    module(x, 1)
+    assert module.num_batches_tracked[1] == before["num_batches_tracked"][1] + 1
+    bn_ext.train.unfreeze(plain)
+    bn_ext.train.adapt(plain, 0.5)
+    with pytest.raises(ValueError, match=r"domains take no bn_ext.train.adapt: undo it by adapt\(batch_norm, 1\)"):
+        DomainBatchNorm2d.from_batch_norm(plain, 3)
 
 
 @pytest.mark.parametrize("number", [True, False])
@@ -309,11 +350,17 @@ def test_mistakes(device: str) -> None:
         (-1, IndexError, "domain should be from 0 to 2, got -1"),
         (indices(0.0, 1.0), TypeError, "domain should be of an integer type, got torch.float32"),
         (indices(0, 1, 1), ValueError, r"one index a sample, \(2,\), got \(3,\)"),
+        (indices(False, True), TypeError, "domain should be of an integer type, got torch.bool"),
         ("0", TypeError, "domain should be an int or a tensor, got str"),
         (None, TypeError, "domain should be an int or a tensor, got NoneType"),
+        (True, TypeError, "domain should be an int or a tensor, got bool"),
+        (np.array([0, 1]), TypeError, "domain should be an int or a tensor, got ndarray"),
     ):
         with pytest.raises(error, match=message):
             module(x, domain)
+        if not isinstance(domain, Tensor) or domain.dtype != torch.int64:
+            with FakeTensorMode(allow_non_fake_inputs=True) as fake, pytest.raises(error, match=message):
+                module(torch.empty(2, 4), fake.from_tensor(domain) if isinstance(domain, Tensor) else domain)
     if device == "cpu":
         for wrong, message in ((indices(0, 3), "got 3"), (indices(-1, 0), "got -1"), (indices(0, 9).to(U16), "got 9")):
             with pytest.raises(IndexError, match=f"domain should be from 0 to 2, {message}"):
@@ -352,17 +399,11 @@ class Model(nn.Module):
     def forward(self, x: Tensor, domain: int | Tensor) -> Tensor:
         return self.norm(self.conv(x), domain).relu()
 
-        (indices(False, True), TypeError, "domain should be of an integer type, got torch.bool"),
 
 def test_whole_models() -> None:
-        (True, TypeError, "domain should be an int or a tensor, got bool"),
-        (np.array([0, 1]), TypeError, "domain should be an int or a tensor, got ndarray"),
     """Tools leave the class alone, and say so where they cannot do what they are for."""
     model, x = Model(), torch.randn(9, 3, 4, 4)
     expected = model(x, domains())
-        if not isinstance(domain, Tensor) or domain.dtype != torch.int64:
-            with FakeTensorMode(allow_non_fake_inputs=True) as fake, pytest.raises(error, match=message):
-                module(torch.empty(2, 4), fake.from_tensor(domain) if isinstance(domain, Tensor) else domain)
     before = copy.deepcopy(model.state_dict())
     for converter in (bn_ext.convert, bn_ext.revert, nn.SyncBatchNorm.convert_sync_batchnorm):
         assert type(converter(model).norm) is DomainBatchNorm2d
