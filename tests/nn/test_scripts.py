@@ -114,6 +114,56 @@ def test_traced_whole_network(name: str, training: bool, prepare: Callable, devi
     assert_same_training(traced, theirs, [second])
 
 
+class Called(nn.Module):
+    """A module with a call of its own."""
+
+    def __init__(self, module: nn.Module, call: Callable) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return self.call(self.module, x, other)
+
+
+def adapted() -> nn.Module:
+    module = bn_ext.BatchNorm1d(4)
+    bn_ext.train.adapt(module, 0.5)
+    return module
+
+
+TRACED: dict[str, Callable[[], nn.Module]] = {
+    "mask": lambda: Called(bn_ext.BatchNorm1d(4), lambda bn, x, lengths: bn(x, mask=lengths.unsqueeze(1) > x[:, 0])),
+    "lengths": lambda: Called(bn_ext.BatchNorm1d(4), lambda bn, x, lengths: bn(x, lengths=lengths)),
+    "ghost": lambda: Called(bn_ext.nn.GhostBatchNorm1d(4, 2), lambda bn, x, _: bn(x)),
+    "shared": lambda: Called(bn_ext.nn.SharedBatchNorm1d(4, 2), lambda bn, x, _: bn(x)),
+    "last": lambda: Called(bn_ext.nn.BatchNormLast(4), lambda bn, x, _: bn(x.mT)),
+    "domain": lambda: Called(bn_ext.nn.DomainBatchNorm1d(4, 3), lambda bn, x, lengths: bn(x, lengths % 3)),
+    "number": lambda: Called(bn_ext.nn.DomainBatchNorm1d(4, 3), lambda bn, x, _: bn(x, 1)),
+    "adapted": lambda: Called(adapted(), lambda bn, x, _: bn(x)),
+}
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", TRACED)
+def test_traces_hold_for_other_sizes(name: str, training: bool, device: str) -> None:
+    """And say so: nothing of the example's sizes is kept."""
+    module = TRACED[name]().to(device).train(training)
+    example, lengths = torch.randn(6, 4, 5, device=device), torch.tensor([1, 5, 2, 3, 4, 0], device=device)
+    traced = torch.jit.trace(copy.deepcopy(module), (example, lengths), check_trace=False)
+    module(example, lengths)
+    x, lengths = torch.randn(9, 4, 7, device=device), torch.arange(9, device=device) % 8
+    torch.testing.assert_close(traced(x, lengths), module(x, lengths))
+    torch.testing.assert_close(traced.state_dict(), module.state_dict())
+
+
+def test_a_trace_of_ghosts_noise(device: str) -> None:
+    """Keeps the sizes of its example, and warns: a script does not."""
+    module = bn_ext.nn.GhostBatchNorm1d(4, 2, noise=True).to(device)
+    with pytest.warns(torch.jit.TracerWarning):
+        torch.jit.trace(copy.deepcopy(module), (torch.randn(6, 4, 5, device=device),), check_trace=False)
+
+
 # ---------------------------------------------------------------------------------------------- torch.fx
 
 
