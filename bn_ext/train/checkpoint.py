@@ -16,9 +16,14 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from bn_ext.functional import operator
 from bn_ext.nn.composed import move_statistics
 
-_ARGUMENTS = {a.name: a.alias_info is not None and a.alias_info.is_write for a in operator.default._schema.arguments}
+_ARGUMENTS = [argument.name for argument in operator.default._schema.arguments]
+_CALLED = (operator, operator.default)
 _FORWARD = torch.ops.bn_ext.batch_norm_forward.default
+_OF_FORWARD = [argument.name for argument in _FORWARD._schema.arguments]
 _ELEMT = torch.ops.bn_ext.batch_norm_elemt.default
+
+# A cumulative average would need its counter, so that the momentum is a number.
+_LEFT_ALONE = {"running_mean": None, "running_var": None, "num_batches_tracked": None, "momentum": 0.0}
 
 Statistics = tuple[Tensor, Tensor]  # mean and invstd
 
@@ -47,7 +52,7 @@ class _Reusing(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not _FORWARD:
             return func(*args, **(kwargs or {}))
-        given = dict(zip((argument.name for argument in _FORWARD._schema.arguments), args))
+        given = dict(zip(_OF_FORWARD, args))
         of_channels = given["weight"], given["bias"], *self.statistics
         chain = (given[name] for name in ("residual", "activation", "activation_param", "set_size", "with_branches"))
         output, branches = _ELEMT(given["input"], *of_channels, *chain, given.get("mask"))
@@ -66,7 +71,7 @@ class _First(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in (operator, operator.default) or is_compiling():
+        if func not in _CALLED or is_compiling():
             return func(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
         self.means.append(given["running_mean"])
@@ -75,8 +80,8 @@ class _First(TorchFunctionMode):
 
 
 class _Second(TorchFunctionMode):
-    """The second forward: calls the operator with the statistics of the first, or else with copies of the tensors that
-    it would write to: running statistics and counter."""
+    """The second forward: calls the operator with the statistics of the first, and in training without running
+    statistics and counter, to which it would write."""
 
     def __init__(self, first: _First) -> None:
         super().__init__()
@@ -89,16 +94,16 @@ class _Second(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is move_statistics:
             return None
-        if func not in (operator, operator.default):
+        if func not in _CALLED:
             return func(*args, **(kwargs or {}))
         given = {**dict(zip(_ARGUMENTS, args)), **(kwargs or {})}
         statistics = None if is_compiling() else next(self.left.get(_key(given), iter(())), None)
-        # Copies, not None: a cumulative average needs its counter.
-        copies = {name: a.clone() if _ARGUMENTS[name] and a is not None else a for name, a in given.items()}
+        if given["training"]:
+            given |= _LEFT_ALONE
         if statistics is None:
-            return func(**copies)
+            return func(**given)
         with _Reusing(statistics):
-            return func(**copies)
+            return func(**given)
 
 
 def _key(given: dict[str, Any]) -> tuple[int, torch.Size, bool]:
