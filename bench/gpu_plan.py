@@ -24,6 +24,7 @@ DIRECTIONS = {
     "backward": ("backward",),
     "both": ("forward", "backward"),
     "inference": ("inference",),
+    "frozen": ("frozen",),
 }
 
 
@@ -36,14 +37,17 @@ def limits_of(gpu: str) -> str | None:
 def plan_of(case: Case, direction: str, limits: str) -> LaunchPlan:
     shape, layout, dtype, pattern = case
     n, c, *spatial = sizes_of(shape)
+    frozen, residual, relu = direction == "frozen", "add" in pattern, "relu" in pattern
     call = Pass(
         (n, c, math.prod(spatial)),
         dtype=dtype,
         layout="planar" if layout == "contiguous" else "interleaved",
-        direction=direction,
-        activation="relu" if "relu" in pattern else "identity",
-        residual="add" in pattern,
+        direction="backward" if frozen else direction,
+        activation="relu" if relu else "identity",
+        residual=residual or (frozen and relu),  # a frozen layer has branch bits without a residual, too
     )
+    if frozen:
+        call = call.wanting({"dx", "dresidual"} if residual else {"dx"}, training=False)
     return launch_plan(call, gpu=limits)
 
 

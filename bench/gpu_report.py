@@ -42,6 +42,7 @@ FIGURES = {
     "backward": ("of_copy", "{:.0%}"),
     "both": ("over_best", "{:.2f}×"),
     "inference": ("over_best", "{:.2f}×"),
+    "frozen": ("of_copy", "{:.0%}"),
 }
 HEADS = {"of_copy": "of a copy's rate", "over_best": "over the best peer"}
 ALONE = {"pattern": "bn"}
@@ -67,7 +68,7 @@ def _cell(results: Results, name: str, where: dict[str, Any]) -> str:
     for dtype in results.values("dtype"):
         (row,) = results.select(peer=OURS, dtype=dtype, **{"pass": name}, **where) or [{}]
         figure = written.format(row[field]) if field in row else row.get("status", "–")
-        cells.append(figure if row.get("on_chip", True) or name == "inference" else f"({figure})")
+        cells.append(figure if row.get("on_chip", True) or name in ("inference", "frozen") else f"({figure})")
     return " / ".join(cells)
 
 

@@ -36,7 +36,7 @@ class Peer:
     """One implementation of a pattern, bound to one workload."""
 
     train: Call
-    evaluate: Call
+    evaluate: Call  # by constants
     inputs: tuple[Tensor, ...]
     dy: Tensor
     affine: tuple[Tensor, Tensor]
@@ -56,6 +56,8 @@ class Peer:
         wanted = (*self.inputs, *self.affine)
         if name == "both":
             return lambda: torch.autograd.grad(forward(), wanted, self.dy)
+        if name == "frozen":
+            forward, wanted = partial(self.evaluate, *self.inputs), self.inputs
         output = forward()
         return lambda: torch.autograd.grad(output, wanted, self.dy, retain_graph=True)
 
@@ -74,7 +76,7 @@ def modules(package: ModuleType, workload: Workload, name: str = "BatchNorm") ->
         made.load_state_dict({name: getattr(workload, name) for name in names}, strict=False)
         return made
 
-    training, frozen = module(), module().eval()
+    training, frozen = module(), module().eval().requires_grad_(False)
     return Peer(
         train=training,
         evaluate=frozen,
@@ -109,7 +111,7 @@ def functions(train: Call, evaluate: Call, inputs: tuple[Tensor, ...], dy: Tenso
     mean, var = workload.running_mean.clone(), workload.running_var.clone()
     return Peer(
         train=partial(train, mean, var, weight, bias),
-        evaluate=partial(evaluate, workload.running_mean, workload.running_var, weight, bias),
+        evaluate=partial(evaluate, workload.running_mean, workload.running_var, weight.detach(), bias.detach()),
         inputs=_leaves(*inputs),
         dy=dy,
         affine=(weight, bias),

@@ -25,7 +25,7 @@ from bench.workloads import PASSES, PATTERNS, RESNET
 MARKS = ("<!-- bench:begin -->", "<!-- bench:end -->")
 LAYOUT_NAMES = {"contiguous": "NCHW", "channels_last": "NHWC"}
 PATTERN_NAMES = {"bn": "batch norm", "bn+relu": "batch norm + ReLU", "bn+add+relu": "batch norm + add + ReLU"}
-PASS_NAMES = {"both": "forward + backward"}
+PASS_NAMES = {"both": "forward + backward", "frozen": "backward, frozen"}
 TRAINING = ("forward", "backward", "both")
 JUDGED = ("both", "inference")  # of a pattern with more in it than batch norm
 COLORS = {OURS: "#0b6e99", "oneDNN": "#b8b8b8", "Inductor": "#e0a030"}
@@ -267,6 +267,7 @@ TARGETS = (
     Target("float32 inference, the slowest single case", 1.0, {**ALONE, "pass": "inference"}, mean=False),
     Target("float32 module call on 2x32x8x8, the slowest", 1.0, {**ALONE, "shape": "2x32x8x8"}, mean=False),
     Target("bfloat16 both, mean over ResNet's shapes, 2 threads", 2.0, _resnet("bfloat16", "both")),
+    Target("float32 frozen backward, of a copy's rate, mean", 0.85, _resnet("float32", "frozen"), "of_copy"),
     Target("add + ReLU float32 both, mean", 2.5, ADD_RELU["both"]),
     Target("add + ReLU float32 both over the best peer, mean", 1.5, ADD_RELU["both"], "over_best"),
     Target("add + ReLU float32 inference, mean", 2.0, ADD_RELU["inference"]),

@@ -15,13 +15,14 @@ SHAPES = RESNET + SMALL
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The least a pass must move, in reads and writes of the whole tensor; the mask of a ReLU after an addition, one bit per
-# element, is not counted. A copy moves two.
-_ONE_INPUT = {"forward": 2, "backward": 3, "both": 5, "inference": 2}
+# The least a pass must move, in reads and writes of the whole tensor; the mask of a ReLU after an addition or in a
+# frozen layer, one bit per element, is not counted. A copy moves two. "frozen" is the backward of a layer whose
+# statistics and parameters are constants.
+_ONE_INPUT = {"forward": 2, "backward": 3, "both": 5, "inference": 2, "frozen": 2}
 LEAST_MOVES = {
     "bn": _ONE_INPUT,
     "bn+relu": _ONE_INPUT,
-    "bn+add+relu": {"forward": 3, "backward": 4, "both": 7, "inference": 3},
+    "bn+add+relu": {"forward": 3, "backward": 4, "both": 7, "inference": 3, "frozen": 3},
 }
 PATTERNS = tuple(LEAST_MOVES)
 PASSES = tuple(_ONE_INPUT)
@@ -76,8 +77,9 @@ class Workload:
         self.others = [(inputs(), tensor()) for _ in range(sets - 1)]
         if self.relu:
             # Next to zero, rounding decides on the branch of ReLU: no gradient shall depend on it.
-            before = self._before_relu(*reference.statistics(self.input))
-            self.dy[before.abs() < 4 * torch.finfo(self.dy.dtype).eps * before.abs().max()] = 0
+            for norm in (reference.statistics(self.input), (self.running_mean, self.running_var)):
+                before = self._before_relu(*norm)
+                self.dy[before.abs() < 4 * torch.finfo(self.dy.dtype).eps * before.abs().max()] = 0
 
     @property
     def relu(self) -> bool:
@@ -93,14 +95,26 @@ class Workload:
         x = self.input
         mean, var = reference.statistics(x)
         before, inferred = (self._before_relu(*s) for s in ((mean, var), (self.running_mean, self.running_var)))
-        dy = self.dy * (before > 0) if self.relu else self.dy
+        dy, frozen_dy = (self.dy * (z > 0) if self.relu else self.dy for z in (before, inferred))
         dx, dweight, dbias = reference.backward(dy, x, self.weight, mean, var, EPS, training=True)
+        running = self.running_mean, self.running_var
+        frozen_dx, *_ = reference.backward(frozen_dy, x, self.weight, *running, EPS, training=False)
         forward = {
             "output": before.relu() if self.relu else before,
             "running_mean": reference.running(self.running_mean, mean, MOMENTUM),
             "running_var": reference.running(self.running_var, reference.unbiased(x, var), MOMENTUM),
         }
-        of_inputs = {"dx": dx, "dresidual": dy} if len(self.inputs) > 1 else {"dx": dx}
-        gradients = {**of_inputs, "dweight": dweight, "dbias": dbias}
+
+        def of_inputs(*gradients: Tensor) -> dict[str, Tensor]:
+            return dict(zip(("dx", "dresidual")[: len(self.inputs)], gradients, strict=False))
+
+        gradients = {**of_inputs(dx, dy), "dweight": dweight, "dbias": dbias}
+        frozen = of_inputs(frozen_dx, frozen_dy)
         inference = {"output": inferred.relu() if self.relu else inferred}
-        return {"forward": forward, "backward": gradients, "both": gradients, "inference": inference}
+        return {
+            "forward": forward,
+            "backward": gradients,
+            "both": gradients,
+            "inference": inference,
+            "frozen": frozen,
+        }

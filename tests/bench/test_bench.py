@@ -182,6 +182,30 @@ def test_a_peer_that_fails_is_recorded_with_its_reason(monkeypatch: pytest.Monke
     assert rows["failing"]["reason"] == "RuntimeError: no compiler in <path>"
 
 
+@pytest.mark.parametrize("pattern", workloads.PATTERNS)
+def test_a_frozen_backward_reads_no_more_than_is_counted(pattern: str) -> None:
+    """Of the input's size nothing but a bit an element, which the least moves leave out."""
+    workload = workloads.Workload("4x8x16x16", "contiguous", "float32", pattern)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+        peer = peers.ours(workload)
+        gradients = peer.call("frozen")()
+    assert len(gradients) == len(peer.inputs)
+    assert max(kept) <= workload.input.numel() // 8
+
+
+def test_a_record_without_a_pass_is_read() -> None:
+    """A record of an older commit lacks the passes that came after it."""
+    results = report.Results(json.loads(cpu.RECORD.read_text()))
+    measured = [name for name in workloads.PASSES if name in results.values("pass")]
+    heads = report.shapes_table(results, "float32", 2).splitlines()[0]
+    assert [name for name in workloads.PASSES if f"| {report.PASS_NAMES.get(name, name)} |" in heads] == measured
+    results.rows = [row for row in results.rows if row["pass"] != "frozen"]
+    judged = [target.judge(results) for target in report.TARGETS if target.where.get("pass") == "frozen"]
+    assert [reached for reached, _ in judged] == [False]
+    assert "not measured" in judged[0][1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("pattern", workloads.PATTERNS[1:])
 def test_gradients_do_not_hang_on_rounding(pattern: str, dtype: str) -> None:

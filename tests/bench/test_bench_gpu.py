@@ -489,6 +489,16 @@ def test_nothing_fits_on_a_chip_that_is_not_known() -> None:
     assert not unknown["on_chip"] and unknown["plan"] == "unknown"
 
 
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
+@pytest.mark.parametrize("pattern", workloads.PATTERNS)
+def test_plans_of_a_frozen_backward_move_the_least(pattern: str, layout: str) -> None:
+    """And a bit an element where a ReLU follows."""
+    (plan,) = gpu_plan.plans_of(("32x64x56x56", layout, "float32", pattern), "frozen", "h100")
+    moves = workloads.LEAST_MOVES[pattern]["frozen"] + ("relu" in pattern) / 32
+    assert plan.bytes_moved == moves * 4 * 32 * 64 * 56 * 56
+    assert plan.strategy == "elementwise"
+
+
 def test_plan_in_words() -> None:
     plan = gpu_plan.plan_of(("32x512x28x28", "channels_last", "bfloat16", "bn"), "forward", "h100")
     assert (
