@@ -168,6 +168,21 @@ def test_means_far_from_zero(start: int, device: str) -> None:
         torch.testing.assert_close(m2 / counts, found["var"][0], rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("shape", [(16000, 3), (300, 3, 49)], ids=str)
+def test_the_first_value_is_far_from_all_others(shape: tuple[int, ...], device: str) -> None:
+    """Sums around it would cost digits, which all values lose alike: they are taken around the mean of what counts in
+    the first quarter."""
+    mask = torch.rand(shape[0], *shape[2:], device=device) > 0.3
+    mask.view(-1)[0] = True
+    x = torch.full(shape, 0.1, device=device)
+    x.movedim(1, -1)[(0,) * (len(shape) - 1)] = 1000.3
+    x = torch.where(mask.unsqueeze(1), x, -1e30)
+    _, found = cut_out(x.double(), mask)
+    counts, mean, m2 = stats(x, None, mask)
+    torch.testing.assert_close(mean, found["mean"][0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(m2 / counts, found["var"][0], rtol=1e-6, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------- other ways to the same
 
 
