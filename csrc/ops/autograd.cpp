@@ -1,4 +1,4 @@
-// The operator batch_norm: which way a call goes, and its gradient.
+// The operator batch_norm: which way a call goes, and its gradient; what a mask is.
 
 #include "core/pass.h"
 #include "ops/fused.h"
