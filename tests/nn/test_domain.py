@@ -381,6 +381,12 @@ def test_mistakes(device: str) -> None:
     assert other_sets.same(module.state_dict(), before)
 
 
+def test_values_that_are_not_there() -> None:
+    """Fake indices have none to be looked at."""
+    with FakeTensorMode():
+        assert DomainBatchNorm1d(4, 3)(torch.empty(2, 4), torch.zeros(2, dtype=torch.int64)).shape == (2, 4)
+
+
 def test_no_values() -> None:
     module = DomainBatchNorm1d(4, 3)
     for shape in ((0, 4), (0, 4, 3), (2, 4, 0)):

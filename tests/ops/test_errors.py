@@ -194,6 +194,21 @@ def test_values_of_what_is_no_tensor_are_not_printed(call: Callable) -> None:
     assert str(caught.value) == "batch_norm(): argument 'input' must be Tensor, not ndarray"
 
 
+RESIDUALS = [
+    bn_ext.BatchNorm1d(3),
+    lambda x, residual: bn_ext.functional.batch_norm(x, None, None, training=True, residual=residual),
+    bn_ext.nn.BatchNormLast(3),
+    bn_ext.nn.SharedBatchNorm1d(3, 1),
+    lambda x, residual: bn_ext.nn.DomainBatchNorm1d(3, 2)(x, 1, residual),
+]
+
+
+@pytest.mark.parametrize("call", RESIDUALS, ids=["module", "function", "last", "shared", "domain"])
+def test_values_of_a_residual_that_is_no_tensor_are_not_printed(call: Callable) -> None:
+    with pytest.raises(TypeError, match=r"^batch_norm\(\): argument 'residual' must be Tensor, not ndarray$"):
+        call(torch.ones(100, 3), np.ones((100, 3)))
+
+
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
