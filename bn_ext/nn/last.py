@@ -14,6 +14,14 @@ from bn_ext.functional import as_tensor, check
 from bn_ext.nn.base import FusedForward
 
 
+def _expanded(residual: Tensor, input: Tensor) -> Tensor:
+    try:
+        return residual.expand_as(input)
+    except RuntimeError as error:
+        sizes = f"residual of sizes {list(residual.shape)} for an input of sizes {list(input.shape)}"
+        raise RuntimeError(f"batch_norm: {sizes}: {error}") from None
+
+
 class BatchNormLast(FusedForward):
     """Batch norm of inputs whose channels are the last dimension, such as (N, L, C), without a transposition.
 
@@ -66,7 +74,9 @@ class BatchNormLast(FusedForward):
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
         self._check_input_dim(input)
-        if not is_scripting():  # noqa: SIM102, which would have TorchScript compile what is inside
+        if not is_scripting():
+            if residual is not None and residual.dim() > 0:
+                residual = _expanded(residual, input)
             if not (is_compiling() or is_tracing()):  # they would keep what a comparison of sizes gives
                 self._check_values(input)
         transposed = not input.is_contiguous() and input.movedim(-1, 1).is_contiguous()

@@ -89,8 +89,11 @@ def test_residuals_that_torch_adds(layout, device: str) -> None:
         expected = (plain + residual.to(device)).relu()
         torch.testing.assert_close(module(x, residual.to(device), activation="relu"), expected)
     torch.testing.assert_close(module(x, 2.0, activation="relu"), (plain + 2).relu())
-    with pytest.raises(RuntimeError):
-        module(x, torch.randn(5, 10, 7, 6, device=device))
+    for sizes in ([5, 10, 7, 6], [10, 5, 6]):
+        with pytest.raises(
+            RuntimeError, match=rf"^batch_norm: residual of sizes \{sizes} for an input of sizes \[10, 7, 6]"
+        ):
+            module(x, torch.randn(sizes, device=device))
 
 
 def test_around() -> None:
