@@ -37,8 +37,14 @@ class Moments(NamedTuple):
 
     def each(self, eps: float = 1e-5) -> Statistics:
         """The statistics by which each set is normalized by itself. :func:`merge_stats` merges the sets into one."""
-        counts = self.counts.unsqueeze(-1).clamp(min=1)
+        counts = torch.where(self.counts > 0, self.counts, 1).unsqueeze(-1)
         return Statistics(self.counts, self.mean, 1 / (self.m2 / counts + eps).sqrt())
+
+    def merged(self) -> Moments:
+        """The moments of all rows together, merged in their order."""
+        counts, mean, invstd = merge_stats(self, eps=0.0)
+        # 1 / invstd**2 is the biased variance, to a rounding; of equal values invstd is infinite.
+        return Moments(counts, mean, counts / invstd.square())
 
 
 class Statistics(NamedTuple):
@@ -85,7 +91,7 @@ class Chain(NamedTuple):
 _NOTHING = Chain()
 
 
-def _weights(mask: Tensor | None, input: Tensor) -> Tensor | None:
+def weights_of(mask: Tensor | None, input: Tensor) -> Tensor | None:
     """A mask as operators take it."""
     if mask is None:
         return None
@@ -119,7 +125,7 @@ def stats(input: Tensor, set_size: int | None = None, mask: Tensor | None = None
         >>> bn_ext.stages.stats(torch.tensor([[1.0], [3.0]])).m2
         tensor([2.], dtype=torch.float64)
     """
-    return Moments(*_OPS.batch_norm_stats(input, set_size, _weights(mask, input)))
+    return Moments(*_OPS.batch_norm_stats(input, set_size, weights_of(mask, input)))
 
 
 def merge_stats(
@@ -207,7 +213,7 @@ def elemt(
     """
     fused = chain.residual, *chain._numbers(), set_size, chain.keeps_branches
     of_channels = weight, bias, statistics.mean, statistics.invstd
-    output, branches = _OPS.batch_norm_elemt(input, *of_channels, *fused, _weights(mask, input))
+    output, branches = _OPS.batch_norm_elemt(input, *of_channels, *fused, weights_of(mask, input))
     return output, branches
 
 
@@ -245,7 +251,7 @@ def backward_reduce(
     """
     fused = chain.residual, chain.branches, *chain._numbers(), set_size
     of_channels = weight, bias, statistics.mean, statistics.invstd
-    return Sums(*_OPS.batch_norm_backward_reduce(dy, input, *of_channels, *fused, _weights(mask, input)))
+    return Sums(*_OPS.batch_norm_backward_reduce(dy, input, *of_channels, *fused, weights_of(mask, input)))
 
 
 def backward_elemt(
@@ -287,5 +293,5 @@ def backward_elemt(
     of_channels = weight, bias, statistics.mean, statistics.invstd, *sums, statistics.counts
     fused = chain.residual, chain.branches, *chain._numbers(), set_size
     wanted = [True, chain.residual is not None or chain.branches is not None]
-    dx, dresidual = _OPS.batch_norm_backward_elemt(dy, input, *of_channels, *fused, wanted, _weights(mask, input))
+    dx, dresidual = _OPS.batch_norm_backward_elemt(dy, input, *of_channels, *fused, wanted, weights_of(mask, input))
     return dx, dresidual

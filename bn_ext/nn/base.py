@@ -14,7 +14,7 @@ from bn_ext._fallback import fell_back
 from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, masked, not_exportable, operator
 from bn_ext.nn.adapted import Mixture
 from bn_ext.nn.composed import Rule, check_input, composed, move_statistics
-from bn_ext.stages import Chain
+from bn_ext.stages import Chain, Moments
 
 # The attributes that a module has while it is frozen by bn_ext.train.freeze. All but the first are for the time after.
 FREEZING = ("frozen", "_thawed_training", "_thawed_parameters")
@@ -58,8 +58,11 @@ class FusedForward(Ours, _NormBase):
         share = "" if self.running_share == 1 else f", running_share={self.running_share}"
         return ", frozen" * self.frozen + share
 
-    def _rule(self, input: Tensor) -> Rule | None:
-        """Returns the rule by which stages make up this call, or None where one operator answers it."""
+    def _rule(self, input: Tensor, mask: Tensor | None) -> Rule | None:
+        """Returns the rule by which stages make up this call, or None where one operator answers it.
+
+        A rule that has no mask does not take the call's.
+        """
         if self.running_share == 1 or self.training or self.running_mean is None or self.running_var is None:
             return None
         return Mixture(self.running_mean, self.running_var, self.running_share, self.eps)
@@ -67,11 +70,15 @@ class FusedForward(Ours, _NormBase):
     def _composed(self, input: Tensor, rule: Rule, chain: Chain) -> Tensor:
         self._check_input_dim(input)
         check_input(input, self.num_features)
-        output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain)
+        output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain, self)
         tracks = self.training and self.track_running_stats
         if moments is not None and tracks and self.running_mean is not None:
-            move_statistics(moments, self.running_mean, self.running_var, self.num_batches_tracked, self.momentum)
+            self._move(moments, self.running_mean)
         return output
+
+    def _move(self, moments: Moments, running_mean: Tensor) -> None:
+        """Moves the running statistics towards the moments of a call."""
+        move_statistics(moments, running_mean, self.running_var, self.num_batches_tracked, self.momentum)
 
     def _for_training(self, input: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Tensor | None, int | None]:
         """Weight and bias of a call in training, and the images of a statistic set."""
@@ -98,8 +105,8 @@ class FusedForward(Ours, _NormBase):
         if not is_scripting():
             check(input, activation, activation_param)
             residual = as_tensor(residual, input)
-            rule = self._rule(input)
-            if mask is not None and rule is not None:
+            rule = self._rule(input, mask)
+            if mask is not None and rule is not None and rule.mask is None:
                 raise TypeError(f"{type(self).__name__}{self._changed()} takes no mask")
             if rule is not None:
                 return self._composed(input, rule, Chain(residual, activation, activation_param))

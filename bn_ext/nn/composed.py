@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext._load import _C
-from bn_ext.functional import EXPORTED, exporting, finished, has_kernels
+from bn_ext.functional import EXPORTED, exporting, finished, has_kernels, masked
 from bn_ext.stages import Chain, Moments, Statistics, Sums, backward_elemt, backward_reduce, elemt, stats
 
 # The activations whose gradient is known by a bit an element: none then depends on the weight of the backward.
@@ -32,6 +32,7 @@ class Rule:
 
     set_size: int | None = None
     reduces: bool = True  # the input, for statistics of the batch
+    mask: Tensor | None = None  # how much each value counts, in numbers that are not negative
 
     def given(self) -> Moments:
         """The moments to normalize by, where none of the batch's are."""
@@ -87,8 +88,16 @@ def check_training(input: Tensor, channels: int, eps: float) -> None:
         raise ValueError(f"batch_norm eps must be positive during training, but got {eps}")
 
 
+@torch.no_grad()
+def moments_of(input: Tensor, rule: Rule, owner: object) -> Moments:
+    """The moments by which a call of the batch norm ``owner`` normalizes. Modes of torch functions can override it."""
+    if has_torch_function((input,)):
+        return handle_torch_function(moments_of, (input,), input, rule, owner)
+    return rule.merged(stats(input.detach(), rule.set_size, rule.mask)) if rule.reduces else rule.given()
+
+
 def composed(
-    input: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, eps: float, chain: Chain
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, eps: float, chain: Chain, owner: object
 ) -> tuple[Tensor, Moments | None]:
     """Normalizes by a rule. Gives the output, and the moments that the values of the batch share, without gradient."""
     residual = chain.residual
@@ -101,8 +110,7 @@ def composed(
     apart = residual is not None and (residual.shape, residual.dtype) != (input.shape, input.dtype)
     if apart:
         fell_back(input, _APART, "is normalized by our kernels, and finished by torch's own operators")
-    with torch.no_grad():
-        merged = rule.merged(stats(input.detach(), rule.set_size)) if rule.reduces else rule.given()
+    merged = moments_of(input, rule, owner)
     output = _Composed.apply(
         input,
         weight,
@@ -114,7 +122,7 @@ def composed(
         Chain() if apart else chain._replace(residual=None),
     )
     if apart:
-        output = finished(output, residual, chain.activation, chain.activation_param)
+        output = finished(output, residual, chain.activation, chain.activation_param, rule.mask)
     return output, merged if rule.reduces else None
 
 
@@ -132,21 +140,27 @@ def _rows(input: Tensor) -> Tensor:
     return input.flatten(2) if input.dim() > 2 else input.unsqueeze(2)
 
 
+def rows_of_mask(mask: Tensor, x: Tensor) -> Tensor:
+    """Views the mask of an input as (N, 1, S), to broadcast with its rows."""
+    return _rows(mask.unsqueeze(1)).to(x.dtype)
+
+
 def _merged(input: Tensor, rule: Rule) -> Moments:
     """The moments of a call by standard operators."""
-    x = _rows(input).to(torch.float32 if input.is_mps else torch.float64)
+    x = _rows(masked(input, rule.mask)).to(torch.float32 if input.is_mps else torch.float64)
     others = [0, 2] if rule.set_size is None else [2]
     # A trace follows sums of ones, where it would keep the example's sizes as numbers.
-    values = torch.ones_like(x.sum(1)).sum(1)
+    weights = torch.ones_like(x.sum(1, True)) if rule.mask is None else rows_of_mask(rule.mask, x)
+    values = weights.sum((1, 2))
     counts = values.sum() if rule.set_size is None else values
-    mean = x.sum(others) / counts.clamp(min=1).unsqueeze(-1)
-    return rule.merged(Moments(counts, mean, (x - mean.unsqueeze(-1)).square().sum(others)))
+    mean = (x * weights).sum(others) / torch.where(counts > 0, counts, 1).unsqueeze(-1)
+    return rule.merged(Moments(counts, mean, ((x - mean.unsqueeze(-1)).square() * weights).sum(others)))
 
 
 def _by_primitives(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, rule: Rule, eps: float, chain: Chain
 ) -> Tensor:
-    x = _rows(input.to(torch.promote_types(input.dtype, torch.float32)))
+    x = _rows(masked(input, rule.mask).to(torch.promote_types(input.dtype, torch.float32)))
 
     def spread(t: Tensor) -> Tensor:
         return t.to(x.dtype).unsqueeze(-1)
@@ -156,8 +170,8 @@ def _by_primitives(
     weight, bias = rule.of_sets(weight), rule.of_sets(bias)
     z = z if weight is None else z * spread(weight)
     z = z if bias is None else z + spread(bias)
-    output = z.view(input.shape).to(input.dtype)
-    return finished(output, chain.residual, chain.activation, chain.activation_param)
+    output = masked(z.view(input.shape).to(input.dtype), rule.mask)
+    return finished(output, chain.residual, chain.activation, chain.activation_param, rule.mask)
 
 
 class _Composed(torch.autograd.Function):
@@ -177,9 +191,9 @@ class _Composed(torch.autograd.Function):
         keeps = chain.activation in _WITH_BRANCHES and any(ctx.needs_input_grad)
         fused = chain._replace(residual=residual, keeps_branches=keeps)
         parameters = rule.of_sets(weight), rule.of_sets(bias)
-        output, branches = elemt(input, statistics, *parameters, fused, rule.set_size)
+        output, branches = elemt(input, statistics, *parameters, fused, rule.set_size, rule.mask)
         kept = residual if chain.activation is not None and not keeps else None
-        ctx.save_for_backward(input, weight, bias, kept, branches, *merged, *statistics)
+        ctx.save_for_backward(input, weight, bias, kept, branches, *merged[:3], *statistics)
         ctx.rule, ctx.eps, ctx.chain, ctx.adds = rule, eps, chain, residual is not None
         return output
 
@@ -189,18 +203,20 @@ class _Composed(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *_gradients(ctx, dy, input, weight, bias, residual), None, None, None, None
         merged, statistics = Moments(*saved[:3]), Statistics(*saved[3:])
-        rule, set_size = ctx.rule, ctx.rule.set_size
+        rule, of_values = ctx.rule, (ctx.rule.set_size, ctx.rule.mask)
         chain = ctx.chain._replace(residual=residual, branches=branches)
         parameters = rule.of_sets(weight), rule.of_sets(bias)
-        sums = backward_reduce(dy, input, statistics, *parameters, chain, set_size)
-        through, scale = rule.through(sums, statistics, merged, parameters[0])
-        dx, dresidual = backward_elemt(dy, input, statistics, through, scale, parameters[1], chain, set_size)
+        sums = backward_reduce(dy, input, statistics, *parameters, chain, *of_values)
+        through, scale = sums, parameters[0]
+        if ctx.needs_input_grad[0]:
+            through, scale = rule.through(sums, statistics, merged, parameters[0])
+        dx, dresidual = backward_elemt(dy, input, statistics, through, scale, parameters[1], chain, *of_values)
         dweight, dbias = rule.gradients(sums, statistics)
         return (
             dx,
             None if weight is None else dweight.to(weight.dtype),
             None if bias is None else dbias.to(bias.dtype),
-            dresidual if ctx.adds and chain.activation is not None else dy if ctx.adds else None,
+            dresidual if ctx.adds and chain.activation is not None else masked(dy, rule.mask) if ctx.adds else None,
             None,
             None,
             None,
@@ -224,20 +240,29 @@ def _gradients(ctx: Any, dy: Tensor, input: Any, weight: Any, bias: Any, residua
     found = torch.autograd.grad(output, [leaf for leaf, wants in zip(leaves, wanted) if wants], dy, create_graph=True)
     given = iter(found)
     gradients = [next(given) if wants else None for wants in wanted]
-    return *gradients[:3], dy if ctx.adds and residual is None else gradients[3]
+    return *gradients[:3], masked(dy, ctx.rule.mask) if ctx.adds and residual is None else gradients[3]
 
 
 @torch.no_grad()
 def move_statistics(
-    moments: Moments, running_mean: Tensor, running_var: Any, counter: Tensor | None, momentum: float | None
+    moments: Moments,
+    running_mean: Tensor,
+    running_var: Any,
+    counter: Tensor | None,
+    momentum: float | None,
+    values: Tensor | None = None,
 ) -> None:
     """Moves running statistics, (C,) or rows of (D, C), towards the mean and the unbiased variance of ``moments``.
 
-    Rows of at most one value stay, and their counters. Modes of torch functions can override it.
+    Rows of at most one value stay, and their counters. ``values`` is how many values that count alike have means that
+    vary as these do, where values do not count alike. Modes of torch functions can override it.
     """
+    given = moments, running_mean, running_var, counter, momentum, values
     if has_torch_function((running_mean,)):
-        handle_torch_function(move_statistics, (running_mean,), moments, running_mean, running_var, counter, momentum)
+        handle_torch_function(move_statistics, (running_mean,), *given)
         return
+    if values is not None:
+        moments = Moments(values, moments.mean, moments.m2 * (values / torch.where(values > 0, moments.counts, 1)))
     counts = moments.counts.unsqueeze(-1)
     if momentum is not None:
         share = torch.full_like(counts, momentum)
@@ -246,4 +271,4 @@ def move_statistics(
     for running, new in ((running_mean, moments.mean), (running_var, moments.m2 / (counts - 1).clamp(min=1))):
         running.copy_(torch.where(counts > 1, running.to(new.dtype).lerp(new, share), running))
     if counter is not None:
-        counter.add_(1 if counter.dim() == 0 else moments.counts > 1)
+        counter.add_(1 if counter.dim() == 0 and values is None else moments.counts > 1)

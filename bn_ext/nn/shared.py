@@ -77,7 +77,7 @@ class SharedBatchNorm(_FusedBatchNorm):
     def extra_repr(self) -> str:
         return f"{_NormBase.extra_repr(self)}, stat_groups={self.stat_groups}, bn_ext{self._changed()}"
 
-    def _rule(self, input: Tensor) -> Rule | None:
+    def _rule(self, input: Tensor, mask: Tensor | None) -> Rule | None:
         if not self.training or self.frozen:
             return None
         self._check_input_dim(input)

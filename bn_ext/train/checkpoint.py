@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from bn_ext.functional import operator
-from bn_ext.nn.composed import move_statistics
+from bn_ext.nn.composed import Rule, moments_of, move_statistics
 
 _ARGUMENTS = [argument.name for argument in operator.default._schema.arguments]
 _CALLED = (operator, operator.default)
@@ -60,17 +60,22 @@ class _Reusing(TorchDispatchMode):
 
 
 class _First(TorchFunctionMode):
-    """The first forward: notes the statistics of each call of the operator."""
+    """The first forward: notes the statistics of each call of the operator, and the moments of each composed call."""
 
     def __init__(self) -> None:
         super().__init__()
-        # By running mean and sizes, so that a call which the second forward does not make takes no other's place. The
-        # running mean is kept, so that no other tensor gets its id.
-        self.noted: dict[Any, list[Statistics]] = defaultdict(list)
+        # By running mean or module, and sizes, so that a call which the second forward does not make takes no other's
+        # place. Both are kept, so that nothing else gets their ids.
+        self.noted: dict[Any, list[Any]] = defaultdict(list)
         self.means: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is moments_of and not is_compiling():
+            moments = func(*args)
+            self.means.append(args[2])
+            self.noted[_key_of_composed(*args)].append(moments)
+            return moments
         if func not in _CALLED or is_compiling():
             return func(*args, **kwargs)
         given = {**dict(zip(_ARGUMENTS, args)), **kwargs}
@@ -81,7 +86,7 @@ class _First(TorchFunctionMode):
 
 class _Second(TorchFunctionMode):
     """The second forward: calls the operator with the statistics of the first, and in training without running
-    statistics and counter, to which it would write."""
+    statistics and counter, to which it would write. Composed calls have the moments of the first."""
 
     def __init__(self, first: _First) -> None:
         super().__init__()
@@ -94,6 +99,9 @@ class _Second(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is move_statistics:
             return None
+        if func is moments_of and not is_compiling():
+            noted = next(self.left.get(_key_of_composed(*args), iter(())), None)
+            return func(*args) if noted is None else noted
         if func not in _CALLED:
             return func(*args, **(kwargs or {}))
         given = {**dict(zip(_ARGUMENTS, args)), **(kwargs or {})}
@@ -110,12 +118,16 @@ def _key(given: dict[str, Any]) -> tuple[int, torch.Size, bool]:
     return id(given["running_mean"]), given["input"].shape, given["training"]
 
 
+def _key_of_composed(input: Tensor, rule: Rule, owner: object) -> tuple[int, torch.Size, type]:
+    return id(owner), input.shape, type(rule)
+
+
 def checkpoint_contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """A ``context_fn`` for :func:`torch.utils.checkpoint.checkpoint`: the second forward, in the backward, leaves the
     running statistics and batch counters of our modules alone.
 
     It normalizes by the statistics that the first forward found, and so reads each input once, without a reduction, and
-    gives the same bits. Compiled parts inside reduce again.
+    gives the same bits; a SyncBatchNorm makes no collective then. Compiled parts inside reduce again.
 
     Checkpoint calls it: give the function itself, without parentheses. Batch norms that are still torch's count twice.
 

@@ -215,3 +215,21 @@ def test_a_checkpoint_reduces_once(times: int, device: str) -> None:
     assert calls.counts["batch_norm_elemt"] == 4 * times
     assert calls.counts["batch_norm_backward"] == 3 * times
     assert block.norm.num_batches_tracked == 1
+
+
+def test_a_checkpoint_reduces_a_composition_once(device: str) -> None:
+    """Batch norms that are composed of stages, two calls of one module within."""
+    shared = bn_ext.nn.SharedBatchNorm2d(4, 2).to(device)
+    twin = copy.deepcopy(shared)
+    x = torch.randn(4, 4, 3, 3, device=device, requires_grad=True)
+
+    def twice(module: nn.Module, x: Tensor) -> Tensor:
+        return module(module(x) + x)
+
+    (expected,) = torch.autograd.grad(twice(twin, x).square().sum(), x)
+    with Calls() as calls:
+        (dx,) = torch.autograd.grad(counting_once(twice, shared, x).square().sum(), x)
+    assert calls.counts["batch_norm_stats"] == 2
+    assert calls.counts["batch_norm_elemt"] == 4
+    assert torch.equal(dx, expected)
+    assert all(map(torch.equal, shared.state_dict().values(), twin.state_dict().values()))
