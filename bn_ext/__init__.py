@@ -11,6 +11,7 @@ A tour; the docstring of each name has its arguments, shapes and errors::
     bn = bn_ext.BatchNorm2d(64)                # or by hand: torch's constructor and state_dict
     y = bn(x, residual, activation="relu")     # relu(bn(x) + residual) in one pass
     act = bn_ext.BatchNormAct2d(64, activation="silu")         # the two as one module, for nn.Sequential
+    model = bn_ext.SyncBatchNorm.convert_sync_batchnorm(model) # statistics over the processes that train it
     y = bn_ext.functional.batch_norm(x, mean, var, training=True)  # the function behind the modules
 
     bn_ext.train.freeze(model)                 # and keep_statistics, skip_nonfinite, recalibrate, adapt, ...
@@ -25,7 +26,15 @@ from bn_ext.graph.conversion.convert import convert, revert
 from bn_ext.graph.folding.fold import fold
 from bn_ext.graph.fusion.fuse import fuse
 from bn_ext.graph.report import report
-from bn_ext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from bn_ext.nn import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    BatchNormAct1d,
+    BatchNormAct2d,
+    BatchNormAct3d,
+    SyncBatchNorm,
+)
 from bn_ext.tools.compare import compare
 from bn_ext.train import checkpoint_contexts
 
@@ -36,6 +45,7 @@ __all__ = [
     "BatchNormAct1d",
     "BatchNormAct2d",
     "BatchNormAct3d",
+    "SyncBatchNorm",
     "activation",
     "checkpoint_contexts",
     "compare",

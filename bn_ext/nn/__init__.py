@@ -7,6 +7,7 @@ from bn_ext.nn.domain import DomainBatchNorm1d, DomainBatchNorm2d, DomainBatchNo
 from bn_ext.nn.ghost import GhostBatchNorm1d, GhostBatchNorm2d, GhostBatchNorm3d
 from bn_ext.nn.last import BatchNormLast
 from bn_ext.nn.shared import SharedBatchNorm1d, SharedBatchNorm2d, SharedBatchNorm3d
+from bn_ext.nn.sync import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
@@ -25,4 +26,5 @@ __all__ = [
     "SharedBatchNorm1d",
     "SharedBatchNorm2d",
     "SharedBatchNorm3d",
+    "SyncBatchNorm",
 ]

@@ -22,8 +22,8 @@ def freeze(model: nn.Module, affine: bool = True) -> Record:
     the only way back. With frozen parameters a layer keeps nothing of the input's size for the backward (one bit an
     element if relu follows), and its backward is one read and one write.
 
-    Freeze before the optimizer and DistributedDataParallel are made, and after a conversion to SyncBatchNorm, which
-    torch.nn.SyncBatchNorm would undo.
+    Freeze before the optimizer and DistributedDataParallel are made, and after a conversion by torch.nn.SyncBatchNorm,
+    which would undo it; the one by :class:`bn_ext.SyncBatchNorm` does not.
 
     Args:
         model: any module.

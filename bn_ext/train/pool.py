@@ -14,7 +14,9 @@ from bn_ext import activation as activations
 from bn_ext._processes import in_group
 from bn_ext.functional import finished
 from bn_ext.nn.composed import move_statistics
-from bn_ext.stages import Moments, merge_stats, stats
+from bn_ext.nn.ranks import ranks_of
+from bn_ext.nn.sync import SyncBatchNorm
+from bn_ext.stages import Moments, stats
 from bn_ext.train.calls import arguments
 
 _MOVED = ("moments", "running_mean", "running_var")
@@ -33,11 +35,14 @@ class Pool:
         assert mean is not None
         nothing = torch.zeros_like(mean, dtype=torch.float64)
         self.moments = Moments(nothing.new_zeros(()), nothing, nothing)
-        self.calls = 0
+        self.calls = 0.0
+        # Every process of a synchronized batch norm gets the moments of all: each has a part of what they count.
+        self.part = 1 / ranks_of(module.process_group).number if isinstance(module, SyncBatchNorm) else 1.0
 
     def add(self, moments: Moments) -> None:
-        self.calls += 1
-        self.moments = _merged([self.moments, moments])
+        self.calls += self.part
+        counts, mean, m2 = moments
+        self.moments = _merged([self.moments, Moments(counts * self.part, mean, m2 * self.part)])
 
     def gathered(self) -> Pool:
         """This pool and those of all other processes, in their order."""
@@ -48,7 +53,7 @@ class Pool:
         everyones = [torch.empty_like(mine, device=device) for _ in range(dist.get_world_size())]
         dist.all_gather(everyones, mine.to(device))
         pool = Pool(self.path, self.module)
-        pool.calls = sum(int(one[0]) for one in everyones)
+        pool.calls = round(sum(float(one[0]) for one in everyones))
         rows = [one.to(mine.device)[1:] for one in everyones]
         pool.moments = _merged([Moments(row[0], *row[1:].chunk(2)) for row in rows])
         return pool
@@ -56,9 +61,7 @@ class Pool:
 
 def _merged(rows: Iterable[Moments]) -> Moments:
     """The moments of all values together, in the order of the rows."""
-    counts, mean, invstd = merge_stats(Moments(*(torch.stack(parts) for parts in zip(*rows))), eps=0.0)
-    # 1 / invstd**2 is the biased variance, to a rounding; of equal values invstd is infinite.
-    return Moments(counts, mean, counts / invstd.square())
+    return Moments(*(torch.stack(parts) for parts in zip(*rows))).merged()
 
 
 class Collecting(TorchFunctionMode):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bn_ext._processes import in_group
+from bn_ext.nn.sync import SyncBatchNorm
 from bn_ext.stages import merge_stats
 from bn_ext.train.pool import Collecting, Pool, StopError
 from bn_ext.train.record import Record, Row, batch_norms, record, row, statistics_of
@@ -33,7 +34,8 @@ def recalibrate(
     batches, whatever sizes the batches have and in whatever order they come. Each batch is run once, without gradients:
     batch norms in training normalize it by its own statistics, and that call gives the moments too; every other module
     is in evaluation. Frozen batch norms stay. Over processes (an initialized :mod:`torch.distributed`) the batches of
-    all are pooled: the same answer as one process with all of them.
+    all are pooled: the same answer as one process with all of them. A SyncBatchNorm takes the k-th batches of all its
+    processes as one, of which there have to be as many everywhere; torch's is left as it is.
 
     Args:
         model: any module, also fused or compiled: it runs plainly here.
@@ -52,7 +54,8 @@ def recalibrate(
     Raises:
         TypeError: ``model`` is no module, or a batch no tensor, tuple or list, without a ``forward``.
         ValueError: no batches; an iterator with ``sequential``, which can be run through but once; a batch norm in
-            TorchScript, or one that is not initialized; one value per channel. Nothing is changed then.
+            TorchScript, or one that is not initialized; one value per channel; with a SyncBatchNorm, other numbers of
+            batches in other processes. Nothing is changed then.
 
     Example:
         >>> model, data = nn.Sequential(nn.BatchNorm1d(2)), torch.randn(100, 2) + 3
@@ -118,7 +121,7 @@ class _Runs:
     def order(self, pools: Sequence[Pool]) -> list[tuple[str, int]]:
         """The paths of the batch norms in the order of their calls, and how often a forward calls each."""
         orders: list[Any] = [[]]
-        for batch in self.batches:
+        for batch in self.met():
             trial = Collecting([Pool(pool.path, pool.module) for pool in pools])
             with _training(pools), trial:
                 self.forward(self.model, batch)
@@ -133,8 +136,29 @@ class _Runs:
             raise ValueError(_NO_BATCHES)
         return found
 
+    def met(self) -> Iterator[Any]:
+        """The batches. Processes whose batch norms are synchronized have to have as many: they wait for each other."""
+        if not in_group() or not any(isinstance(module, SyncBatchNorm) for module in self.model.modules()):
+            yield from self.batches
+            return
+        given, end = iter(self.batches), object()
+        while True:
+            batch = next(given, end)
+            here = torch.tensor([float(batch is not end)])
+            if dist.get_backend() != "gloo":
+                here = here.to(next(self.model.buffers()).device)
+            dist.all_reduce(here)
+            if 0 < here.item() < dist.get_world_size():
+                raise ValueError(
+                    "bn_ext.train.recalibrate: processes have different numbers of batches, and a SyncBatchNorm in the "
+                    "model takes one of each: give every process as many, or revert_sync_batchnorm first"
+                )
+            if batch is end:
+                return
+            yield batch
+
     def run(self, collecting: Collecting, what: str) -> None:
-        for number, batch in enumerate(self.batches, 1):
+        for number, batch in enumerate(self.met(), 1):
             collecting.order.clear()
             try:
                 with collecting:
@@ -184,7 +208,7 @@ def _written(pools: Sequence[Pool]) -> dict[str, Row]:
 
 
 def _write(pool: Pool) -> str:
-    if pool.moments.counts < 2:
+    if pool.moments.counts < 2 - 1e-9:  # parts of processes add up to a rounding
         raise ValueError(f"bn_ext.train.recalibrate: {pool.path} got one value per channel in all")
     mean, var, *counter = statistics_of(pool.module)
     new_mean, new_var = (torch.zeros_like(t, dtype=torch.float64) for t in (mean, var))
@@ -194,8 +218,8 @@ def _write(pool: Pool) -> str:
     mean.copy_(new_mean)
     var.copy_(new_var)
     for tensor in counter:
-        tensor.fill_(pool.calls)
-    values = f"{int(pool.moments.counts)} values of {pool.calls} batches"
+        tensor.fill_(round(pool.calls))
+    values = f"{round(float(pool.moments.counts))} values of {pool.calls:.0f} batches"
     return f"{values}: mean moved {shift:.2g} deviations at most, variance times {ratio.min():.2g} to {ratio.max():.2g}"
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import time
 from collections.abc import Callable, Iterable
 from itertools import product
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 import torch.distributed as dist
 from modules import PREPARATIONS
 from networks import NETWORKS, assert_same_training
+from processes import in_each_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -23,28 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 import bn_ext
 
 RANKS = 2
-
-
-def _worker(rank: int, ranks: int, folder: str, job: Callable) -> None:
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
-    torch.save(job(), f"{folder}/rank{rank}.pt")
-    dist.destroy_process_group()
-
-
-def in_each_of(ranks: int, folder: Path, job: Callable) -> list:
-    """Gives what ``job`` returns in each of so many processes that know each other."""
-    given = ranks, str(folder), job
-    workers = torch.multiprocessing.start_processes(_worker, given, ranks, join=False, start_method=forked.METHOD)
-    deadline = time.monotonic() + 300
-    try:
-        while not workers.join(timeout=1):  # True once all have ended
-            assert time.monotonic() < deadline, "the workers hang"
-    finally:
-        for process in workers.processes:
-            process.kill()
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(ranks)]
 
 
 # ---------------------------------------------------------------------------------------------- as torch's

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helped import WAYS, Several, assert_same, images, state
-from test_distributed import in_each_of
+from processes import in_each_of
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from bn_ext.graph.arguments import check_model
-from bn_ext.graph.conversion import classes
+from bn_ext.graph.conversion import classes, synchronized
 from bn_ext.graph.conversion.classes import UnlikeError, become
 from bn_ext.graph.conversion.trial import Trials
 from bn_ext.graph.fusion.installed import unfuse
@@ -85,8 +85,8 @@ def make_ours(model: nn.Module, where: Callable[[str, nn.Module], bool] | None =
 
 
 def revert(model: Model) -> Model:
-    """Undoes :func:`convert` and :func:`bn_ext.fuse` in place: every module that could have come from them has its very
-    class again.
+    """Undoes :func:`convert`, :func:`bn_ext.fuse` and :meth:`bn_ext.SyncBatchNorm.convert_sync_batchnorm` in place:
+    every module that could have come from them has its very class again.
 
     Args:
         model: any module, also a copy of a converted one or a converted one unpickled.
@@ -120,6 +120,7 @@ def revert(model: Model) -> Model:
             if called and len(node.args) + len(node.kwargs) > 1:
                 raise ValueError(f"revert: {node.target} is called with a residual or an activation: torch's has none")
     unfuse(model)
+    synchronized.revert(model)
     for module in model.modules():
         if (original := _original(module)) is not None:
             become(module, original)
@@ -127,4 +128,5 @@ def revert(model: Model) -> Model:
 
 
 def _original(module: nn.Module) -> type[nn.Module] | None:
-    return classes.original(type_before_parametrizations(module))
+    before = synchronized.unsynchronized(module)
+    return classes.original(before or type_before_parametrizations(module)) or before
