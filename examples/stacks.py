@@ -57,9 +57,9 @@ class ResidualBlock(nn.Module):
         return self.relu(self.norm2(self.conv2(y)) + x)
 
 
-def residual_network(seed: int) -> nn.Sequential:
-    """A residual block between a convolution and a linear layer."""
+def residual_network(seed: int, colors: int = 1, side: int = SIDE, classes: int = CLASSES) -> nn.Sequential:
+    """A residual block between a convolution and a linear layer, for images of (colors, side, side)."""
     torch.manual_seed(seed)
-    channels, side = 8, SIDE // 2
-    first = nn.Conv2d(1, channels, 3, stride=2, padding=1, bias=False)
-    return nn.Sequential(first, ResidualBlock(channels), nn.Flatten(), nn.Linear(channels * side * side, CLASSES))
+    channels, features = 8, ((side + 1) // 2) ** 2
+    first = nn.Conv2d(colors, channels, 3, stride=2, padding=1, bias=False)
+    return nn.Sequential(first, ResidualBlock(channels), nn.Flatten(), nn.Linear(channels * features, classes))
