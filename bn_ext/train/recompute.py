@@ -22,7 +22,8 @@ def recompute_outputs(model: Model, /, chains: bool = True) -> Model:
     made again from that input by one element-wise pass, with the statistics of the forward: the same bits, so that
     gradients are the same bits. Each is made once a backward, and freed when the last that saved it has read it.
     In a fused model, results of ``cat``, ``add``, ``mul``, max pooling and ``interpolate`` that read such outputs are
-    made again too. Nothing is kept that was not kept before, but for operands of these, up to half a result's bytes.
+    made again too, and so are autocast's copies of parameters in half precision. Nothing is kept that was not kept
+    before, but for operands of these, up to half a result's bytes.
 
     Works on models of :func:`bn_ext.fuse` and :func:`bn_ext.convert`, before or after these. (In a converted model only
     outputs that a layer reads as they are or after a ReLU: another activation makes another tensor of them.) Only
@@ -31,8 +32,8 @@ def recompute_outputs(model: Model, /, chains: bool = True) -> Model:
     :func:`keep_outputs` undoes it.
 
     Limits:
-        - An input, residual, weight or bias that is written to between the forward and the backward is an error that
-          names it. A write by ``.data`` is not seen.
+        - An input, residual, weight, bias or parameter that is written to between the forward and the backward is an
+          error that names it. A write by ``.data`` is not seen.
         - Hooks for saved tensors around the call get all tensors but those that are made again; what hooks inside the
           model save stays theirs.
         - torch.func.grad inside the forward is an error of torch's: it takes no hooks for saved tensors.

@@ -219,6 +219,10 @@ def _relu(function: Callable[..., Tensor], *args: Any) -> Tensor:
     return function(*args).relu_()
 
 
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return parameter.to(dtype)
+
+
 _NAMES = ("input", "weight", "bias", "mean", "invstd", "residual")  # of the arguments of batch_norm_elemt
 
 
@@ -229,6 +233,12 @@ def _name_of(owner: ref[nn.Module], parameters: list[Tensor], channels: int, pla
         if any(parameter is one for one in parameters):
             return f"{_NAMES[place]} of the batch norm {path.rpartition('.')[0]}"
     return f"{_NAMES[place]} of a batch norm of {channels} channels"
+
+
+def _path_of(owner: ref[nn.Module], parameter: Tensor, place: int) -> str:
+    model = owner()
+    paths = () if model is None else model.named_parameters()
+    return f"parameter {next((path for path, one in paths if one is parameter), 'of the model')}"
 
 
 class Recording:
@@ -330,10 +340,11 @@ class Recording:
     def saved_as(self, tensor: Tensor) -> Any:
         """The stand-in of a tensor that costs no memory: its recipe, or the tensor that another node keeps; or None."""
         base = tensor._base
-        _, made = self.made.get(id(tensor if base is None else base), _NOTHING)
+        whole = tensor if base is None else base
+        _, made = self.made.get(id(whole), _NOTHING)
         if made is not None and made.version == tensor._version and made.dtype == tensor.dtype:
             return _Saver(made, None if base is None else (tensor.shape, tensor.stride(), tensor.storage_offset()))
-        if base is None and self.is_relu(tensor, made):
+        if (base is None and self.is_relu(tensor, made)) or (made is None and self.is_cast(whole)):
             return self.saved_as(tensor)
         of, reference = self.kept.get(id(tensor), _NOTHING)
         if of is None or of() is not tensor or (kept := reference()) is None or kept.version != tensor._version:
@@ -357,6 +368,18 @@ class Recording:
                 return False
         self.add(tensor, _Made(tensor, partial(_relu, before.function), before.args, before.name))
         return self.made[id(tensor)][1].version == tensor._version
+
+    def is_cast(self, tensor: Tensor) -> bool:
+        """Whether the tensor is a parameter in another type, as autocast makes it for a convolution: it is noted."""
+        node = tensor.grad_fn
+        if node is None or node.name() != "ToCopyBackward0" or tensor._version or self.parameter is _Parameter:
+            return False
+        parameter = getattr(node.next_functions[0][0], "variable", None)  # of the node that accumulates its gradient
+        if type(parameter) is not nn.Parameter or parameter.shape != tensor.shape or parameter.dtype == tensor.dtype:
+            return False
+        name = partial(_path_of, self.owner, parameter)
+        self.add(tensor, _Made(tensor, _cast, (_Saved(parameter), tensor.dtype), name))
+        return True
 
     def keep(self, tensor: Tensor) -> _Saved | _Saver:
         kept = _Saved(tensor) if self.hooks is None else _Packed(tensor, self.hooks)

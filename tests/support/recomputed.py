@@ -81,7 +81,12 @@ def assert_same(ones: list[Tensor], others: list[Tensor]) -> None:
     assert [torch.equal(one, other) for one, other in zip(ones, others, strict=True)].count(False) == 0
 
 
-def kept(model: nn.Module, *inputs: Tensor) -> int:
+def kept(model: nn.Module, *inputs: Tensor, around: Callable = nullcontext) -> int:
     """Bytes between forward and backward."""
-    step(model, *inputs)
-    return allocated(lambda: [model(x) for x in inputs], str(inputs[0].device))[0]
+
+    def forward() -> list[Tensor]:
+        with around():
+            return [model(x) for x in inputs]
+
+    step(model, *inputs, around=around)
+    return allocated(forward, str(inputs[0].device))[0]

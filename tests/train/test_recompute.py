@@ -47,6 +47,26 @@ def test_layouts_and_types(activation: str, make: Callable) -> None:
             assert_same(step(plain, x, around=around), step(again, x, around=around))
 
 
+def test_parameters_in_the_type_of_autocast() -> None:
+    """Autocast's copies of them are made again: as they are, as a view, and for two calls at a time."""
+    plain = nn.Sequential(nn.Conv2d(2, 64, 3), bn_ext.BatchNorm2d(64), nn.Flatten(), nn.Linear(64, 64))
+    again = recompute_outputs(copy.deepcopy(plain))
+    inputs = torch.randn(2, 2, 2, 3, 3).unbind()
+
+    def around() -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16)
+
+    sizes = [kept(model, *inputs, around=around) for model in (plain, again)]
+    assert sizes[0] - sizes[1] >= 2 * (plain[0].weight.numel() + plain[3].weight.numel())
+    assert_same(step(plain, *inputs, around=around), step(again, *inputs, around=around))
+    with around():
+        output = again(inputs[0])
+    with torch.no_grad():
+        again[3].weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"the parameter 3\.weight was modified by an inplace operation after"):
+        output.sum().backward()
+
+
 def test_memory(device: str) -> None:
     """Of each layer the input of the batch norm, and nothing else of that size."""
     layers = [nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(5)]
