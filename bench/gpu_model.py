@@ -49,7 +49,7 @@ class Kernel:
     reduce: float = 0.6  # both sums over a block
     cluster: float = 0.5  # a barrier, and loads from other blocks
     grid: float = 0.8  # a barrier
-    exchange_loads: int = 1  # under way in a thread that adds up the sums of other blocks
+    exchange_loads: int = 8  # under way in a thread that adds up the sums of other blocks
     finish: float = 2.5
     end: float = 0.75  # of a cluster
     overlap: float = 0.3  # of idle memory, which the other block of a multiprocessor hides after the first wave
@@ -195,6 +195,15 @@ def tables() -> str:
     return "\n\n".join(table(batch) for batch in (32, 256)) + "\n"
 
 
+def means(modeled: Callable[[Case, str], Modeled] = model) -> list[str]:
+    """Of each column, over both batches."""
+    places = [place for batch in (32, 256) for place in cases(batch)]
+    return [
+        f"{mean([modeled((*place, dtype, 'bn'), direction).of_copy for place in places]):.1%}".replace("%", " %")
+        for dtype, direction in COLUMNS
+    ]
+
+
 def explained(case: Case, direction: str) -> str:
     """The first wave of a plan, step by step."""
     plan = plan_of(case, direction, "h100")
@@ -221,6 +230,7 @@ def main() -> None:
         return
     print("A model, no measurement: percent of a copy's rate on an H100.\n")
     print(tables())
+    print("geometric means over both: " + ", ".join(means()))
     print("; ".join(f"{field.name} {getattr(NOW, field.name)}" for field in fields(Kernel)))
 
 

@@ -59,6 +59,14 @@ BROKEN = [
         "returns its block's shared memory|has returned",
         2,
     ),
+    Broken(
+        "sums of blocks that are not there",
+        "kernel/team_sums.h",
+        "i + u * step < entries ? read(i + u * step) : 0",
+        "read(i + u * step)",
+        r"block \d+ of a cluster of \d+",
+        2,
+    ),
     Broken("counter that is not set", "kernel/team_sums.h", "*arrivals_ = 0;", "", "deadlock: .*arrivals", 4),
     Broken(
         "one arrival too many",
@@ -71,8 +79,8 @@ BROKEN = [
     Broken(
         "lanes that do not come",
         "kernel/team_sums.h",
-        "    double sum = 0;\n",
-        "    if (k >= channels) {\n      break;\n    }\n    double sum = 0;\n",
+        "    double sum = sum_steps",
+        "    if (k >= channels) {\n      break;\n    }\n    double sum = sum_steps",
         "deadlock: .*shuffle_xor",
         1,
     ),

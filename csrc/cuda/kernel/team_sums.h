@@ -9,8 +9,30 @@
 // team. All is in double precision, in an order that the plan alone decides.
 namespace bn::cuda {
 
+// Reads from other blocks that a thread has under way at a time: each takes many times as long as an addition. Not
+// measured.
+constexpr int kReadsAtOnce = 8;
+
+// The sum of read(i) over i = first, first + step, ... < entries, added in this order.
+template <int kAtOnce, class Read>
+BN_DEVICE double sum_steps(int first, int step, int entries, const Read& read) {
+  double sum = 0;
+  for (int i = first; i < entries; i += kAtOnce * step) {
+    double values[kAtOnce];
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      values[u] = i + u * step < entries ? read(i + u * step) : 0;
+    }
+#pragma unroll
+    for (int u = 0; u < kAtOnce; ++u) {
+      sum += values[u];
+    }
+  }
+  return sum;
+}
+
 // Calls write(k, sum over i < entries of read(k, i)) for each k < channels. Adjacent lanes of a warp share a channel.
-template <class Read, class Write>
+template <int kAtOnce, class Read, class Write>
 BN_DEVICE void sum_entries(int channels, int entries, const Read& read, const Write& write) {
   int lanes = gpu::kWarp;
   while (lanes > 1 && channels * lanes > gpu::threads()) {
@@ -19,10 +41,7 @@ BN_DEVICE void sum_entries(int channels, int entries, const Read& read, const Wr
   const int lane = gpu::thread() % lanes;
   for (int first = 0; first < channels; first += gpu::threads() / lanes) {
     const int k = first + gpu::thread() / lanes;
-    double sum = 0;
-    for (int i = lane; k < channels && i < entries; i += lanes) {
-      sum += read(k, i);
-    }
+    double sum = sum_steps<kAtOnce>(lane, lanes, k < channels ? entries : 0, [&](int i) { return read(k, i); });
     for (int mask = lanes / 2; mask > 0; mask /= 2) {
       sum += gpu::shuffle_xor(gpu::kAllLanes, sum, mask);
     }
@@ -105,7 +124,7 @@ class TeamSums {
     gpu::sync_block();
     const auto write = [&](int k, double sum) { out.write(2 * k + which, sum); };
     if constexpr (kLanes == 1) {
-      sum_entries(1, gpu::threads(), [&](int, int i) { return partial_.read(i); }, write);
+      sum_entries<1>(1, gpu::threads(), [&](int, int i) { return partial_.read(i); }, write);
     } else {
       const int s = static_cast<int>(g_.s);
       const auto read = [&](int k, int i) {
@@ -113,7 +132,7 @@ class TeamSums {
         const int position = k * s + i - row * s;
         return partial_.read(position % kLanes * gpu::threads() + row * g_.width + position / kLanes);
       };
-      sum_entries(g_.channels, g_.rows_at_once * s, read, write);
+      sum_entries<1>(g_.channels, g_.rows_at_once * s, read, write);
     }
     gpu::sync_block();
   }
@@ -123,7 +142,7 @@ class TeamSums {
     const auto write = [&](int k, double sum) { sums_.write(k, sum); };
     if (g_.team == Team::Cluster) {  // one meeting: a cluster has one slab
       gpu::sync_cluster();
-      sum_entries(sums, g_.team_blocks, [&](int k, int i) { return own.of_block(i).read(k); }, write);
+      sum_entries<kReadsAtOnce>(sums, g_.team_blocks, [&](int k, int i) { return own.of_block(i).read(k); }, write);
     } else {
       double* const all = exchanged_ + (meetings_ % 2) * g_.team_blocks * sums;
       for (int k = gpu::thread(); k < sums; k += gpu::threads()) {
@@ -134,7 +153,8 @@ class TeamSums {
       } else {
         gpu::sync_blocks(arrivals_, meetings_ * g_.team_blocks);
       }
-      sum_entries(sums, g_.team_blocks, [&](int k, int i) { return gpu::load_written(all + i * sums + k); }, write);
+      sum_entries<kReadsAtOnce>(
+          sums, g_.team_blocks, [&](int k, int i) { return gpu::load_written(all + i * sums + k); }, write);
     }
     ++meetings_;
   }
