@@ -45,12 +45,12 @@ class Kernel:
     """Of the kernel: what a change to it changes."""
 
     start: float = 0.85  # to the first load
-    settle: float = 0.3  # the forward's, a load after the last sum
+    settle: float = 0.1  # the forward's, a barrier and reads of shared memory
     reduce: float = 0.6  # both sums over a block
     cluster: float = 0.5  # a barrier, and loads from other blocks
     grid: float = 0.8  # a barrier
     exchange_loads: int = 8  # under way in a thread that adds up the sums of other blocks
-    finish: float = 2.5
+    finish: float = 0.8
     end: float = 0.75  # of a cluster
     overlap: float = 0.3  # of idle memory, which the other block of a multiprocessor hides after the first wave
 

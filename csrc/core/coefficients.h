@@ -64,9 +64,9 @@ struct GradientCoefficients {
 
 // dx = weight * invstd * (dz - mean(dz) - x_hat * mean(dz * x_hat)), x_hat = (x - mean) * invstd. The
 // order of operations, and finite_or_zero, put NaN and Inf where torch puts them.
-template <class A>
+template <class A, class Count>
 BN_HD GradientCoefficients<A> gradient_coefficients(
-    double mean, double invstd, double weight, double count, const GradientSums& sums) {
+    double mean, double invstd, double weight, const Count& count, const GradientSums& sums) {
   const double slope = -invstd * invstd * (sums.dz_xmu / count);
   const double rest = SplitMean<A>(mean, weight * invstd).rest;
   return {static_cast<A>(slope), static_cast<A>(-(sums.dz / count) - finite_or_zero(slope * rest))};

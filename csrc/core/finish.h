@@ -4,49 +4,85 @@
 #include "core/coefficients.h"
 #include "core/moments.h"
 
-// The work that is done once per set and channel, between the reduction and the elements. Several blocks may compute
-// the coefficients of one channel; only the block with `writes` stores results for the caller. What sets share, running
-// statistics and parameters' gradients, is finished at once if there is one set, else by finish_sets, when all sets
-// are.
+// The work that is done once per set and channel, between the reduction and the elements, in three steps: inputs are
+// read, which may be before the sums are known; coefficients are computed, in all blocks that need them; results are
+// stored for the caller, by one of these blocks. What sets share, running statistics and parameters' gradients, is
+// stored at once if there is one set, else by finish_sets, when all sets are finished.
 namespace bn {
 
 template <class Args>
-BN_HD void move_running(const Args& args, int64_t c, double mean, double unbiased_var, double momentum) {
-  args.running_mean.set(c, running_average(args.running_mean.get(c, 0), mean, momentum));
-  args.running_var.set(c, running_average(args.running_var.get(c, 0), unbiased_var, momentum));
+BN_HD void set_running(
+    const Args& args, int64_t c, double old_mean, double old_var, double mean, double unbiased_var, double momentum) {
+  args.running_mean.set(c, running_average(old_mean, mean, momentum));
+  args.running_var.set(c, running_average(old_var, unbiased_var, momentum));
 }
 
-// `batch` has the moments of all values of the channel in the set. `batch` and `momentum` are used by a pass that
-// reduces only.
-template <class A>
-BN_HD NormalizeCoefficients<A> finish_forward(
-    const ForwardArgs& args, int64_t set, int64_t c, const Moments& batch, double momentum, bool writes) {
+template <class Args>
+BN_HD void move_running(const Args& args, int64_t c, double mean, double unbiased_var, double momentum) {
+  set_running(args, c, args.running_mean.get(c, 0), args.running_var.get(c, 0), mean, unbiased_var, momentum);
+}
+
+struct ForwardInputs {
+  double weight;
+  double bias;
+  double mean;    // given, or the running one
+  double spread;  // invstd, if it is given, or the running variance
+};
+
+BN_HD ForwardInputs read_inputs(const ForwardArgs& args, int64_t set, int64_t c) {
   const int64_t i = args.problem.statistic(set, c);
-  const double weight = args.weight.get(c, 1, set);
-  const double bias = args.bias.get(c, 0, set);
+  const bool given = args.stages == Stages::Apply;
+  return {args.weight.get(c, 1, set), args.bias.get(c, 0, set), given ? args.mean[i] : args.running_mean.get(c, 0),
+          given ? args.invstd[i] : args.running_var.get(c, 1)};
+}
+
+template <class A>
+struct FinishedForward {
+  NormalizeCoefficients<A> coefficients;
+  double mean;
+  double invstd;
+};
+
+// `batch` has the moments of all values of the channel in the set, `count` their number. A pass that does not reduce
+// has no use for them.
+template <class A, class Count>
+BN_HD FinishedForward<A> finish_forward(const ForwardArgs& args,
+                                        const ForwardInputs& in,
+                                        const Moments& batch,
+                                        const Count& count) {
+  const bool given = args.stages == Stages::Apply;
+  const double mean = args.training && !given ? batch.mean : in.mean;
+  const double var = args.training ? biased_variance(batch.m2, count) : in.spread;
+  const double invstd = given ? in.spread : inverse_std(var, args.eps);
+  return {normalize_coefficients<A>(mean, invstd, in.weight, in.bias), mean, invstd};
+}
+
+template <class A>
+BN_HD void store_forward(const ForwardArgs& args,
+                         int64_t set,
+                         int64_t c,
+                         const ForwardInputs& in,
+                         const Moments& batch,
+                         const FinishedForward<A>& finished,
+                         double momentum) {
   if (args.stages == Stages::Apply) {
-    return normalize_coefficients<A>(args.mean[i], args.invstd[i], weight, bias);
+    return;
   }
-  const double mean = args.training ? batch.mean : args.running_mean.get(c, 0);
-  const double var = args.training ? biased_variance(batch) : args.running_var.get(c, 1);
-  const double invstd = inverse_std(var, args.eps);
-  if (writes) {
-    args.mean[i] = mean;
-    if (args.invstd != nullptr) {
-      args.invstd[i] = invstd;
-    }
-    if (args.m2 != nullptr) {
-      args.m2[i] = batch.m2;
-    }
-    if (args.counts != nullptr && c == 0) {
-      args.counts[set] = batch.count;
-    }
-    const double freedom = counted(args.problem, args.mask, set).freedom;
-    if (args.training && args.running_mean && args.problem.one_set() && freedom > 0) {
-      move_running(args, c, mean, batch.m2 / freedom, momentum);
-    }
+  const int64_t i = args.problem.statistic(set, c);
+  args.mean[i] = finished.mean;
+  if (args.invstd != nullptr) {
+    args.invstd[i] = finished.invstd;
   }
-  return normalize_coefficients<A>(mean, invstd, weight, bias);
+  if (args.m2 != nullptr) {
+    args.m2[i] = batch.m2;
+  }
+  if (args.counts != nullptr && c == 0) {
+    args.counts[set] = batch.count;
+  }
+  const double freedom = counted(args.problem, args.mask, set).freedom;
+  if (args.training && args.running_mean && args.problem.one_set() && freedom > 0) {
+    set_running(args, c, in.mean, in.spread, finished.mean, batch.m2 / freedom, momentum);
+  }
 }
 
 // Whether finish_sets has work.
@@ -75,11 +111,24 @@ BN_HD void finish_sets(const ForwardArgs& args, int64_t c, double momentum, cons
   }
 }
 
+struct BackwardInputs {
+  double mean;
+  double invstd;
+  double weight;
+};
+
+BN_HD BackwardInputs read_inputs(const BackwardArgs& args, int64_t set, int64_t c) {
+  const int64_t i = args.problem.statistic(set, c);
+  return {args.mean[i], args.invstd[i], args.weight.get(c, 1, set)};
+}
+
 // Recomputes the forward's coefficients for the backward.
 template <class A>
-BN_HD NormalizeCoefficients<A> repeat_forward(const BackwardArgs& args, int64_t set, int64_t c) {
-  const int64_t i = args.problem.statistic(set, c);
-  return normalize_coefficients<A>(args.mean[i], args.invstd[i], args.weight.get(c, 1, set), args.bias.get(c, 0, set));
+BN_HD NormalizeCoefficients<A> repeat_forward(const BackwardArgs& args,
+                                              int64_t set,
+                                              int64_t c,
+                                              const BackwardInputs& in) {
+  return normalize_coefficients<A>(in.mean, in.invstd, in.weight, args.bias.get(c, 0, set));
 }
 
 BN_HD void set_parameter_gradients(const BackwardArgs& args, int64_t c, double dweight, double dbias) {
@@ -91,28 +140,43 @@ BN_HD void set_parameter_gradients(const BackwardArgs& args, int64_t c, double d
   }
 }
 
+template <class A>
+struct FinishedBackward {
+  GradientCoefficients<A> coefficients;
+  GradientSums sums;
+};
+
 // dz is the gradient of the activation's input. `sum_dz_shifted` is the sum of dz * (x - shift), with the shift of the
 // forward. Both are used by a pass that reduces only. `count` says how many values the statistics are of.
-template <class A>
-BN_HD GradientCoefficients<A> finish_backward(
-    const BackwardArgs& args, int64_t set, int64_t c, double count, double sum_dz, double sum_dz_shifted, bool writes) {
+template <class A, class Count>
+BN_HD FinishedBackward<A> finish_backward(const BackwardArgs& args,
+                                          int64_t set,
+                                          int64_t c,
+                                          const BackwardInputs& in,
+                                          const Count& count,
+                                          double sum_dz,
+                                          double sum_dz_shifted) {
   const int64_t i = args.problem.statistic(set, c);
-  const double mean = args.mean[i];
-  const double invstd = args.invstd[i];
-  const double weight = args.weight.get(c, 1, set);
   const bool given = args.stages == Stages::Apply;
   const GradientSums sums = given ? GradientSums{args.sum_dz[i], args.sum_dz_xmu[i]}
-                                  : centred<A>(mean, weight * invstd, sum_dz, sum_dz_shifted);
-  if (writes && !given) {
-    if (args.sum_dz != nullptr) {
-      args.sum_dz[i] = sums.dz;
-      args.sum_dz_xmu[i] = sums.dz_xmu;
-    }
-    if (args.problem.one_set()) {
-      set_parameter_gradients(args, c, sums.dz_xmu * invstd, sums.dz);
-    }
+                                  : centred<A>(in.mean, in.weight * in.invstd, sum_dz, sum_dz_shifted);
+  const GradientSums through = args.training ? sums : GradientSums{};
+  return {gradient_coefficients<A>(in.mean, in.invstd, in.weight, count, through), sums};
+}
+
+BN_HD void store_backward(
+    const BackwardArgs& args, int64_t set, int64_t c, const BackwardInputs& in, const GradientSums& sums) {
+  if (args.stages == Stages::Apply) {
+    return;
   }
-  return gradient_coefficients<A>(mean, invstd, weight, count, args.training ? sums : GradientSums{});
+  if (args.sum_dz != nullptr) {
+    const int64_t i = args.problem.statistic(set, c);
+    args.sum_dz[i] = sums.dz;
+    args.sum_dz_xmu[i] = sums.dz_xmu;
+  }
+  if (args.problem.one_set()) {
+    set_parameter_gradients(args, c, sums.dz_xmu * in.invstd, sums.dz);
+  }
 }
 
 inline bool finishes_sets(const BackwardArgs& args) {
@@ -146,7 +210,7 @@ BN_HD void merge_rows(const MergeArgs& args, int64_t c) {
     *args.count = all.count;
   }
   args.mean[c] = all.mean;
-  args.invstd[c] = inverse_std(biased_variance(all), args.eps);
+  args.invstd[c] = inverse_std(biased_variance(all.m2, all.count), args.eps);
   if (args.running_mean && all.count > 1) {
     const double momentum =
         args.num_batches_tracked != nullptr ? 1 / static_cast<double>(*args.num_batches_tracked) : args.momentum;

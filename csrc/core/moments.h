@@ -5,7 +5,8 @@
 
 #include <cmath>
 
-// The statistics of a channel, in double precision.
+// The statistics of a channel, in double precision. A `Count` is a double, or what stands for one: sums are divided by
+// it.
 namespace bn {
 
 // Count, mean and sum of squared deviations from the mean, of a set of values.
@@ -18,10 +19,11 @@ struct Moments {
 // Moments from the sums of (x - shift) and (x - shift)^2. If the shift is the mean of these values, or of as many
 // others of the channel, nothing large cancels: the error of m2, relative to the m2 of the channel, is a few roundings
 // of the sums.
-BN_HD Moments shifted_moments(double count, double shift, double sum, double sum_sq) {
+template <class Count>
+BN_HD Moments shifted_moments(const Count& count, double shift, double sum, double sum_sq) {
   const double offset = sum / count;
   const double m2 = sum_sq - sum * offset;
-  return {count, shift + offset, m2 < 0 ? 0 : m2};
+  return {static_cast<double>(count), shift + offset, m2 < 0 ? 0 : m2};
 }
 
 // Sums of (x - shift) and (x - shift)^2.
@@ -45,8 +47,9 @@ BN_HD Moments merge(const Moments& a, const Moments& b) {
 }
 
 // 0 where there are no values.
-BN_HD double biased_variance(const Moments& m) {
-  return m.count > 0 ? m.m2 / m.count : 0;
+template <class Count>
+BN_HD double biased_variance(double m2, const Count& count) {
+  return static_cast<double>(count) > 0 ? m2 / count : 0;
 }
 
 BN_HD double inverse_std(double var, double eps) {

@@ -261,7 +261,10 @@ void forward(ForwardArgs args, const Kernels& kernels) {
                                 ? Moments{count, finite_or_zero(first_value(args, set, i)) + partial.first(set, 0)[i],
                                           partial.second(set, 0)[i]}
                                 : Moments{};
-      coefficients.set_channel(set, i, finish_forward<A>(args, set, i, batch, momentum, /*writes=*/true));
+      const ForwardInputs inputs = read_inputs(args, set, i);
+      const auto finished = finish_forward<A>(args, inputs, batch, count);
+      coefficients.set_channel(set, i, finished.coefficients);
+      store_forward(args, set, i, inputs, batch, finished, momentum);
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.y);
@@ -287,7 +290,7 @@ void backward(BackwardArgs args, const Kernels& kernels) {
   Coefficients<A> coefficients(plan, Direction::Backward);
   for_each(plan, plan.sets, [&](int64_t set) {
     for (int64_t i = 0; i < args.problem.c; ++i) {
-      coefficients.set_channel(set, i, repeat_forward<A>(args, set, i));
+      coefficients.set_channel(set, i, repeat_forward<A>(args, set, i, read_inputs(args, set, i)));
     }
   });
 
@@ -311,8 +314,10 @@ void backward(BackwardArgs args, const Kernels& kernels) {
     for (int64_t i = begin; i < end; ++i) {
       const double sum_dz = reduces ? partial.first(set, 0)[i] : 0;
       const double sum_dz_shifted = reduces ? partial.second(set, 0)[i] : 0;
-      coefficients.set_channel(set, i,
-                               finish_backward<A>(args, set, i, count, sum_dz, sum_dz_shifted, /*writes=*/true));
+      const BackwardInputs inputs = read_inputs(args, set, i);
+      const auto finished = finish_backward<A>(args, set, i, inputs, count, sum_dz, sum_dz_shifted);
+      coefficients.set_channel(set, i, finished.coefficients);
+      store_backward(args, set, i, inputs, finished.sums);
     }
   };
   const bool bypass_cache = plan.bypass_cache && streamable(args.dx) && streamable(args.dresidual);

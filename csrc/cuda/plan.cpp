@@ -105,12 +105,14 @@ class Planner {
     plan_.slabs = slabs_of(channels);
   }
 
-  // A team of so many blocks for each slab, and threads for as many packs as a block then has, at the most `threads`.
+  // A team of so many blocks for each slab, and threads for as many packs as a block then has, at the most `threads`,
+  // and for every channel, of which one finishes each.
   void set_team(Team team, int64_t blocks, int threads) {
     plan_.team = team;
     plan_.team_blocks = static_cast<int>(blocks);
     plan_.share = round_up(divide_up(packs(), blocks), unit());
-    plan_.threads = static_cast<int>(std::min<int64_t>(threads, round_up(std::max(plan_.share, unit()), kWarp)));
+    plan_.threads = static_cast<int>(
+        std::min<int64_t>(threads, round_up(std::max({plan_.share, unit(), int64_t{plan_.channels}}), kWarp)));
     plan_.active = static_cast<int>(active_of(plan_.threads));
     plan_.teams = plan_.slabs;
     if (plan_.share + plan_.width > 2 * kMaxPacks - kMaxThreads || plan_.slabs > kMaxBlocks / blocks) {

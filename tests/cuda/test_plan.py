@@ -149,6 +149,7 @@ def test_every_element_is_covered_once(every: list[Planned]) -> None:
         assert p.width == -(-p.channels * a.s // a.lanes), a
         assert p.team_blocks * p.share >= a.n * p.width, a
         assert 1 <= p.active <= p.threads, a
+        assert p.channels <= p.threads, "each channel is finished by one thread"
         # A block of each team for each of its slabs; the slabs of a cooperative grid's teams are a stride apart.
         assert p.teams == p.slabs or (p.team == "grid" and 1 <= p.teams < p.slabs), a
         assert (p.team_blocks == 1) == (p.team == "block") or p.strategy == "elementwise", a

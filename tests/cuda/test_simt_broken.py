@@ -38,10 +38,26 @@ BROKEN = [
     Broken(
         "missing barrier before the coefficients are read",
         "kernel/kernel.h",
-        "    gpu::sync_block();\n",
-        "",
+        "    gpu::sync_block();\n    if (has_channel(slab) && sums_.leads())",
+        "    if (has_channel(slab) && sums_.leads())",
         r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
         0,
+    ),
+    Broken(
+        "missing barrier before the references are read",
+        "kernel/kernel.h",
+        "      gpu::sync_block();\n#pragma unroll",
+        "#pragma unroll",
+        r"reads element \d+ .*(which nothing wrote|wrote with no barrier)",
+        2,
+    ),
+    Broken(
+        "block without threads for all channels",
+        "kernel/kernel.h",
+        "return gpu::thread() < slab.channels();",
+        "return gpu::thread() < slab.channels() - 1;",
+        r"reads element \d+ .*which nothing wrote",
+        1,
     ),
     Broken(
         "missing barrier of the cluster",
@@ -145,6 +161,14 @@ WRONG = [
     Broken("bits of the next word", "kernel/branches.h", "high != 0", "false", "branches", 1),
     Broken("no residual", "passes/forward.cu", "z = z + batch.tensor[1][u].get(l);", "", "branches", 0),
     Broken("no residual behind it", BACKWARD, "z = z + batch.tensor[2][u].get(l);", "", "dx", 0, BACKWARD),
+    Broken(
+        "inputs of another channel",
+        "passes/forward.cu",
+        "inputs(int64_t set, int64_t c) const {",
+        "inputs(int64_t set, int64_t c) const {\n    c = 0;",
+        "branches",
+        1,
+    ),
     Broken("a gradient of a gradient", "kernel/kernel.h", "if (i + u >= g_.held)", "", "dx", 0, BACKWARD),
 ]
 

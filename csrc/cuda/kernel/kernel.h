@@ -23,11 +23,14 @@
 //   kMasked, mask()         whether there is a mask; what it is then
 //   writes()                whether there are outputs
 //   begin(sums)             is called before a block's first slab
-//   kRefersToChannels       true: reference(set, c), by channel; false: reference(batch, masks, l), by the first batch
+//   reference(set, c)       a channel's reference
+//   kRefersToChannels       whether lanes refer to it; else to reference(batch, masks, l), by the first batch
 //   prepare(...)            replaces a pack that was read by the pack that is held
 //   factors<B>(...)         u and w of an element, in type B
-//   settle(...)             turns the sums of a lane into sums that all lanes of the channel can add up
-//   finish(set, c, sums, k) the coefficients of channel c of a set, which is number k of its slab
+//   settle(...)             turns the sums of a lane into sums about the reference of its channel
+//   Inputs, inputs(set, c)  what finishing a channel reads from memory
+//   Finished, finish(...)   the coefficients of a channel, and what store() needs besides
+//   store(set, c, ...)      stores a channel's results
 //   finishes_sets()         whether something is added up over sets
 //   finish_sets(c)          adds it up for channel c, when the channel is finished in all sets
 //   write(...)              stores a pack of each output
@@ -57,6 +60,7 @@ class Block {
   using A = typename Pass::A;
   using Reference = typename Pass::Reference;
   using Coefficients = typename Pass::Coefficients;
+  using Inputs = typename Pass::Inputs;
 
   BN_DEVICE explicit Block(const KernelArgs<Pass>& args)
       : pass_(args.pass),
@@ -71,10 +75,16 @@ class Block {
     pass_.begin(sums_);
     for (int64_t i = sums_.team(); i < g_.slabs; i += g_.teams) {
       const OwnSlab slab(g_, i, sums_.rank());
-      if (pass_.summed(0) != nullptr) {
-        add_up(slab);
+      const bool reduces = pass_.summed(0) != nullptr;
+      LaneSums<kSummed> sums;
+      if (reduces) {
+        sums = sum(slab);
       }
-      finish(slab);
+      const Inputs inputs = kReadsAhead ? read_inputs(slab) : Inputs{};
+      if (reduces) {
+        sums_.add_up(sums);
+      }
+      finish(slab, inputs);
       if (pass_.writes()) {
         apply(slab);
       }
@@ -87,18 +97,18 @@ class Block {
 
  private:
   static constexpr bool kMasked = Pass::kMasked;
+  // Whether the inputs of the finish are read while the team adds up. With a mask there are no registers for it.
+  static constexpr bool kReadsAhead = !kMasked;
   using OwnSlab = Slab<T, (kSummed > 1)>;
   using PackMask = std::conditional_t<kMasked, Masked<T>, Unmasked<T>>;
   template <int kPacks>
   using BatchOf = Batch<T, Pass::kTensors, kPacks>;
 
-  // The channel of lane l, which is the same in all packs of this thread: its number in the slab, and in the problem.
+  // The number in the slab of the channel of lane l, which is the same in all packs of this thread.
   BN_DEVICE int lane_in_slab(const OwnSlab& slab, int l) const { return kSummed == 1 ? 0 : slab.channel(l); }
-  BN_DEVICE int64_t channel_of_lane(const OwnSlab& slab, int l) const {
-    return slab.first_channel() + lane_in_slab(slab, l);
-  }
 
-  BN_DEVICE void add_up(const OwnSlab& slab) {
+  // The sums of this thread, about the references of the channels.
+  BN_DEVICE LaneSums<kSummed> sum(const OwnSlab& slab) const {
     Reference reference[kSummed] = {};
     LaneSums<kSummed> sums = sum_packs<A, Pass::kSumBatch>(slab, reference);
     if constexpr (sizeof(A) < sizeof(double)) {
@@ -106,11 +116,14 @@ class Block {
         sums = sum_packs<double, 1>(slab, reference);
       }
     }
+    if constexpr (!Pass::kRefersToChannels) {
+      gpu::sync_block();
 #pragma unroll
-    for (int l = 0; l < kSummed; ++l) {
-      pass_.settle(sums.sum[l], sums.product[l], sums.count, reference[l], slab.set(), channel_of_lane(slab, l));
+      for (int l = 0; l < kSummed; ++l) {
+        pass_.settle(sums.sum[l], sums.product[l], sums.count, reference[l], references_.read(lane_in_slab(slab, l)));
+      }
     }
-    sums_.add_up(sums);
+    return sums;
   }
 
   // Sums all packs of this thread, in batches that are added up in type B, and writes those that are held to the tile.
@@ -119,7 +132,7 @@ class Block {
   BN_DEVICE LaneSums<kSummed> sum_packs(const OwnSlab& slab, Reference (&reference)[kSummed]) const {
     constexpr bool kRefers = std::is_same_v<A, B>;
     LaneSums<kSummed> sums;
-    for (int i = 0; i < slab.packs() || (kRefers && Pass::kRefersToChannels && i == 0); i += kAtOnce) {
+    for (int i = 0; i < slab.packs() || (kRefers && i == 0); i += kAtOnce) {
       BatchOf<kAtOnce> batch;
       PackMask masks[kAtOnce];
 #pragma unroll
@@ -156,16 +169,16 @@ class Block {
     return sums;
   }
 
-  // A reference to a channel is computed by one thread for the block, while the first batch is being loaded.
+  // The reference of a channel is computed by one thread for the block, while the first batch is being loaded.
   template <int kAtOnce>
   BN_DEVICE void refer(const OwnSlab& slab,
                        const BatchOf<kAtOnce>& batch,
                        const PackMask (&masks)[kAtOnce],
                        Reference (&reference)[kSummed]) const {
+    if (has_channel(slab)) {
+      references_.write(gpu::thread(), pass_.reference(slab.set(), own_channel(slab)));
+    }
     if constexpr (Pass::kRefersToChannels) {
-      for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
-        references_.write(k, pass_.reference(slab.set(), slab.first_channel() + k));
-      }
       gpu::sync_block();
     }
 #pragma unroll
@@ -178,18 +191,38 @@ class Block {
     }
   }
 
-  BN_DEVICE void finish(const OwnSlab& slab) {
-    for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
-      coefficients_.write(k, pass_.finish(slab.set(), slab.first_channel() + k, sums_, k));
+  // Each channel is finished by one thread; a block has threads for all channels of a slab.
+  BN_DEVICE static bool has_channel(const OwnSlab& slab) { return gpu::thread() < slab.channels(); }
+  BN_DEVICE static int64_t own_channel(const OwnSlab& slab) { return slab.first_channel() + gpu::thread(); }
+
+  BN_DEVICE Inputs read_inputs(const OwnSlab& slab) const {
+    return has_channel(slab) ? pass_.inputs(slab.set(), own_channel(slab)) : Inputs{};
+  }
+
+  // All threads wait for the coefficients, none for what is stored for the caller.
+  BN_DEVICE void finish(const OwnSlab& slab, Inputs inputs) {
+    const int k = gpu::thread();
+    const int64_t set = slab.set();
+    const int64_t c = own_channel(slab);
+    typename Pass::Finished finished;
+    if (has_channel(slab)) {
+      const bool reduces = pass_.summed(0) != nullptr;
+      if constexpr (!kReadsAhead) {
+        inputs = read_inputs(slab);
+      }
+      finished = reduces ? pass_.finish(set, c, inputs, references_.read(k), sums_.sum(k), sums_.product(k))
+                         : pass_.finish(set, c, inputs, {}, 0, 0);
+      coefficients_.write(k, pass_.coefficients(finished));
     }
     gpu::sync_block();
+    if (has_channel(slab) && sums_.leads()) {
+      pass_.store(set, c, inputs, finished);
+    }
   }
 
   BN_DEVICE void finish_sets(const OwnSlab& slab) const {
-    if (gpu::last_to_arrive(finished_ + slab.number(), static_cast<unsigned>(g_.sets))) {
-      for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
-        pass_.finish_sets(slab.first_channel() + k);
-      }
+    if (gpu::last_to_arrive(finished_ + slab.number(), static_cast<unsigned>(g_.sets)) && has_channel(slab)) {
+      pass_.finish_sets(own_channel(slab));
     }
   }
 

@@ -1,4 +1,5 @@
 #include "core/finish.h"
+#include "cuda/kernel/count.h"
 #include "cuda/kernel/functor.h"
 #include "cuda/kernel/kernel.h"
 #include "cuda/launch.h"
@@ -21,6 +22,11 @@ class BackwardPass {
     NormalizeCoefficients<A> forward;
     GradientCoefficients<A> backward;
   };
+  using Inputs = BackwardInputs;
+  struct Finished {
+    Coefficients coefficients;
+    GradientSums sums;
+  };
   static constexpr const char* kName = "batch_norm_backward";
   static constexpr bool kMasked = kMasked_;
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;
@@ -35,7 +41,11 @@ class BackwardPass {
   static_assert(!kMasked || !kPlain, "prepare selects dz by the mask");
 
   BackwardPass(const BackwardArgs& args, const CountedMask& counted, const Functor& activation)
-      : args_(args), mask_(args.mask, args.problem), activation_(activation) {
+      : args_(args),
+        mask_(args.mask, args.problem),
+        count_(static_cast<double>(args.problem.count_of(0))),
+        last_count_(static_cast<double>(args.problem.count_of(args.problem.sets() - 1))),
+        activation_(activation) {
     const Pass pass = pass_of(args);
     reduce_reads_ = pass.reduce_reads().tensors;
     apply_reads_ = pass.apply_reads().tensors;
@@ -55,7 +65,9 @@ class BackwardPass {
 
   BN_DEVICE void begin(const TeamSums&) const {}
 
-  BN_DEVICE Reference reference(int64_t set, int64_t c) const { return repeat_forward<A>(args_, set, c); }
+  BN_DEVICE Reference reference(int64_t set, int64_t c) const {
+    return repeat_forward<A>(args_, set, c, read_inputs(args_, set, c));
+  }
 
   // In lanes that do not count dz is 0.
   template <class Batch, class PackMask, class CoefficientsOf>
@@ -81,14 +93,18 @@ class BackwardPass {
     return {static_cast<B>(dz), mask.keep(l, d)};
   }
 
-  BN_DEVICE void settle(double&, double&, double, const Reference&, int64_t, int64_t) const {}
+  BN_DEVICE Inputs inputs(int64_t set, int64_t c) const { return read_inputs(args_, set, c); }
 
-  BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
-    const bool summed = reduce_reads_ > 0;
-    const double sum = summed ? sums.sum(k) : 0;
-    const double product = summed ? sums.product(k) : 0;
-    return {repeat_forward<A>(args_, set, c),
-            finish_backward<A>(args_, set, c, count(set), sum, product, sums.leads())};
+  BN_DEVICE Finished
+  finish(int64_t set, int64_t c, const Inputs& in, const Reference& reference, double sum, double product) const {
+    const auto& [coefficients, sums] = finish_backward<A>(args_, set, c, in, count_of(set), sum, product);
+    return {{reduce_reads_ > 0 ? reference : repeat_forward<A>(args_, set, c, in), coefficients}, sums};
+  }
+
+  BN_DEVICE static const Coefficients& coefficients(const Finished& finished) { return finished.coefficients; }
+
+  BN_DEVICE void store(int64_t set, int64_t c, const Inputs& in, const Finished& finished) const {
+    store_backward(args_, set, c, in, finished.sums);
   }
 
   BN_DEVICE void finish_sets(int64_t c) const {
@@ -122,12 +138,16 @@ class BackwardPass {
   }
 
  private:
-  // The values that the statistics of a set are of.
-  BN_DEVICE double count(int64_t set) const {
+  // The number of values that the statistics of a set are of.
+  BN_DEVICE Count count_of(int64_t set) const {
     if (args_.counts != nullptr) {
-      return args_.counts[set];
+      return Count(args_.counts[set]);
     }
-    return kMasked ? counted(args_.problem, args_.mask, set).count : static_cast<double>(args_.problem.count_of(set));
+    if constexpr (kMasked) {
+      return Count(counted(args_.problem, args_.mask, set).count);
+    } else {
+      return set < args_.problem.sets() - 1 ? count_ : last_count_;
+    }
   }
 
   static BN_DEVICE const NormalizeCoefficients<A>& forward_of(const NormalizeCoefficients<A>& k) { return k; }
@@ -155,6 +175,8 @@ class BackwardPass {
 
   BackwardArgs args_;
   MaskValues<A> mask_;
+  Count count_;  // of each set but the last
+  Count last_count_;
   Functor activation_;
   int reduce_reads_;  // of dy, x and the residual, the first so many
   int apply_reads_;

@@ -1,4 +1,5 @@
 #include "core/finish.h"
+#include "cuda/kernel/count.h"
 #include "cuda/kernel/functor.h"
 #include "cuda/kernel/kernel.h"
 #include "cuda/launch.h"
@@ -14,20 +15,28 @@ class ForwardPass {
   using A = Acc<T>;
   using Reference = A;
   using Coefficients = NormalizeCoefficients<A>;
+  using Inputs = ForwardInputs;
+  struct Finished {
+    FinishedForward<A> channel;
+    Moments batch;
+  };
   static constexpr const char* kName = "batch_norm_forward";
   static constexpr bool kMasked = kMasked_;
   static constexpr bool kPlain = std::is_same_v<Functor, activation::Identity>;  // and there is no residual
   static constexpr int kTensors = kPlain ? 1 : 2;
   static constexpr int kHeld = 1;
   static constexpr bool kRefersToChannels = kMasked;
-  // Not measured. The mask of a pack takes as many registers as the pack, or twice as many.
-  static constexpr int kSumBatch = (sizeof(T) == 2 ? 4 : 8) / (kMasked ? 2 : 1);
+  // Not measured. The mask of a pack takes as many registers as the pack, or twice as many: with it, two packs of a
+  // 2-byte type spill.
+  static constexpr int kSumBatch = kMasked ? (sizeof(T) == 2 ? 1 : 4) : (sizeof(T) == 2 ? 4 : 8);
   static constexpr int kApplyBatch = kPlain ? kSumBatch : batch_of<Functor>(4);  // of two tensors
 
   ForwardPass(const ForwardArgs& args, const CountedMask& counted, const Functor& activation)
       : args_(args),
         mask_(args.mask, args.problem),
         samples_(counted.samples),
+        count_(static_cast<double>(args.problem.count_of(0))),
+        last_count_(static_cast<double>(args.problem.count_of(args.problem.sets() - 1))),
         activation_(activation),
         branches_(pass_of(args).writes().branches ? args.epilogue.branches : nullptr),
         reduces_(pass_of(args).reduces()),
@@ -72,10 +81,15 @@ class ForwardPass {
     return middle(x, y, z);
   }
 
-  // With a mask, one of the channel's values that count: none of the lane's own first ones may.
+  // The set's first value in the channel: its distance from the mean costs no digits that matter in double precision.
+  // With a mask, one of the values that count, because lanes refer to it too: none of their own first ones may count.
   BN_DEVICE A reference(int64_t set, int64_t c) const {
-    const auto& [first, second, third] = samples_[set].position;
-    return middle(value(set, c, first), value(set, c, second), value(set, c, third));
+    if constexpr (!kMasked) {
+      return finite_or_zero(value(set, c, 0));
+    } else {
+      const auto& [first, second, third] = samples_[set].position;
+      return middle(value(set, c, first), value(set, c, second), value(set, c, third));
+    }
   }
 
   template <class Batch, class PackMask, class ReferenceOf>
@@ -87,21 +101,27 @@ class ForwardPass {
     return mask.counts(l) ? Factors<B>{mask.weigh(l, d), d} : Factors<B>{0, 0};
   }
 
-  // Turns sums about the lane's reference into sums about the channel's origin.
-  BN_DEVICE void settle(double& sum, double& sum_sq, double count, A reference, int64_t set, int64_t c) const {
-    if constexpr (!kMasked) {
-      const ShiftedSums moved = move_shift({sum, sum_sq}, count, static_cast<double>(reference) - origin(set, c));
-      sum = moved.sum;
-      sum_sq = moved.sum_sq;
-    }
+  // `own` is what the lane referred to.
+  BN_DEVICE void settle(double& sum, double& sum_sq, double count, A own, A reference) const {
+    const double delta = static_cast<double>(own) - static_cast<double>(reference);
+    const ShiftedSums moved = move_shift({sum, sum_sq}, count, delta);
+    sum = moved.sum;
+    sum_sq = moved.sum_sq;
   }
 
-  BN_DEVICE Coefficients finish(int64_t set, int64_t c, const TeamSums& sums, int k) const {
-    const Problem& p = args_.problem;
-    const double count = kMasked ? counted(p, args_.mask, set).count : static_cast<double>(p.count_of(set));
-    const bool some = reduces_ && (!kMasked || count > 0);
-    const Moments batch = some ? shifted_moments(count, origin(set, c), sums.sum(k), sums.product(k)) : Moments{};
-    return finish_forward<A>(args_, set, c, batch, momentum_, sums.leads());
+  BN_DEVICE Inputs inputs(int64_t set, int64_t c) const { return read_inputs(args_, set, c); }
+
+  BN_DEVICE Finished finish(int64_t set, int64_t, const Inputs& in, A reference, double sum, double sum_sq) const {
+    const auto count = count_of(set);
+    const bool some = reduces_ && (!kMasked || static_cast<double>(count) > 0);
+    const Moments batch = some ? shifted_moments(count, static_cast<double>(reference), sum, sum_sq) : Moments{};
+    return {finish_forward<A>(args_, in, batch, count), batch};
+  }
+
+  BN_DEVICE static const Coefficients& coefficients(const Finished& finished) { return finished.channel.coefficients; }
+
+  BN_DEVICE void store(int64_t set, int64_t c, const Inputs& in, const Finished& finished) const {
+    store_forward(args_, set, c, in, finished.batch, finished.channel, momentum_);
   }
 
   BN_DEVICE void finish_sets(int64_t c) const {
@@ -140,6 +160,14 @@ class ForwardPass {
  private:
   BN_DEVICE const T* x() const { return static_cast<const T*>(args_.x); }
 
+  BN_DEVICE auto count_of(int64_t set) const {
+    if constexpr (kMasked) {
+      return counted(args_.problem, args_.mask, set).count;
+    } else {
+      return set < args_.problem.sets() - 1 ? count_ : last_count_;
+    }
+  }
+
   // In a channel of a set.
   BN_DEVICE A value(int64_t set, int64_t c, int64_t position) const {
     const Problem& p = args_.problem;
@@ -152,17 +180,6 @@ class ForwardPass {
     const A low = x < y ? x : y;
     const A high = x < y ? y : x;
     return finite_or_zero(z < low ? low : z < high ? z : high);
-  }
-
-  // The set's first value in the channel. Its distance from the mean costs no digits that matter in double precision.
-  // With a mask, what all lanes refer to.
-  BN_DEVICE double origin(int64_t set, int64_t c) const {
-    if constexpr (kMasked) {
-      return static_cast<double>(reference(set, c));
-    } else {
-      const Problem& p = args_.problem;
-      return finite_or_zero(static_cast<double>(static_cast<A>(x()[(set * p.per_set * p.c + c) * p.s])));
-    }
   }
 
   // Returns the number of batches, this one included. The leaders of all teams have to read the counter before one of
@@ -182,6 +199,8 @@ class ForwardPass {
   ForwardArgs args_;
   MaskValues<A> mask_;
   const Samples* samples_;
+  Count count_;  // of each set but the last
+  Count last_count_;
   Functor activation_;
   uint8_t* branches_;
   bool reduces_;
