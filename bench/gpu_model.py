@@ -51,7 +51,7 @@ class Kernel:
     grid: float = 0.8  # a barrier
     exchange_loads: int = 8  # under way in a thread that adds up the sums of other blocks
     finish: float = 0.8
-    end: float = 0.75  # of a cluster
+    end: float = 0.1  # of a cluster, a wait for blocks that arrived long before
     overlap: float = 0.3  # of idle memory, which the other block of a multiprocessor hides after the first wave
 
 

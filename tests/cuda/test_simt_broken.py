@@ -70,9 +70,25 @@ BROKEN = [
     Broken(
         "block that ends early",
         "kernel/team_sums.h",
-        "      gpu::sync_cluster();\n    }\n  }\n\n private",
-        "    }\n  }\n\n private",
-        "returns its block's shared memory|has returned",
+        "      gpu::wait_cluster();\n",
+        "",
+        "returns between arrive_cluster and wait_cluster",
+        2,
+    ),
+    Broken(
+        "block that never arrives",
+        "kernel/team_sums.h",
+        "      gpu::arrive_cluster();\n    }\n  }",
+        "    }\n  }",
+        "wait_cluster without arrive_cluster",
+        2,
+    ),
+    Broken(
+        "block that arrives before it has read",
+        "kernel/team_sums.h",
+        "      gpu::sync_cluster();\n",
+        "      gpu::sync_cluster();\n      gpu::arrive_cluster();\n",
+        "after arrive_cluster: that block may have returned",
         2,
     ),
     Broken(

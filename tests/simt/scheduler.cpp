@@ -115,7 +115,11 @@ void Residents::thread_main() {
 void Residents::finish() {
   Block& block = *running_->block;
   const Trace& peer = block.memory.last_by_peer;
-  if (--block.running == 0 && peer && peer.time >= block.group(Scope::Cluster).last_barrier) {
+  const Group& cluster = block.group(Scope::Cluster);
+  if (running_->parting) {
+    fail("returns between arrive_cluster and wait_cluster");
+  }
+  if (--block.running == 0 && peer && peer.time >= std::max(cluster.last_barrier, cluster.last_parting)) {
     fail("returns its block's shared memory, which " + name(peer) + " uses with no cluster barrier between", peer.site);
   }
   running_->returned = true;
@@ -144,6 +148,9 @@ void Residents::wake(Thread& thread) {
 
 void Residents::arrive(Scope scope, const char* call, Site site) {
   Block& block = *running_->block;
+  if (scope != Scope::Block && running_->parting) {
+    fail(std::string(call) + " between arrive_cluster and wait_cluster", site);
+  }
   if (scope == Scope::Grid && !launch_.shape.cooperative) {
     fail("sync_grid in a launch that is not cooperative", site);
   }
@@ -167,6 +174,39 @@ void Residents::arrive(Scope scope, const char* call, Site site) {
     }
   }
   running_->fiber->suspend();
+}
+
+void Residents::arrive_to_part(const char* call, Site site) {
+  Group& group = running_->block->group(Scope::Cluster);
+  if (running_->parting) {
+    fail(std::string(call) + " twice", site);
+  }
+  running_->parting = true;
+  running_->arrived_to_part = ++time_;
+  if (++group.parting == group.threads.size()) {
+    group.parting = 0;
+    group.last_parting = time_;
+    for (Thread& thread : group.threads) {
+      if (thread.waits_to_part) {
+        wake(thread);
+      }
+    }
+  }
+  yield();
+}
+
+void Residents::wait_to_part(const char* call, Site site) {
+  if (!running_->parting) {
+    fail(std::string(call) + " without arrive_cluster", site);
+  }
+  if (running_->block->group(Scope::Cluster).last_parting < running_->arrived_to_part) {
+    running_->call = call;
+    running_->site = site;
+    running_->waits_to_part = true;
+    running_->fiber->suspend();
+    running_->waits_to_part = false;
+  }
+  running_->parting = false;
 }
 
 void Residents::wait_for(const unsigned* counter, unsigned arrivals, const char* call, Site site) {

@@ -21,6 +21,8 @@ struct Group {
   std::span<Thread> threads;
   size_t arrived = 0;
   uint32_t last_barrier = 0;
+  size_t parting = 0;         // threads that have arrived to part
+  uint32_t last_parting = 0;  // when all had arrived
 };
 
 struct Block {
@@ -42,6 +44,9 @@ struct Thread {
   Block* block;
   Fiber* fiber;
   bool returned = false;
+  bool parting = false;          // has arrived to part, and not waited yet
+  bool waits_to_part = false;    // does so now
+  uint32_t arrived_to_part = 0;  // when it did
 
   // The thread waits for this.
   const char* call = nullptr;
@@ -68,6 +73,9 @@ class Residents {
   void yield();
   void maybe_yield();
   void arrive(Scope scope, const char* call, Site site);
+  // The halves of a barrier of the cluster, behind which no thread reads the shared memory of other blocks.
+  void arrive_to_part(const char* call, Site site);
+  void wait_to_part(const char* call, Site site);
   void wait_for(const unsigned* counter, unsigned arrivals, const char* call, Site site);
   // Waits for all of `lanes`; then `take` gets the address of each lane's value, null for a lane that is not named.
   void exchange(

@@ -54,6 +54,9 @@ void* access(Block* block, int64_t offset, int64_t index, int64_t size, Access k
     if (mine.group(Scope::Cluster).last_barrier == 0) {
       all.fail(element() + " before a cluster barrier: that block may not have begun", site);
     }
+    if (all.running().parting) {
+      all.fail(element() + " after arrive_cluster: that block may have returned", site);
+    }
     if (block->running == 0) {
       all.fail(element() + ": that block has returned", site);
     }

@@ -47,6 +47,10 @@ TOYS = [
     Toy("votes", "deadlock: block 0: thread 9 at ballot of lanes 0-31 .*, threads 0-8 10-63 returned"),
     Toy("peer_before_barrier", "block 0: thread 0: reads .* in block 1's .* before a cluster barrier", 2, 2, n=128),
     Toy("peer_after_return", "block 1: thread 0: reads .* in block 0's .* that block has returned", 2, 2, n=128),
+    Toy("peer_after_arrival", "block 0: thread 0: reads .* in block 1's .* after arrive_cluster", 2, 2, n=128),
+    Toy("peer_not_awaited", "block 0: thread 0: returns between arrive_cluster and wait_cluster", 2, 2, n=128),
+    Toy("wait_without_arrival", "block 0: thread 0: wait_cluster without arrive_cluster", 2, 2, n=128),
+    Toy("barrier_within_barrier", "block 0: thread 0: sync_cluster between arrive_cluster and", 2, 2, n=128),
     Toy("peer_written_again", "block 0: thread 63: writes .* which thread 0 of block 1 .* read with", 2, 2, n=128),
     Toy("peer_outside_cluster", "block 0: thread 0: block 2 of a cluster of 2", 2, 2, n=128),
     Toy(

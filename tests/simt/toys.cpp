@@ -247,6 +247,59 @@ peer_after_return(Args a) {
 
 template <bool kWrong>
 BN_KERNEL(1024)
+peer_after_arrival(Args a) {
+  const auto s = give_to_peer(a);
+  sync_cluster();
+  if (kWrong) {
+    arrive_cluster();
+  }
+  take_from_peer(a, s);
+  if (!kWrong) {
+    sync_block();
+    arrive_cluster();
+  }
+  wait_cluster();
+}
+
+template <bool kWrong>
+BN_KERNEL(1024)
+peer_not_awaited(Args a) {
+  const auto s = give_to_peer(a);
+  sync_cluster();
+  take_from_peer(a, s);
+  arrive_cluster();
+  if (!kWrong) {
+    wait_cluster();
+  }
+}
+
+template <bool kWrong>
+BN_KERNEL(1024)
+wait_without_arrival(Args a) {
+  const auto s = give_to_peer(a);
+  sync_cluster();
+  take_from_peer(a, s);
+  if (!kWrong || block() == 1) {
+    arrive_cluster();
+  }
+  wait_cluster();
+}
+
+template <bool kWrong>
+BN_KERNEL(1024)
+barrier_within_barrier(Args a) {
+  const auto s = give_to_peer(a);
+  sync_cluster();
+  take_from_peer(a, s);
+  arrive_cluster();
+  if (kWrong) {
+    sync_cluster();
+  }
+  wait_cluster();
+}
+
+template <bool kWrong>
+BN_KERNEL(1024)
 peer_written_again(Args a) {
   const auto s = give_to_peer(a);
   sync_cluster();
@@ -364,6 +417,10 @@ constexpr Toy kToys[] = {TOY(missing_barrier),
                          TOY(lane_not_named),
                          TOY(peer_before_barrier),
                          TOY(peer_after_return),
+                         TOY(peer_after_arrival),
+                         TOY(peer_not_awaited),
+                         TOY(wait_without_arrival),
+                         TOY(barrier_within_barrier),
                          TOY(peer_written_again),
                          TOY(peer_outside_cluster),
                          TOY(grid_barrier),

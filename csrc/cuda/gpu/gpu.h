@@ -39,6 +39,25 @@ BN_DEVICE void sync_cluster() {
   __trap();  // no plan has clusters on these GPUs
 #endif
 }
+
+// A barrier of a cluster in two halves, for a block that has read the shared memory of others for the last time: it may
+// end after the second half. It orders no access to memory, and so waits for no store. What was read has to be in use:
+// an arrival does not wait for loads either.
+BN_DEVICE void arrive_cluster() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_arrive_relaxed();
+#else
+  __trap();
+#endif
+}
+BN_DEVICE void wait_cluster() {
+#if __CUDA_ARCH__ >= 900
+  __cluster_barrier_wait();
+#else
+  __trap();
+#endif
+}
+
 BN_DEVICE void sync_grid() {
   cooperative_groups::this_grid().sync();
 }

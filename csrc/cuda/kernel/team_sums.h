@@ -101,15 +101,19 @@ class TeamSums {
       exchange(own);
       gpu::sync_block();
     }
+    if (g_.team == Team::Cluster) {
+      gpu::arrive_cluster();
+    }
   }
 
   BN_DEVICE double sum(int k) const { return sums_.read(2 * k); }
   BN_DEVICE double product(int k) const { return sums_.read(2 * k + 1); }
 
-  // No block may end while another block still reads its shared memory.
+  // No block may end while another block still reads its shared memory. All have arrived when the last one has added up
+  // the sums, long before outputs are stored.
   BN_DEVICE void part() const {
     if (g_.team == Team::Cluster) {
-      gpu::sync_cluster();
+      gpu::wait_cluster();
     }
   }
 

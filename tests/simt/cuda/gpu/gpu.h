@@ -34,6 +34,12 @@ BN_DEVICE void sync_block(Site site = Site::current()) {
 BN_DEVICE void sync_cluster(Site site = Site::current()) {
   simt::residents->arrive(simt::Scope::Cluster, "sync_cluster", site);
 }
+BN_DEVICE void arrive_cluster(Site site = Site::current()) {
+  simt::residents->arrive_to_part("arrive_cluster", site);
+}
+BN_DEVICE void wait_cluster(Site site = Site::current()) {
+  simt::residents->wait_to_part("wait_cluster", site);
+}
 BN_DEVICE void sync_grid(Site site = Site::current()) {
   simt::residents->arrive(simt::Scope::Grid, "sync_grid", site);
 }
