@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -178,8 +178,9 @@ class LaunchPlan:
     @property
     def bytes_on_chip(self) -> int: ...
 
-def launch_plan(call: Pass, gpu: str = "h100") -> LaunchPlan:
+def launch_plan(call: Pass, gpu: str = "h100", *, groups: Sequence[int] | None = None) -> LaunchPlan:
     """The plan of a call on a GPU, by name: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``, ``"rtx5090"``.
+    ``groups`` has the multiprocessors of each of its GPCs, if they are others than usual.
 
     ValueError: another name, or a problem that is beyond all memories.
     """

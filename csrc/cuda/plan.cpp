@@ -5,8 +5,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
+#include <limits>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 
 namespace bn::cuda {
 namespace {
@@ -29,12 +31,23 @@ constexpr int64_t kMaxChannels = 256;
 // start of a block. Not measured.
 constexpr int64_t kPacksPerThread = 8;
 
+// In a wave of blocks a multiprocessor could move so many bytes while it starts, adds up and finishes, and moves none:
+// 3.6 microseconds of an H100's by docs/gpu_model.md. In later waves one of two blocks hides a part of it. Not
+// measured.
+constexpr double kIdleBytes = 80 << 10;
+constexpr double kHidden = 0.3;
+
+// The barrier of a grid takes so much longer than that of a cluster. The cache gives a multiprocessor's share of its
+// rate, over the rate of memory. A grid has to be faster than blocks or clusters by this factor. By the same page.
+constexpr double kGridIdleBytes = 12 << 10;
+constexpr double kCacheRate = 1.8;
+constexpr double kGridsLoss = 1.2;
+
+constexpr double kNever = std::numeric_limits<double>::infinity();
+
 // The numbers of a mask that one block adds up, unless blocks become many. Not measured.
 constexpr int64_t kMaskShare = int64_t{1} << 13;
 constexpr int64_t kMaxMaskParts = 256;
-
-// The system's own share of a block's shared memory.
-constexpr int64_t kReserved = 1024;
 
 // Packs of a row, and of a block, are counted in 31 bits.
 constexpr int64_t kMaxPacks = int64_t{1} << 30;
@@ -137,30 +150,74 @@ class Planner {
     set_team(Team::Block, divide_up(packs(), kPacksPerThread * kThreadsOfTwo), kThreadsOfTwo);
   }
 
+  // Blocks or clusters that hold their slabs and keep the device busy: those that take the least time. A grid has the
+  // device to itself, and waits for all of it: only where it is clearly faster.
   void make_reducing() {
     choose_channels();
-    const int64_t cluster = limits_.max_cluster;
-    const int64_t pairs = 2 * limits_.multiprocessors;
     const int64_t needed = blocks_to_hold(kThreadsOfTwo);
     const int64_t needed_alone = blocks_to_hold(kThreadsAlone);
     const int64_t useful = std::max(packs() / (kPacksPerThread * kThreadsOfTwo), needed);
-    const int64_t wanted = std::max(needed, std::min(divide_up(pairs, plan_.slabs), useful));
-    const int64_t size = power_of_two(std::min(wanted, cluster));
-    const int64_t size_alone =
-        power_of_two(std::min(std::max(needed_alone, divide_up(pairs / 2, plan_.slabs)), cluster));
-    const auto busy = [&](int64_t blocks) { return blocks >= useful || plan_.slabs * blocks >= pairs / 2; };
-    if (wanted == 1) {
-      set_team(Team::Block, 1, kThreadsOfTwo);
-    } else if (cluster > 1 && needed <= size && busy(size)) {
-      set_team(Team::Cluster, size, kThreadsOfTwo);
-    } else if (cluster > 1 && needed_alone <= size_alone && busy(size_alone)) {
-      set_team(Team::Cluster, size_alone, kThreadsAlone);
-    } else if (needed <= pairs) {
-      share_grid(needed, useful, pairs, kThreadsOfTwo);
-    } else {
-      share_grid(needed_alone, needed_alone, limits_.multiprocessors, kThreadsAlone);
+    double least = kNever;
+    for (const auto& [threads, least_blocks] : {std::pair(kThreadsOfTwo, needed), {kThreadsAlone, needed_alone}}) {
+      const int64_t most = std::min<int64_t>(limits_.max_cluster, power_of_two(std::max(useful, least_blocks)));
+      for (int64_t blocks = power_of_two(least_blocks); blocks <= most; blocks *= 2) {
+        const bool busy = blocks >= useful || plan_.slabs * blocks >= limits_.multiprocessors;
+        if (const double time = time_of(blocks, threads, at_once(blocks, threads)); busy && time < least) {
+          least = time;
+          set_team(blocks == 1 ? Team::Block : Team::Cluster, blocks, threads);
+        }
+      }
+    }
+    const int64_t pairs = 2 * limits_.multiprocessors;
+    const Grid grid = needed <= pairs ? grid_of(needed, useful, pairs, kThreadsOfTwo)
+                                      : grid_of(needed_alone, needed_alone, limits_.multiprocessors, kThreadsAlone);
+    if (kGridsLoss * time_of(grid) < least || least == kNever) {
+      set_grid(grid);
     }
     hold();
+  }
+
+  // The teams of so many blocks that are on the device at the same time.
+  int64_t at_once(int64_t blocks, int threads) const {
+    const bool alone = threads == kThreadsAlone;
+    if (blocks == 1) {
+      return alone ? limits_.multiprocessors : 2 * limits_.multiprocessors;
+    }
+    const auto size = static_cast<size_t>(std::bit_width(static_cast<uint64_t>(blocks)) - 2);
+    return alone ? limits_.clusters.alone[size] : limits_.clusters.of_two[size];
+  }
+
+  // The time of all waves, of at most so many teams of so many blocks, as the bytes that a multiprocessor could move
+  // meanwhile. One that has less than its blocks is as fast as if it had all, so that a wave takes no less than one
+  // block does there. `meeting` is what teams take besides to add up.
+  double time_of(int64_t blocks, int threads, int64_t teams, double meeting = 0) const {
+    if (teams == 0) {
+      return kNever;
+    }
+    const double moved = static_cast<double>(divide_up(packs(), blocks) * kPackBytes * (pass_.most_held() + 1));
+    const auto wave = [&](int64_t of) {
+      return moved * std::max(1.0, static_cast<double>(of * blocks) / limits_.multiprocessors);
+    };
+    const int64_t waves = divide_up(plan_.slabs, teams);
+    const double idle = kIdleBytes + meeting;
+    const double hidden = threads == kThreadsAlone || teams == 1 ? 0 : kHidden;
+    return static_cast<double>(waves - 1) * (wave(teams) + (1 - hidden) * idle) +
+           wave(plan_.slabs - (waves - 1) * teams) + idle;
+  }
+
+  // Teams of a cooperative launch.
+  struct Grid {
+    int64_t teams;
+    int64_t blocks;  // of each
+    int threads;
+    bool holds;  // whole slabs
+  };
+
+  // Every block of a team reads the sums of all others, from a cache that is shared by all multiprocessors.
+  double time_of(const Grid& grid) const {
+    const double read = 16.0 * plan_.channels * grid.blocks * grid.blocks * grid.teams;
+    const double meeting = kGridIdleBytes + read / (kCacheRate * limits_.multiprocessors);
+    return grid.holds ? time_of(grid.blocks, grid.threads, grid.teams, meeting) : kNever;
   }
 
   // Wider rows while a tile still fits into a block and there are blocks for every multiprocessor.
@@ -177,18 +234,22 @@ class Planner {
     set_channels(channels);
   }
 
-  // Teams of a cooperative launch, of at least `needed` blocks and not more than are `useful`: as many as are there at
-  // the same time, each with as many slabs as the others.
-  void share_grid(int64_t needed, int64_t useful, int64_t resident, int threads) {
+  // Teams of at least `needed` blocks and not more than are `useful`: as many as are resident at the same time, each
+  // with as many slabs as the others.
+  Grid grid_of(int64_t needed, int64_t useful, int64_t resident, int threads) const {
     const int64_t rounds = divide_up(plan_.slabs, std::max<int64_t>(resident / needed, 1));
     const int64_t teams = divide_up(plan_.slabs, rounds);
     const int64_t blocks = std::min(resident / teams, useful);
-    if (blocks == 1) {
-      set_team(Team::Block, 1, threads);
+    return {teams, blocks, threads, blocks >= needed};
+  }
+
+  void set_grid(const Grid& grid) {
+    if (grid.blocks == 1) {
+      set_team(Team::Block, 1, grid.threads);
       return;
     }
-    set_team(Team::Grid, blocks, threads);
-    plan_.teams = teams;
+    set_team(Team::Grid, grid.blocks, grid.threads);
+    plan_.teams = grid.teams;
   }
 
   int64_t tile_bytes(int64_t channels) const {
@@ -271,14 +332,16 @@ constexpr int64_t operator""_KiB(unsigned long long n) {
 }  // namespace
 
 const Limits& named_limits(const std::string& name) {
-  // CUDA C++ Programming Guide, technical specifications per compute capability.
+  // CUDA C++ Programming Guide, technical specifications per compute capability. Of an H100's multiprocessors, clusters
+  // of 8 blocks that have one alone use 120 (github.com/accel-sim/gpu-app-collection, issue 87), as in these groups. Of
+  // later GPUs no groups are known.
   static const std::array<Limits, 6> known = {{
       {"t4", 40, 64_KiB, 64_KiB, 1},
       {"a100", 108, 163_KiB, 164_KiB, 1},
       {"rtx4090", 128, 99_KiB, 100_KiB, 1},
-      {"h100", 132, 227_KiB, 228_KiB, 16},
-      {"b200", 148, 227_KiB, 228_KiB, 16},
-      {"rtx5090", 170, 99_KiB, 100_KiB, 8},
+      {"h100", 132, 227_KiB, 228_KiB, 16, clusters_in({18, 18, 18, 16, 16, 16, 16, 14}, 16)},
+      {"b200", 148, 227_KiB, 228_KiB, 16, clusters_in({148}, 16)},
+      {"rtx5090", 170, 99_KiB, 100_KiB, 8, clusters_in({170}, 8)},
   }};
   for (const Limits& limits : known) {
     if (limits.name == name) {
@@ -290,6 +353,17 @@ const Limits& named_limits(const std::string& name) {
     names += (names.empty() ? "" : ", ") + limits.name;
   }
   throw std::invalid_argument("bn_ext: no limits of a GPU named " + name + ", there are " + names);
+}
+
+ClusterCounts clusters_in(const std::vector<int>& groups, int max_cluster) {
+  ClusterCounts counts;
+  for (size_t i = 0, size = 2; size <= static_cast<size_t>(max_cluster); ++i, size *= 2) {
+    for (const int multiprocessors : groups) {
+      counts.alone[i] += multiprocessors / static_cast<int>(size);
+      counts.of_two[i] += 2 * multiprocessors / static_cast<int>(size);
+    }
+  }
+  return counts;
 }
 
 LaunchPlan plan(const Pass& pass, const Limits& limits) {

@@ -3,8 +3,10 @@
 #include "core/numbers.h"
 #include "core/pass.h"
 
+#include <array>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 // How a problem is laid out on a GPU: a value from a pure function.
 namespace bn::cuda {
@@ -16,6 +18,23 @@ constexpr int kPackBytes = 16;
 // measured.
 constexpr int kMaxThreads = 512;
 
+// The sizes of clusters: powers of two.
+constexpr int kMaxCluster = 16;
+constexpr int kClusterSizes = 4;  // 2, 4, 8, 16
+
+// How many clusters are on a device at the same time, by size: their blocks have a multiprocessor alone, or one of two
+// blocks' places on it. Their blocks have to be near each other, and so clusters may leave multiprocessors without
+// work.
+struct ClusterCounts {
+  std::array<int, kClusterSizes> alone{};
+  std::array<int, kClusterSizes> of_two{};
+
+  bool operator==(const ClusterCounts&) const = default;
+};
+
+// The system's own share of a block's shared memory, in bytes.
+constexpr int64_t kReserved = 1024;
+
 // A device, as far as plans depend on it.
 struct Limits {
   std::string name;
@@ -23,9 +42,13 @@ struct Limits {
   int64_t shared_per_block = 0;  // bytes, the most a block may ask for
   int64_t shared_per_multiprocessor = 0;
   int max_cluster = 1;  // blocks that can share their memory; 1: no clusters
+  ClusterCounts clusters = {};
 
   bool operator==(const Limits&) const = default;
 };
+
+// The counts where the multiprocessors are in groups of these numbers, and a cluster's blocks are in one group (GPC).
+ClusterCounts clusters_in(const std::vector<int>& groups, int max_cluster);
 
 // The limits of a GPU that tests and tables name. Throws std::invalid_argument for a name it does not know.
 const Limits& named_limits(const std::string& name);

@@ -113,8 +113,12 @@ CpuPlan cpu_plan(const bn::Pass& pass, int threads, int64_t last_cache_bytes) {
   return bn::cpu::plan(pass, threads, last_cache_bytes);
 }
 
-LaunchPlan launch_plan(const bn::Pass& pass, const std::string& gpu) {
-  return bn::cuda::plan(pass, bn::cuda::named_limits(gpu));
+LaunchPlan launch_plan(const bn::Pass& pass, const std::string& gpu, const std::optional<std::vector<int>>& groups) {
+  bn::cuda::Limits limits = bn::cuda::named_limits(gpu);
+  if (groups.has_value()) {
+    limits.clusters = bn::cuda::clusters_in(*groups, limits.max_cluster);
+  }
+  return bn::cuda::plan(pass, limits);
 }
 
 // Name of each activation, name of its parameter, the parameter unless given.
@@ -236,5 +240,6 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("bytes_on_chip", &LaunchPlan::bytes_on_chip)
       .def("__eq__", [](const LaunchPlan& a, const LaunchPlan& b) { return a == b; })
       .def("__repr__", [](const LaunchPlan& p) { return "LaunchPlan(" + to_string(p) + ")"; });
-  m.def("launch_plan", &launch_plan, py::arg("call"), py::arg("gpu") = "h100");
+  m.def("launch_plan", &launch_plan, py::arg("call"), py::arg("gpu") = "h100", py::kw_only(),
+        py::arg("groups") = py::none());
 }

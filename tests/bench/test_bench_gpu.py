@@ -502,5 +502,6 @@ def test_plans_of_a_frozen_backward_move_the_least(pattern: str, layout: str) ->
 def test_plan_in_words() -> None:
     plan = gpu_plan.plan_of(("32x512x28x28", "channels_last", "bfloat16", "bn"), "forward", "h100")
     assert (
-        gpu_plan.in_words(plan) == f"resident, cluster, {plan.teams} x {plan.team_blocks} blocks, slabs: {plan.slabs}"
+        gpu_plan.in_words(plan)
+        == f"resident, {plan.team}, {plan.teams} x {plan.team_blocks} blocks, slabs: {plan.slabs}"
     )

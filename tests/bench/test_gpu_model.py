@@ -39,10 +39,12 @@ def test_an_exchange_is_a_chain_of_loads_or_bytes() -> None:
 
 
 def test_clusters_fit_into_gpcs() -> None:
-    plan = plan_of(("32x64x56x56", "contiguous", "float32", "bn"), "forward", "h100")
-    assert (plan.team_blocks, plan.threads, gpu_model.teams_at_once(plan)) == (8, 256, 31)
-    (*_, last), _, _ = model(("32x64x56x56", "contiguous", "float32", "bn"), "forward")
-    assert last.load > 2 / 64 * 32 * 64 * 56 * 56 * 4 / COPY, "two clusters alone do not reach a copy's rate"
+    case = "256x2048x7x7", "channels_last", "float32", "bn"
+    plan = plan_of(case, "forward", "h100")
+    assert (plan.team_blocks, plan.threads, gpu_model.teams_at_once(plan), plan.slabs) == (8, 256, 31, 128)
+    waves, _, _ = model(case, "forward")
+    assert len(waves) == 5
+    assert waves[-1].load > 4 / 128 * 256 * 2048 * 49 * 4 / COPY, "four clusters alone do not reach a copy's rate"
 
 
 def test_without_its_gaps_a_kernel_moves_at_a_copys_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,8 @@ def test_the_text_of_plans() -> None:
     )
     assert repr(bn_ext.plan(SHAPE, device="h100")) == (
         "LaunchPlan(strategy='resident', team='cluster', sums=True, channels=1, width=784, threads=256, active=256, "
-        "sets=1, slabs=64, teams=64, team_blocks=8, share=3136, held=13, tensors_held=1, mask_parts=0, "
-        "zeroed_branches=False, shared_bytes=55408, workspace_bytes=0, bytes_moved=51380224, bytes_on_chip=14057472)"
+        "sets=1, slabs=64, teams=64, team_blocks=4, share=6272, held=25, tensors_held=1, mask_parts=0, "
+        "zeroed_branches=False, shared_bytes=104560, workspace_bytes=0, bytes_moved=51380224, bytes_on_chip=25690112)"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -90,8 +90,10 @@ class Planned(NamedTuple):
         return -(-self.plan.share // self.plan.active)
 
 
-def launch_plan(n: int, c: int, s: int, gpu: str = "h100", **call: Any) -> LaunchPlan:
-    return _C.launch_plan(Pass((n, c, s), **call), gpu)
+def launch_plan(
+    n: int, c: int, s: int, gpu: str = "h100", groups: Sequence[int] | None = None, **call: Any
+) -> LaunchPlan:
+    return _C.launch_plan(Pass((n, c, s), **call), gpu, groups=groups)
 
 
 def planned(n: int, c: int, s: int, dtype: str, layout: str, direction: str, gpu: str) -> Planned:
@@ -182,30 +184,30 @@ def test_bytes_on_chip(every: list[Planned]) -> None:
 # fmt: off
 GOLDEN = """
 h100  32  planar forward        planar backward       interleaved forward   interleaved backward
-64x112    resident cluster      resident cluster      resident grid         streaming grid 1.30
-64x56     resident cluster      resident cluster      resident grid         resident grid
+64x112    resident cluster      resident grid         resident grid         streaming grid 1.30
+64x56     resident cluster      resident grid         resident grid         resident grid
 128x56    resident cluster      resident cluster      resident grid         resident grid
 256x56    resident cluster      resident cluster      resident grid         resident grid
 128x28    resident cluster      resident cluster      resident grid         resident grid
-256x28    resident cluster      resident cluster      resident cluster      resident cluster
-512x28    resident block        resident cluster      resident cluster      resident cluster
-256x14    resident block        resident block        resident cluster      resident cluster
-512x14    resident block        resident block        resident cluster      resident cluster
+256x28    resident block        resident cluster      resident grid         resident grid
+512x28    resident block        resident cluster      resident cluster      resident grid
+256x14    resident block        resident block        resident grid         resident grid
+512x14    resident block        resident block        resident grid         resident cluster
 1024x14   resident block        resident block        resident cluster      resident cluster
 512x7     small block           small block           resident cluster      resident cluster
 2048x7    resident block        resident block        resident cluster      resident cluster
 h100 256  planar forward        planar backward       interleaved forward   interleaved backward
 64x112    resident grid         resident grid         streaming grid 1.43   streaming grid 1.62
-64x56     resident cluster      resident grid         streaming grid 1.23   streaming grid 1.48
-128x56    resident cluster      resident grid         streaming grid 1.23   streaming grid 1.48
-256x56    resident cluster      resident grid         streaming grid 1.23   streaming grid 1.48
+64x56     resident grid         resident grid         streaming grid 1.23   streaming grid 1.48
+128x56    resident grid         resident grid         streaming grid 1.23   streaming grid 1.48
+256x56    resident grid         resident grid         streaming grid 1.23   streaming grid 1.48
 128x28    resident cluster      resident cluster      resident grid         resident grid
 256x28    resident cluster      resident cluster      resident grid         resident grid
 512x28    resident cluster      resident cluster      resident grid         resident grid
-256x14    resident cluster      resident cluster      resident cluster      resident grid
-512x14    resident cluster      resident cluster      resident cluster      resident grid
-1024x14   resident cluster      resident cluster      resident cluster      resident grid
-512x7     resident cluster      resident cluster      resident cluster      resident cluster
+256x14    resident cluster      resident cluster      resident grid         resident grid
+512x14    resident cluster      resident cluster      resident grid         resident grid
+1024x14   resident cluster      resident cluster      resident grid         resident grid
+512x7     resident cluster      resident cluster      resident grid         resident grid
 2048x7    resident cluster      resident cluster      resident cluster      resident cluster
 a100  32  planar forward        planar backward       interleaved forward   interleaved backward
 64x112    resident grid         resident grid         streaming grid 1.19   streaming grid 1.46
@@ -214,7 +216,7 @@ a100  32  planar forward        planar backward       interleaved forward   inte
 256x56    resident grid         resident grid         resident grid         resident grid
 128x28    resident grid         resident grid         resident grid         resident grid
 256x28    resident grid         resident grid         resident grid         resident grid
-512x28    resident grid         resident grid         resident grid         resident grid
+512x28    resident block        resident grid         resident grid         resident grid
 256x14    resident block        resident block        resident grid         resident grid
 512x14    resident block        resident block        resident grid         resident grid
 1024x14   resident block        resident block        resident grid         resident grid
@@ -244,8 +246,8 @@ t4    32  planar forward        planar backward       interleaved forward   inte
 256x14    resident block        resident grid         resident grid         resident grid
 512x14    resident block        resident grid         resident grid         resident grid
 1024x14   resident block        resident grid         resident grid         resident grid
-512x7     resident grid         resident grid         resident grid         resident grid
-2048x7    resident grid         resident grid         resident grid         resident grid
+512x7     resident block        resident grid         resident grid         resident grid
+2048x7    resident block        resident grid         resident grid         resident grid
 t4   256  planar forward        planar backward       interleaved forward   interleaved backward
 64x112    streaming grid 1.41   streaming grid 1.62   streaming grid 1.50   streaming grid 1.66
 64x56     streaming grid 1.14   streaming grid 1.46   streaming grid 1.48   streaming grid 1.66
@@ -281,6 +283,32 @@ def golden() -> list[str]:
 
 def test_what_becomes_of_resnet_50() -> None:
     assert golden() == GOLDEN.strip().splitlines()
+
+
+GROUPS = {"h100": None, "132 for clusters": [132], "120 for clusters": [16] * 7 + [8]}
+
+# Blocks of a cluster, or the team if it is another: sizes, layout, direction, with the multiprocessors of GROUPS.
+BY_WAVES = [
+    ((32, 64, 3136), "planar", "forward", [4, 4, "grid"]),  # 64 slabs: 66, 66 or 60 clusters of 4 at the same time
+    ((32, 64, 3136), "planar", "backward", ["grid", 8, "grid"]),
+    ((32, 2048, 49), "interleaved", "forward", [2, 2, "grid"]),  # 128 slabs: 132 or 120 clusters of 2
+    ((32, 512, 784), "interleaved", "forward", [16, 16, 16]),
+    ((256, 512, 784), "planar", "forward", [8, 8, 8]),
+    ((32, 512, 784), "planar", "forward", ["block", "block", "block"]),
+]
+
+
+@pytest.mark.parametrize(("sizes", "layout", "direction", "teams"), BY_WAVES, ids=str)
+def test_clusters_are_chosen_by_waves(
+    sizes: tuple[int, int, int], layout: str, direction: str, teams: list[int | str]
+) -> None:
+    found = [launch_plan(*sizes, layout=layout, direction=direction, groups=groups) for groups in GROUPS.values()]
+    assert [plan.team_blocks if plan.team == "cluster" else plan.team for plan in found] == teams
+
+
+def test_a_gpu_without_room_for_clusters_has_none() -> None:
+    for n, (side, channels) in itertools.product(BATCHES, RESNET_50.items()):
+        assert launch_plan(n, channels[0], side * side, groups=[]).team != "cluster"
 
 
 class Chain(NamedTuple):
@@ -333,24 +361,24 @@ def test_a_chain_moves_the_least_where_it_is_held(chain: Chain, gpu: str) -> Non
 GOLDEN_CHAINS = """
 float32   32  planar forward          planar backward         interleaved forward     interleaved backward
 256x56        resident cluster 1      resident cluster 1      resident grid 16        resident grid 16
-512x28        resident block 1        resident cluster 1      resident cluster 16     resident cluster 16
+512x28        resident block 1        resident cluster 1      resident cluster 16     resident grid 16
 1024x14       resident block 2        resident block 1        resident cluster 16     resident cluster 16
 2048x7        resident block 8        resident block 4        resident cluster 16     resident cluster 16
 float32  256  planar forward          planar backward         interleaved forward     interleaved backward
-256x56        resident cluster 1      resident grid 1         streaming grid 16 1.15  streaming grid 16 1.37
+256x56        resident grid 1         resident grid 1         streaming grid 16 1.15  streaming grid 16 1.37
 512x28        resident cluster 1      resident cluster 1      resident grid 16        resident grid 16
-1024x14       resident cluster 2      resident cluster 1      resident cluster 16     resident grid 16
+1024x14       resident cluster 2      resident cluster 1      resident grid 16        resident grid 16
 2048x7        resident cluster 8      resident cluster 4      resident cluster 16     resident cluster 16
 bfloat16  32  planar forward          planar backward         interleaved forward     interleaved backward
 256x56        resident cluster 1      resident cluster 1      resident grid 32        resident grid 32
-512x28        resident block 1        resident block 1        resident cluster 32     resident grid 32
-1024x14       resident block 2        resident block 2        resident cluster 32     resident cluster 32
+512x28        resident block 1        resident block 1        resident grid 32        resident grid 32
+1024x14       resident block 2        resident block 2        resident grid 32        resident cluster 32
 2048x7        resident block 8        resident block 8        resident cluster 32     resident cluster 32
 bfloat16 256  planar forward          planar backward         interleaved forward     interleaved backward
-256x56        resident cluster 1      resident cluster 1      streaming grid 32 1.16  streaming grid 32 1.38
+256x56        resident cluster 1      resident grid 1         streaming grid 32 1.16  streaming grid 32 1.38
 512x28        resident cluster 1      resident cluster 1      resident grid 32        resident grid 32
 1024x14       resident cluster 2      resident cluster 2      resident grid 32        resident grid 32
-2048x7        resident cluster 8      resident cluster 8      resident cluster 32     resident cluster 32
+2048x7        resident cluster 8      resident cluster 8      resident cluster 32     resident grid 32
 """
 # fmt: on
 

@@ -17,8 +17,12 @@ struct Device {
 };
 
 Limits limits_of(const Device& device) {
-  return {"model", device.multiprocessors, device.shared_per_block, device.shared_per_multiprocessor,
-          device.max_cluster};
+  return {"model",
+          device.multiprocessors,
+          device.shared_per_block,
+          device.shared_per_multiprocessor,
+          device.max_cluster,
+          bn::cuda::clusters_in({std::max(device.multiprocessors, device.max_cluster)}, device.max_cluster)};
 }
 
 bn::Problem in_one_form(const bn::Problem& p) {
