@@ -178,9 +178,12 @@ class LaunchPlan:
     @property
     def bytes_on_chip(self) -> int: ...
 
-def launch_plan(call: Pass, gpu: str = "h100", *, groups: Sequence[int] | None = None) -> LaunchPlan:
+def sm_margin() -> int: ...
+def set_sm_margin(multiprocessors: int) -> None: ...
+def launch_plan(call: Pass, gpu: str = "h100", *, groups: Sequence[int] | None = None, margin: int = 0) -> LaunchPlan:
     """The plan of a call on a GPU, by name: ``"t4"``, ``"a100"``, ``"rtx4090"``, ``"h100"``, ``"b200"``, ``"rtx5090"``.
-    ``groups`` has the multiprocessors of each of its GPCs, if they are others than usual.
+    ``groups`` has the multiprocessors of each of its GPCs, if they are others than usual; ``margin`` those that grids
+    leave free.
 
     ValueError: another name, or a problem that is beyond all memories.
     """

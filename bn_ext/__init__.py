@@ -19,7 +19,7 @@ A tour; the docstring of each name has its arguments, shapes and errors::
 In a shell, ``python -m bn_ext`` says what is built and what runs, and checks results against float64.
 """
 
-from bn_ext import activation, data, functional, stages, train
+from bn_ext import activation, cuda, data, functional, stages, train
 from bn_ext._fallback import set_warn_fallback
 from bn_ext.functional import plan
 from bn_ext.graph.conversion.convert import convert, revert
@@ -50,6 +50,7 @@ __all__ = [
     "checkpoint_contexts",
     "compare",
     "convert",
+    "cuda",
     "data",
     "fold",
     "functional",

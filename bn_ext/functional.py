@@ -321,4 +321,4 @@ def plan(
         return _C.cpu_plan(call, threads=threads, last_cache_bytes=last_cache_bytes)
     if threads is not None or last_cache_bytes is not None:
         raise ValueError(f"threads and last_cache_bytes are for device='cpu', got device={device!r}")
-    return _C.launch_plan(call, gpu=device)
+    return _C.launch_plan(call, gpu=device, margin=_C.sm_margin())

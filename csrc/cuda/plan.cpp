@@ -168,9 +168,9 @@ class Planner {
         }
       }
     }
-    const int64_t pairs = 2 * limits_.multiprocessors;
-    const Grid grid = needed <= pairs ? grid_of(needed, useful, pairs, kThreadsOfTwo)
-                                      : grid_of(needed_alone, needed_alone, limits_.multiprocessors, kThreadsAlone);
+    const int64_t alone = limits_.for_grids();
+    const Grid grid = needed <= 2 * alone ? grid_of(needed, useful, 2 * alone, kThreadsOfTwo)
+                                          : grid_of(needed_alone, needed_alone, alone, kThreadsAlone);
     if (kGridsLoss * time_of(grid) < least || least == kNever) {
       set_grid(grid);
     }

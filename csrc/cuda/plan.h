@@ -43,7 +43,9 @@ struct Limits {
   int64_t shared_per_multiprocessor = 0;
   int max_cluster = 1;  // blocks that can share their memory; 1: no clusters
   ClusterCounts clusters = {};
+  int margin = 0;  // multiprocessors that grids leave to other kernels
 
+  int for_grids() const { return margin < multiprocessors ? multiprocessors - margin : 1; }
   bool operator==(const Limits&) const = default;
 };
 

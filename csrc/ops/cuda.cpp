@@ -1,8 +1,10 @@
 // Dispatch key CUDA.
 
+#include "cuda/fitting.h"
 #include "cuda/launch.h"
 #include "cuda/limits.h"
 #include "ops/fused.h"
+#include "ops/sm_margin.h"
 #include "ops/stages.h"
 
 #include <c10/cuda/CUDAGuard.h>
@@ -15,9 +17,12 @@ namespace {
 template <class Args, class Launch>
 void plan_and_launch(const Args& args, const Tensor& input, const Launch& launch) {
   const c10::cuda::CUDAGuard on_device_of(input.device());
-  const auto plan = cuda::plan(pass_of(args), cuda::current_limits());
-  const Tensor workspace = at::empty({plan.workspace_bytes}, at::device(input.device()).dtype(at::kByte));
-  launch(args, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  cuda::Limits limits = cuda::current_limits();
+  limits.margin = sm_margin();
+  cuda::launch_fitting(pass_of(args), limits, [&](const cuda::LaunchPlan& plan) {
+    const Tensor workspace = at::empty({plan.workspace_bytes}, at::device(input.device()).dtype(at::kByte));
+    launch(args, plan, workspace.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream().stream());
+  });
 }
 
 struct Cuda {

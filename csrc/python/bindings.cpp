@@ -6,6 +6,7 @@
 #include "cuda/plan.h"
 #include "ops/operators.h"
 #include "ops/output_observer.h"
+#include "ops/sm_margin.h"
 #include "python/fakes.h"
 
 #include <pybind11/pybind11.h>
@@ -113,8 +114,12 @@ CpuPlan cpu_plan(const bn::Pass& pass, int threads, int64_t last_cache_bytes) {
   return bn::cpu::plan(pass, threads, last_cache_bytes);
 }
 
-LaunchPlan launch_plan(const bn::Pass& pass, const std::string& gpu, const std::optional<std::vector<int>>& groups) {
+LaunchPlan launch_plan(const bn::Pass& pass,
+                       const std::string& gpu,
+                       const std::optional<std::vector<int>>& groups,
+                       int margin) {
   bn::cuda::Limits limits = bn::cuda::named_limits(gpu);
+  limits.margin = margin;
   if (groups.has_value()) {
     limits.clusters = bn::cuda::clusters_in(*groups, limits.max_cluster);
   }
@@ -241,5 +246,7 @@ PYBIND11_MODULE(_C, m) {
       .def("__eq__", [](const LaunchPlan& a, const LaunchPlan& b) { return a == b; })
       .def("__repr__", [](const LaunchPlan& p) { return "LaunchPlan(" + to_string(p) + ")"; });
   m.def("launch_plan", &launch_plan, py::arg("call"), py::arg("gpu") = "h100", py::kw_only(),
-        py::arg("groups") = py::none());
+        py::arg("groups") = py::none(), py::arg("margin") = 0);
+  m.def("sm_margin", [] { return bn::ops::sm_margin().load(); });
+  m.def("set_sm_margin", [](int multiprocessors) { bn::ops::sm_margin() = multiprocessors; });
 }

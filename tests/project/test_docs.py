@@ -23,6 +23,7 @@ import bn_ext.train
 ROOT = Path(__file__).parents[2]
 PLACES = {
     "bn_ext": (bn_ext, bn_ext.__all__),
+    "bn_ext.cuda": (bn_ext.cuda, bn_ext.cuda.__all__),
     "bn_ext.data": (bn_ext.data, bn_ext.data.__all__),
     "bn_ext.graph": (bn_ext.graph, bn_ext.graph.__all__),
     "bn_ext.nn": (bn_ext.nn, [name for name in bn_ext.nn.__all__ if name not in bn_ext.__all__]),

@@ -1,5 +1,6 @@
 // The CUDA backend on the model of a GPU, for ctypes: what csrc/ops/cuda.cpp does around its kernels.
 
+#include "cuda/fitting.h"
 #include "cuda/launch.h"
 #include "model.h"
 
@@ -33,15 +34,16 @@ template <class Args, class Launch>
 const char* plan_and_launch(Args args, const Device& device, const Launch& launch) {
   return bn::simt::error_of([&] {
     args.problem = in_one_form(args.problem);
-    const LaunchPlan plan = bn::cuda::plan(bn::pass_of(args), limits_of(device));
-    const int64_t in_memory = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
-    const int64_t resident =
-        device.multiprocessors * std::min<int64_t>(in_memory, bn::cuda::kMaxThreads / plan.threads);
-    if (plan.shared_bytes > device.shared_per_block || (plan.team == Team::Grid && plan.blocks() > resident)) {
-      throw std::runtime_error("the device is too small for " + to_string(plan));
-    }
-    std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);
-    launch(args, plan, workspace.data(), nullptr);
+    bn::cuda::launch_fitting(bn::pass_of(args), limits_of(device), [&](const LaunchPlan& plan) {
+      const int64_t in_memory = device.shared_per_multiprocessor / (plan.shared_bytes + 1024);
+      const int64_t resident =
+          device.multiprocessors * std::min<int64_t>(in_memory, bn::cuda::kMaxThreads / plan.threads);
+      if (plan.shared_bytes > device.shared_per_block || (plan.team == Team::Grid && plan.blocks() > resident)) {
+        throw std::runtime_error("the device is too small for " + to_string(plan));
+      }
+      std::vector<unsigned char> workspace(plan.workspace_bytes, 0xff);
+      launch(args, plan, workspace.data(), nullptr);
+    });
   });
 }
 

@@ -235,12 +235,12 @@ class Kernels:
         self.library.batch_norm_backward.argtypes = [POINTER(BackwardArgs), POINTER(Device)]
         self.library.batch_norm_merge_rows.argtypes = [POINTER(MergeArgs)]
 
-    def configure(self, seed: int = 0, preempt: int = 0) -> None:
-        """The order of threads from here on (model.h)."""
-        self.library.configure(seed, preempt=preempt, resident_blocks=1 << 20)
+    def configure(self, seed: int = 0, preempt: int = 0, resident_blocks: int = 1 << 20) -> None:
+        """The order of threads from here on, and the most blocks of a grid (model.h)."""
+        self.library.configure(seed, preempt=preempt, resident_blocks=resident_blocks)
 
     def launches(self) -> int:
-        """The number of launches since ``configure``."""
+        """The number of launches since ``configure``, with those that were refused."""
         return len(self.library.launches())
 
     def plan(self, call: Pass, device: Device) -> str:

@@ -1,5 +1,6 @@
 #include "scheduler.h"
 
+#include "cuda/gpu/too_large.h"
 #include "text.h"
 
 #include <algorithm>
@@ -336,8 +337,10 @@ void launch(const char* kernel, const LaunchShape& shape, const std::function<vo
           std::to_string(shape.blocks) + " blocks in clusters of " + std::to_string(shape.cluster));
   require(shape.shared_bytes >= 0 && shape.shared_bytes <= settings.shared_bytes,
           std::to_string(shape.shared_bytes) + " bytes of shared memory, of " + std::to_string(settings.shared_bytes));
-  require(!shape.cooperative || shape.blocks <= settings.resident_blocks,
-          std::to_string(shape.blocks) + " blocks at the same time, of " + std::to_string(settings.resident_blocks));
+  if (shape.cooperative && shape.blocks > settings.resident_blocks) {
+    throw gpu::TooLarge(std::string("kernel ") + kernel + ": cannot be launched: " + std::to_string(shape.blocks) +
+                        " blocks at the same time, of " + std::to_string(settings.resident_blocks));
+  }
   const int64_t together = shape.cooperative ? shape.blocks : shape.cluster;
   std::vector<int64_t> first_blocks;
   for (int64_t b = 0; b < shape.blocks; b += together) {

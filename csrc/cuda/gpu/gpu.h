@@ -3,6 +3,8 @@
 // The execution model: all that kernels and launch code know of a GPU. This is CUDA's implementation. The tests
 // replace it by tests/simt/cuda/gpu/gpu.h, which runs a grid on the CPU.
 
+#include "cuda/gpu/too_large.h"
+
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -174,7 +176,8 @@ inline void allow_all_shared_memory(const void* kernel, const char* name) {
         name);
 }
 
-// Launches kernel(args).
+// Launches kernel(args). Throws TooLarge for a cooperative launch that the GPU, or the process's part of it, has no
+// room for.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, Stream stream, const Args& args) {
   constexpr int64_t kUnasked = 48 << 10;  // more shared memory needs a permission
@@ -198,7 +201,12 @@ void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, St
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = shape.cluster > 1 ? 2 : 1;
-  check(cudaLaunchKernelEx(&config, kernel, args), name);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    static_cast<void>(cudaGetLastError());
+    throw TooLarge(std::string("bn_ext: ") + name + ": " + cudaGetErrorString(error));
+  }
+  check(error, name);
 }
 
 }  // namespace bn::gpu
