@@ -37,7 +37,7 @@ MULTIPROCESSORS = sum(GPCS)
 # Of the pass, by the size of a type: instructions per 512 bytes, packs of all tensors that a thread has under way.
 SUMMED = {4: 62, 2: 98}
 APPLIED = {4: 65, 2: 88}
-UNDER_WAY = {"forward": {4: 8, 2: 4}, "backward": {4: 8, 2: 2}, "inference": {4: 8, 2: 4}}
+UNDER_WAY = {"forward": {4: 8, 2: 4}, "backward": {4: 8, 2: 8}, "inference": {4: 8, 2: 4}}
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,7 @@ class BackwardPass {
   static constexpr int kTensors = kIsAny<Functor> ? 3 : 2;  // a residual is read by Any alone
   static constexpr bool kRefersToChannels = true;
   static constexpr int kHeld = 2;
-  // Not measured. Without an activation two packs of a 2-byte type spill on sm_75.
-  static constexpr int kSumBatch = kPlain && sizeof(T) == 2 ? 1 : batch_of<Functor>(sizeof(T) == 2 ? 2 : 4);
+  static constexpr int kSumBatch = batch_of<Functor>(sizeof(T) == 2 && !kPlain ? 2 : 4);  // not measured
   static constexpr int kApplyBatch = kSumBatch;
 
   static_assert(!kMasked || !kPlain, "prepare selects dz by the mask");
