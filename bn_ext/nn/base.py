@@ -13,7 +13,7 @@ from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext.functional import EXPORTED, as_tensor, check, exporting, finished, masked, not_exportable, operator
 from bn_ext.nn.adapted import Mixture
-from bn_ext.nn.composed import Rule, check_input, composed, move_statistics
+from bn_ext.nn.composed import Rule, check_input, check_operands, composed, move_statistics
 from bn_ext.stages import Chain, Moments
 
 # The attributes that a module has while it is frozen by bn_ext.train.freeze. All but the first are for the time after.
@@ -70,6 +70,8 @@ class FusedForward(Ours, _NormBase):
     def _composed(self, input: Tensor, rule: Rule, chain: Chain) -> Tensor:
         self._check_input_dim(input)
         check_input(input, self.num_features)
+        statistics = {"running_mean": self.running_mean, "running_var": self.running_var}
+        check_operands(input, chain.residual, weight=self.weight, bias=self.bias, **statistics)
         output, moments = composed(input, self.weight, self.bias, rule, self.eps, chain, self)
         tracks = self.training and self.track_running_stats
         if moments is not None and tracks and self.running_mean is not None:

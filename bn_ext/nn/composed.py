@@ -22,7 +22,8 @@ from bn_ext.stages import Chain, Moments, Statistics, Sums, backward_elemt, back
 # The activations whose gradient is known by a bit an element: none then depends on the weight of the backward.
 _WITH_BRANCHES = tuple(name for name in activations.NAMES if _C.backward_chain(name, residual=True)[1])
 
-_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_HALVES = (torch.bfloat16, torch.float16)
+_TYPES = (torch.float64, torch.float32, *_HALVES)
 
 _APART = "the residual differs from the input in sizes, dtype, device or layout"
 
@@ -79,6 +80,23 @@ def check_input(input: Tensor, channels: int) -> None:
         raise NotImplementedError(f"batch_norm(): expected a strided input, got {input.layout}")
     if not is_tracing() and input.size(1) != channels:  # a trace would keep the result, and warn
         raise RuntimeError(f"running_mean should contain {input.size(1)} elements not {channels}")
+
+
+def check_operands(input: Tensor, residual: Tensor | None, **parameters: Tensor | None) -> None:
+    """Raises the errors of what does not go with the input, before the input is reduced."""
+    types = (input.dtype, torch.float32) if input.dtype in _HALVES else (input.dtype,)
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.dtype not in types:
+            asked = " or ".join(map(str, types))
+            raise RuntimeError(
+                f"batch_norm: expected {name} of type {asked} for an input of type {input.dtype}, got {parameter.dtype}"
+            )
+    if residual is not None and residual.shape != input.shape:
+        try:
+            torch.broadcast_shapes(residual.shape, input.shape)
+        except RuntimeError as error:
+            sizes = f"residual of sizes {list(residual.shape)} for an input of sizes {list(input.shape)}"
+            raise RuntimeError(f"batch_norm: {sizes}: {error}") from None
 
 
 def check_training(input: Tensor, channels: int, eps: float) -> None:
