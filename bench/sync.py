@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import multiprocessing
 import os
@@ -147,6 +148,7 @@ def worker(rank: int, ranks: int, folder: str, shape: str, width: int, rounds: i
     rows = measured(shape, width, rounds)
     Path(folder, f"{rank}.json").write_text(json.dumps(rows))
     dist.barrier()
+    gc.collect()  # a DistributedDataParallel that waits for the collector holds the group
     dist.destroy_process_group()
 
 
