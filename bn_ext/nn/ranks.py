@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -17,9 +16,9 @@ from bn_ext._processes import in_group
 
 _HINT = (
     "every process of the group has to call the same SyncBatchNorm layers in the same order, forward and backward, "
-    "with an empty batch where it has no data"
+    "with an empty batch where it has no data; under find_unused_parameters, where DistributedDataParallel may reduce "
+    "in another order in each process, in a process_group of their own"
 )
-_DIFFERS = "bn_ext/differs"
 
 
 class Ranks(NamedTuple):
@@ -46,7 +45,7 @@ class Ranks(NamedTuple):
         try:
             return torch.ops._c10d_functional.wait_tensor(collective(given, how, self.group)).to(packed.device)
         except RuntimeError as error:
-            reasons = [reason for reason in (_note(self.group), _HINT) if reason]
+            reasons = [reason for reason in (_note(self), _HINT) if reason]
             raise RuntimeError(
                 f"bn_ext: {layer}, {direction}: the {self.number} processes of its group did not meet: "
                 f"{'; '.join(reasons)} ({error})"
@@ -72,54 +71,86 @@ def ranks_of(group: Any, device: torch.device | None = None) -> Ranks:
     return Ranks(group.group_name, group.size(), group.rank(), by_host)
 
 
-# Of each group, the numbers of first calls, and the layers that were called.
-_CAME: WeakKeyDictionary[Any, tuple[Iterator[int], WeakSet[nn.Module]]] = WeakKeyDictionary()
+class _Meetings:
+    """What this process knows of the calls in a group, in the store in which its processes found each other."""
+
+    def __init__(self, group: Any) -> None:
+        self.store = group.get_group_store()
+        # A store may outlive a group. Each process comes once.
+        self.prefix = f"bn_ext/{(self.store.add('bn_ext/came', 1) - 1) // group.size()}"
+        self.layers: WeakSet[nn.Module] = WeakSet()  # that were called
+        self.calls = 0
+
+    def first(self, layer: str, place: int) -> list[bytes]:
+        """The layer of whoever came first to a place among the group's collectives."""
+        return [self.store.compare_set(f"{self.prefix}/{place}", "", layer)]
+
+    def all(self, layer: str, ranks: Ranks) -> list[bytes]:
+        """The layers of all processes, in a call that each of them makes."""
+        self.calls += 1
+        self.store.set(f"{self.prefix}/call {self.calls}/{ranks.mine}", layer)
+        found = [self.store.get(f"{self.prefix}/call {self.calls}/{rank}") for rank in range(ranks.number)]
+        if self.calls > 1:  # all processes have come to this call, so none will read what was said in the one before
+            self.store.delete_key(f"{self.prefix}/call {self.calls - 1}/{ranks.mine}")
+        return found
+
+
+_MEETINGS: WeakKeyDictionary[Any, _Meetings] = WeakKeyDictionary()
+
+
+def _group_of(ranks: Ranks) -> Any:
+    return dist.distributed_c10d._resolve_process_group(ranks.group)  # type: ignore[arg-type]
 
 
 def agree(module: nn.Module, layer: str, ranks: Ranks) -> None:
     """Sees, when a layer is called for the first time, whether other processes come with another one.
 
     Tensors of other sizes would end processes under gloo, whose threads throw an exception that nobody can catch. The
-    store in which the group's processes found each other says what came first, in place of another collective. With
-    TORCH_DISTRIBUTED_DEBUG=DETAIL every call waits there for all processes: torch compares no gathering of tensors.
+    group's store says what came first, in place of another collective: by how many collectives the group has made,
+    which is the same in all processes. With TORCH_DISTRIBUTED_DEBUG=DETAIL every forward waits there for all processes:
+    torch compares no gathering of tensors.
 
     Raises:
         ValueError: another process called another layer. Without DETAIL, those that call what came first get an error
             after the group's timeout.
     """
-    group = dist.distributed_c10d._resolve_process_group(ranks.group)  # type: ignore[arg-type]
-    numbers, layers = _CAME.setdefault(group, (count(), WeakSet()))
+    group = _group_of(ranks)
     in_detail = dist.get_debug_level() == dist.DebugLevel.DETAIL
-    if module in layers and not in_detail:
-        return
-    call = f"bn_ext/{next(numbers)}"
-    differs = ""
     try:
-        store = group.get_group_store()
+        if (meetings := _MEETINGS.get(group)) is None:
+            meetings = _MEETINGS[group] = _Meetings(group)
         if in_detail:
-            store.set(f"{call}/{ranks.mine}", layer)
-            others = [store.get(f"{call}/{rank}") for rank in range(ranks.number)]
+            others = meetings.all(layer, ranks)
+        elif module not in meetings.layers:
+            others = meetings.first(layer, group._get_sequence_number_for_group())
         else:
-            others = [store.compare_set(call, "", layer)]
-        for other in (one.decode() for one in others):
-            if other != layer:
-                differs = f"rank {ranks.mine} of the group came with {layer} where another came with {other}"
-                store.set(_DIFFERS, differs)
-                break
+            return
+        differing = next((other for one in others if (other := one.decode()) != layer), None)
+        if differing is None:
+            meetings.layers.add(module)
+            return
+        differs = f"rank {ranks.mine} of the group came with {layer} where another came with {differing}"
+        meetings.store.set(f"{meetings.prefix}/differs", differs)
     except (RuntimeError, NotImplementedError):  # a store without such methods, or a process that does not come
         return
-    if differs:
-        raise ValueError(f"bn_ext: {differs}: {_HINT}")
-    layers.add(module)
+    raise ValueError(f"bn_ext: {differs}: {_HINT}")
 
 
-def _note(group: str) -> str:
+def _note(ranks: Ranks) -> str:
     """What a process said that came with another layer than the others."""
     try:
-        store = dist.distributed_c10d._resolve_process_group(group).get_group_store()  # type: ignore[arg-type]
-        return store.get(_DIFFERS).decode() if store.check([_DIFFERS]) else ""
-    except (RuntimeError, NotImplementedError):
+        meetings = _MEETINGS[_group_of(ranks)]
+        key = f"{meetings.prefix}/differs"
+        return meetings.store.get(key).decode() if meetings.store.check([key]) else ""
+    except (KeyError, RuntimeError, NotImplementedError):
         return ""
+
+
+def check_group(group: Any) -> None:
+    """Raises TypeError for what is no process group."""
+    known = None, dist.GroupMember.NON_GROUP_MEMBER if dist.is_available() else None
+    if group not in known and not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
+        raise TypeError(f"process_group should be a torch.distributed.ProcessGroup or None, got {group!r}")
 
 
 def check_join(layer: str) -> None:

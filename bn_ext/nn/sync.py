@@ -15,7 +15,7 @@ from bn_ext.functional import exporting, not_exportable
 from bn_ext.nn.activated import BatchNormAct
 from bn_ext.nn.batch_norm import _FusedBatchNorm
 from bn_ext.nn.composed import Rule, check_training, move_statistics, transformed
-from bn_ext.nn.ranks import agree, check_join, ranks_of
+from bn_ext.nn.ranks import agree, check_group, check_join, ranks_of
 from bn_ext.nn.spread import Merged, Spread
 from bn_ext.stages import Moments, weights_of
 
@@ -51,6 +51,7 @@ class SyncBatchNorm(_FusedBatchNorm):
         - lengths: (N,), for inputs (N, C, L).
 
     Raises:
+        TypeError: a ``process_group`` that is none.
         ValueError: a ``weighting`` that is none; in a call, an input of fewer than two dimensions; in training, a
             process that is not in its group, or that comes with another layer than the others; what
             :class:`BatchNorm2d` refuses, but for one value per channel in a process.
@@ -86,6 +87,7 @@ class SyncBatchNorm(_FusedBatchNorm):
         weighting: Weighting = "samples",
         **options: Any,
     ) -> None:
+        check_group(process_group)
         check_weighting(weighting)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.synchronize(process_group, weighting)
@@ -117,7 +119,7 @@ class SyncBatchNorm(_FusedBatchNorm):
             ``module``.
 
         Raises:
-            TypeError: ``module`` is no module.
+            TypeError: ``module`` is no module, ``process_group`` no group.
             ValueError: a ``weighting`` that is none; a batch norm that is not initialized. Nothing is changed then.
         """
         from bn_ext.graph.conversion import synchronized

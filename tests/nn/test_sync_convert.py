@@ -10,6 +10,7 @@ from typing import Any
 import lookalikes
 import pytest
 import torch
+import torch.distributed as dist
 from lookalikes import homes as homes  # noqa: PLC0414
 from lookalikes import trained
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ def test_conversion(cls: type) -> None:
     """The same object with the same tensors and flags; the process group reaches every depth."""
     model = nn.Sequential(nn.Sequential(make(cls))).eval()
     module, before = model[0][0], {**model.state_dict(keep_vars=True)}
-    twin, x, group = copy.deepcopy(model), input_of(cls), object()
+    twin, x, group = copy.deepcopy(model), input_of(cls), dist.ProcessGroup(0, 1)
     assert SyncBatchNorm.convert_sync_batchnorm(model, group, weighting="ranks") is model
     assert model[0][0] is module
     assert isinstance(module, SyncBatchNorm)
@@ -112,7 +113,7 @@ def test_timms_synchronized_class(homes: None) -> None:
     twin, x = copy.deepcopy(module).eval(), torch.randn(5, 3, 2, 4)
     torch.testing.assert_close(SyncBatchNorm.convert_sync_batchnorm(module).eval()(x), twin(x))
     assert bn_ext.report(nn.Sequential(module)).rows[0].fused == "relu"
-    module.process_group = group = object()
+    module.process_group = group = dist.ProcessGroup(0, 1)
     assert type(bn_ext.revert(module)) is lookalikes.SyncBatchNormAct
     assert module.process_group is group
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import time
@@ -14,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import in_each_of
+from processes import collectives, in_each_of
 from torch import nn
 
 import bn_ext
 from bn_ext import SyncBatchNorm
+from bn_ext.nn import ranks
 
 C = 6
 PATIENCE = 2.0
@@ -148,12 +150,15 @@ def _not_a_member() -> None:
 
 
 def _refused_before_anyone_waits() -> None:
-    sync = SyncBatchNorm(C)
+    sync, sync_of_halves = SyncBatchNorm(C), SyncBatchNorm(C, dtype=torch.float16)
     x = torch.randn(3, C)
     refused = [
         (ValueError, "expected at least 2D input", lambda: sync(x[0])),
         (RuntimeError, f"should contain {C - 1} elements not {C}", lambda: sync(x[:, 1:])),
         (NotImplementedError, "", lambda: sync(x.long())),
+        (RuntimeError, "expected weight of type torch.float64 for an input of", lambda: sync(x.double())),
+        (RuntimeError, "expected weight of type .*, got torch.float16", lambda: sync_of_halves(x)),
+        (RuntimeError, r"residual of sizes \[3, 9\] for an input of", lambda: sync(x, torch.randn(3, 9))),
         (ValueError, "expected a mask of sizes", lambda: sync(x, mask=torch.ones(2))),
         (ValueError, "eps must be positive", lambda: SyncBatchNorm(C, eps=0.0)(x)),
         (ValueError, "unknown activation|activation should be", lambda: sync(x, activation="none")),
@@ -162,7 +167,7 @@ def _refused_before_anyone_waits() -> None:
         (RuntimeError, "has no torch.func transforms", lambda: torch.jit.trace(sync, x)),
         (RuntimeError, r"call eval\(\) first", lambda: torch.export.export(sync, (x,))),
     ]
-    with unchanged(sync):
+    with unchanged(sync), collectives(0):
         for error, message, call in refused:
             with pytest.raises(error, match=message):
                 call()
@@ -189,3 +194,51 @@ def _errors() -> None:
 
 def test_errors(tmp_path: Path) -> None:
     in_each_of(2, tmp_path, _errors, patience=60, lost=[1])
+
+
+class Group:
+    """As one process sees a group of two, in which it has made so many collectives."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.store, self.made = store, 0
+
+    def get_group_store(self) -> dist.Store:
+        return self.store
+
+    def size(self) -> int:
+        return 2
+
+    def _get_sequence_number_for_group(self) -> int:
+        return self.made
+
+
+def test_layers_are_compared_where_they_are_called_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+
+    def call(group: Group, module: nn.Module, layer: str) -> None:
+        monkeypatch.setattr(ranks, "_group_of", lambda _: group)
+        ranks.agree(module, layer, ranks.Ranks("", 2, 0))
+        group.made += 1
+
+    one, other = groups = Group(store), Group(store)
+    module = nn.Identity()
+    for group in groups:
+        call(group, module, "a")
+    call(one, module, "a")
+    call(other, copy.deepcopy(module), "a")  # a copy is called for the first time: it meets nobody
+    for group in groups:
+        call(group, nn.Identity(), "b")
+    call(one, nn.Identity(), "c")
+    with pytest.raises(ValueError, match="came with d where another came with c"):
+        call(other, nn.Identity(), "d")
+    for group in (Group(store), Group(store)):  # the next groups of a store
+        call(group, nn.Identity(), "e")
+
+
+def test_groups_are_groups() -> None:
+    for call in (
+        lambda: SyncBatchNorm(3, process_group=[0, 1]),
+        lambda: SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(3), [0, 1]),
+    ):
+        with pytest.raises(TypeError, match=r"process_group should be .*, got \[0, 1\]"):
+            call()

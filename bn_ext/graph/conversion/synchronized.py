@@ -15,6 +15,7 @@ from bn_ext.graph.conversion import classes, forwards
 from bn_ext.graph.conversion.classes import Counterpart, UnlikeError, become, full_name
 from bn_ext.graph.conversion.trial import Trials
 from bn_ext.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormAct1d, BatchNormAct2d, BatchNormAct3d
+from bn_ext.nn.ranks import check_group
 from bn_ext.nn.sync import SyncBatchNorm, SyncBatchNormAct, Weighting, check_weighting
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -36,6 +37,7 @@ _OWN = ("process_group", "weighting", "path", "key", "came_from")  # the attribu
 def convert(model: Model, process_group: Any, weighting: Weighting) -> Model:
     """Is :meth:`SyncBatchNorm.convert_sync_batchnorm`."""
     check_model("SyncBatchNorm.convert_sync_batchnorm", model)
+    check_group(process_group)
     check_weighting(weighting)
     trials = Trials()
     chosen: list[tuple[str, nn.Module, type[SyncBatchNorm]]] = []
