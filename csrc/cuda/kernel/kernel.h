@@ -175,8 +175,9 @@ class Block {
                        const BatchOf<kAtOnce>& batch,
                        const PackMask (&masks)[kAtOnce],
                        Reference (&reference)[kSummed]) const {
-    if (has_channel(slab)) {
-      references_.write(gpu::thread(), pass_.reference(slab.set(), own_channel(slab)));
+    // A block has threads for all channels; without a loop backwards of bfloat16 spill on sm_75.
+    for (int k = gpu::thread(); k < slab.channels(); k += gpu::threads()) {
+      references_.write(k, pass_.reference(slab.set(), slab.first_channel() + k));
     }
     if constexpr (Pass::kRefersToChannels) {
       gpu::sync_block();
