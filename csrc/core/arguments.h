@@ -17,6 +17,7 @@ struct PerChannel {
   int64_t set_stride = 0;
 
   BN_HD explicit operator bool() const { return data != nullptr; }
+  BN_HD bool is(const PerChannel& other) const { return data == other.data; }
 
   BN_HD double get(int64_t c, double otherwise, int64_t set = 0) const {
     if (data == nullptr) {

@@ -14,7 +14,9 @@ template <class Args>
 BN_HD void set_running(
     const Args& args, int64_t c, double old_mean, double old_var, double mean, double unbiased_var, double momentum) {
   args.running_mean.set(c, running_average(old_mean, mean, momentum));
-  args.running_var.set(c, running_average(old_var, unbiased_var, momentum));
+  const bool one_tensor = args.running_var.is(args.running_mean);  // which torch takes, and writes twice
+  const double var = one_tensor ? args.running_mean.get(c, 0) : old_var;
+  args.running_var.set(c, running_average(var, unbiased_var, momentum));
 }
 
 template <class Args>
