@@ -26,6 +26,7 @@ import speed
 import torch
 import training
 from findings import Findings
+from options import positive
 from progress import Progress
 from training import Run
 
@@ -103,11 +104,6 @@ def train(data: mnist.Data, steps: int, seeds: int, progress: Progress, runs: li
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-        return number
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--data",

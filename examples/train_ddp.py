@@ -23,6 +23,7 @@ import stacks
 import torch
 import torch.distributed as dist
 from images import Images
+from options import positive
 from progress import Progress
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,7 +34,7 @@ COMPARED = 20  # steps beside one process
 
 
 class Place(NamedTuple):
-    """Of this process among those that train."""
+    """The place of this process among those that train."""
 
     rank: int
     processes: int
@@ -45,7 +46,7 @@ class Place(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images of one process, of a batch of ``whole`` images over all."""
+    """The images of one process in a batch of ``whole`` images over all."""
 
     images: Tensor
     labels: Tensor
@@ -79,7 +80,7 @@ class Training:
 
     @torch.no_grad()
     def percent_right(self, data: Images, batch: int) -> float:
-        """Of all images; each process tests its share."""
+        """The percentage of images that are classified right; each process tests its share."""
         self.model.eval()
         right = torch.zeros((), device=self.place.device)
         for chosen in torch.arange(self.place.rank, len(data.labels), self.place.processes).split(batch):
@@ -97,15 +98,14 @@ def batches(data: Images, place: Place, size: int, seed: int, start: int = 0) ->
     Every epoch has an order of its own, which its number decides.
     """
     total = len(data.labels)
-    a_epoch = max(1, total // size)
-    number = start
+    in_epoch = max(1, total // size)
+    epoch, done = divmod(start, in_epoch)
     while True:
-        epoch, in_epoch = divmod(number, a_epoch)
         order = torch.randperm(total, generator=torch.Generator().manual_seed(seed + epoch))
-        whole = order[in_epoch * size : (in_epoch + 1) * size]
-        mine = whole[place.rank :: place.processes]
-        yield Batch(data.batch(mine), data.labels[mine], len(whole))
-        number += 1
+        for whole in order.split(size)[done:in_epoch]:
+            mine = whole[place.rank :: place.processes]
+            yield Batch(data.batch(mine), data.labels[mine], len(whole))
+        epoch, done = epoch + 1, 0
 
 
 def compare(data: Images, place: Place, options: argparse.Namespace) -> float:
@@ -226,11 +226,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def positive(text: str) -> int:
-        if (number := int(text)) < 1:
-            raise argparse.ArgumentTypeError(f"expected at least 1, got {number}")
-        return number
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, metavar="DIR", help="images in a sub-folder a class (default: the digits)")
     parser.add_argument("--side", type=positive, metavar="N", default=64, help="of a folder's images, in pixels: 64")
