@@ -21,7 +21,7 @@ from bench.report import markdown, place
 from bench.workloads import LAYOUTS, LEAST_MOVES, RESNET, sizes_of
 from bn_ext._C import LaunchPlan
 
-# Of the GPU. Times are in microseconds, rates in bytes per microsecond.
+# What an H100 has. Times are in microseconds, rates in bytes per microsecond.
 COPY = 3.0e6
 LATENCY = 0.95  # of memory, loaded
 FIRST = 0.7  # of memory, before the first byte of a phase
@@ -34,7 +34,8 @@ RESERVED = 1 << 10
 GPCS = (18, 18, 18, 16, 16, 16, 16, 14)  # multiprocessors that a cluster can be in: 132
 MULTIPROCESSORS = sum(GPCS)
 
-# Of the pass, by the size of a type: instructions per 512 bytes, packs of all tensors that a thread has under way.
+# What the kernels' loops take, by the size of a type: SUMMED and APPLIED are instructions per 512 bytes, UNDER_WAY is
+# the packs of all tensors that a thread has under way.
 SUMMED = {4: 62, 2: 98}
 APPLIED = {4: 65, 2: 88}
 UNDER_WAY = {"forward": {4: 8, 2: 4}, "backward": {4: 8, 2: 8}, "inference": {4: 8, 2: 4}}
@@ -42,7 +43,7 @@ UNDER_WAY = {"forward": {4: 8, 2: 4}, "backward": {4: 8, 2: 8}, "inference": {4:
 
 @dataclass(frozen=True)
 class Kernel:
-    """Of the kernel: what a change to it changes."""
+    """The constants that a change to the kernel changes, in microseconds unless a comment says otherwise."""
 
     start: float = 0.85  # to the first load
     settle: float = 0.1  # the forward's, a barrier and reads of shared memory
@@ -97,7 +98,7 @@ def together(plan: LaunchPlan) -> int:
 
 
 def teams_at_once(plan: LaunchPlan) -> int:
-    """Of the launch, at the same time."""
+    """The teams of a launch that are on the GPU at the same time."""
     if plan.team == "grid":
         return plan.teams
     per_multiprocessor = at_once(plan)
@@ -105,7 +106,7 @@ def teams_at_once(plan: LaunchPlan) -> int:
 
 
 def exchange(plan: LaunchPlan, kernel: Kernel) -> float:
-    """Of the sums of a team, in which every block loads those of all others."""
+    """Microseconds in which every block of a team loads the sums of all others."""
     if plan.team == "cluster":
         return kernel.cluster
     if plan.team == "block":
@@ -121,7 +122,7 @@ def exchange(plan: LaunchPlan, kernel: Kernel) -> float:
 
 
 def steps(plan: LaunchPlan, direction: str, size: int, teams: int, written: int, kernel: Kernel) -> Steps:
-    """Of a wave of this many teams, which work on a slab each. All of the launch write so many bytes."""
+    """The steps of a wave of ``teams``, each of which works on a slab. The whole launch writes ``written`` bytes."""
     blocks = teams * together(plan)
     in_flight = blocks * plan.threads * UNDER_WAY[direction][size] * 16 / LATENCY
     busy = min(blocks, MULTIPROCESSORS)
@@ -142,8 +143,8 @@ def steps(plan: LaunchPlan, direction: str, size: int, teams: int, written: int,
 
 
 def model(case: Case, direction: str, kernel: Kernel = NOW, plan: LaunchPlan | None = None) -> Modeled:
-    """Of one launch: the waves follow each other; where a multiprocessor has two blocks, which are in step in the first
-    wave only, each hides a part of the other's idle time."""
+    """The time of one launch. Its waves follow each other. Where a multiprocessor has two blocks, which are in step in
+    the first wave only, each hides a part of the other's idle time."""
     shape, _, dtype, pattern = case
     plan = plan or plan_of(case, direction, "h100")
     tensor = math.prod(sizes_of(shape)) * TYPES[dtype]
@@ -196,7 +197,7 @@ def tables() -> str:
 
 
 def means(modeled: Callable[[Case, str], Modeled] = model) -> list[str]:
-    """Of each column, over both batches."""
+    """The geometric mean of each column of the tables, over both batches."""
     places = [place for batch in (32, 256) for place in cases(batch)]
     return [
         f"{mean([modeled((*place, dtype, 'bn'), direction).of_copy for place in places]):.1%}".replace("%", " %")

@@ -46,7 +46,7 @@ Row = dict[str, Any]
 
 
 def traffic(channels: Sequence[int], ranks: int, whose: str) -> Row:
-    """What the statistics of batch norms of so many channels cost in a step, by formula.
+    """The bytes, collectives and waits of a step whose batch norms have so many ``channels``, by formula.
 
     torch's gathers mean, invstd and count in float32, adds up two sums, and waits for the GPU where it leaves out empty
     processes (torch/nn/modules/_functions.py).

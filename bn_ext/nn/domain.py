@@ -119,7 +119,7 @@ def _batch_norms(given: Any) -> list[Any]:
 
 
 def _freezing(batch_norms: list[Any]) -> dict[str, Any]:
-    """What bn_ext.train.freeze set, to be the same for a batch norm that is made of these."""
+    """The attributes that bn_ext.train.freeze set on these batch norms, which have to be the same on all of them."""
     if any(getattr(one, "running_share", 1) != 1 for one in batch_norms):
         raise ValueError("from_batch_norm: domains take no bn_ext.train.adapt: undo it by adapt(batch_norm, 1)")
     found = [{name: vars(one)[name] for name in FREEZING if name in vars(one)} for one in batch_norms]

@@ -72,7 +72,7 @@ def ranks_of(group: Any, device: torch.device | None = None) -> Ranks:
 
 
 class _Meetings:
-    """What this process knows of the calls in a group, in the store in which its processes found each other."""
+    """The calls in a group, as its processes note them in the store in which they found each other."""
 
     def __init__(self, group: Any) -> None:
         self.store = group.get_group_store()
@@ -137,7 +137,7 @@ def agree(module: nn.Module, layer: str, ranks: Ranks) -> None:
 
 
 def _note(ranks: Ranks) -> str:
-    """What a process said that came with another layer than the others."""
+    """The error of a process that came with another layer than the others; empty if none did."""
     try:
         meetings = _MEETINGS[_group_of(ranks)]
         key = f"{meetings.prefix}/differs"
