@@ -35,14 +35,14 @@ class Pool:
         assert mean is not None
         nothing = torch.zeros_like(mean, dtype=torch.float64)
         self.moments = Moments(nothing.new_zeros(()), nothing, nothing)
-        self.calls = 0.0
-        # Every process of a synchronized batch norm gets the moments of all: each has a part of what they count.
-        self.part = 1 / ranks_of(module.process_group).number if isinstance(module, SyncBatchNorm) else 1.0
+        self.calls = 0
+        # Every process of a synchronized batch norm gets the moments of all: the first one adds them, for all.
+        self.adds = not isinstance(module, SyncBatchNorm) or ranks_of(module.process_group).mine == 0
 
     def add(self, moments: Moments) -> None:
-        self.calls += self.part
-        counts, mean, m2 = moments
-        self.moments = _merged([self.moments, Moments(counts * self.part, mean, m2 * self.part)])
+        if self.adds:
+            self.calls += 1
+            self.moments = _merged([self.moments, Moments(*moments[:3])])
 
     def gathered(self) -> Pool:
         """This pool and those of all other processes, in their order."""
@@ -53,7 +53,7 @@ class Pool:
         everyones = [torch.empty_like(mine, device=device) for _ in range(dist.get_world_size())]
         dist.all_gather(everyones, mine.to(device))
         pool = Pool(self.path, self.module)
-        pool.calls = round(sum(float(one[0]) for one in everyones))
+        pool.calls = sum(int(one[0]) for one in everyones)
         rows = [one.to(mine.device)[1:] for one in everyones]
         pool.moments = _merged([Moments(row[0], *row[1:].chunk(2)) for row in rows])
         return pool

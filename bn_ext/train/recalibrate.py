@@ -208,7 +208,7 @@ def _written(pools: Sequence[Pool]) -> dict[str, Row]:
 
 
 def _write(pool: Pool) -> str:
-    if pool.moments.counts < 2 - 1e-9:  # parts of processes add up to a rounding
+    if pool.moments.counts < 2:
         raise ValueError(f"bn_ext.train.recalibrate: {pool.path} got one value per channel in all")
     mean, var, *counter = statistics_of(pool.module)
     new_mean, new_var = (torch.zeros_like(t, dtype=torch.float64) for t in (mean, var))
@@ -218,8 +218,8 @@ def _write(pool: Pool) -> str:
     mean.copy_(new_mean)
     var.copy_(new_var)
     for tensor in counter:
-        tensor.fill_(round(pool.calls))
-    values = f"{round(float(pool.moments.counts))} values of {pool.calls:.0f} batches"
+        tensor.fill_(pool.calls)
+    values = f"{int(pool.moments.counts)} values of {pool.calls} batches"
     return f"{values}: mean moved {shift:.2g} deviations at most, variance times {ratio.min():.2g} to {ratio.max():.2g}"
 
 
