@@ -56,6 +56,12 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"batch_norm(): argument '{name}' must be Tensor, not {type(value).__name__}")
 
 
+def addition_error(residual: Tensor, input: Tensor, error: RuntimeError) -> RuntimeError:
+    """The error of a residual that cannot be added, because torch raises ``error`` for its sizes."""
+    sizes = f"residual of sizes {list(residual.shape)} for an input of sizes {list(input.shape)}"
+    return RuntimeError(f"batch_norm: {sizes}: {error}")
+
+
 def check(input: Any, activation: str | None, activation_param: float | None) -> None:
     """Raises the errors that the operator does not raise, or not as clearly."""
     check_tensor("input", input)

@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from bn_ext import activation as activations
 from bn_ext._fallback import fell_back
 from bn_ext._load import _C
-from bn_ext.functional import EXPORTED, exporting, finished, has_kernels, masked
+from bn_ext.functional import EXPORTED, addition_error, exporting, finished, has_kernels, masked
 from bn_ext.stages import Chain, Moments, Statistics, Sums, backward_elemt, backward_reduce, elemt, stats
 
 # The activations whose gradient is known by a bit an element: none then depends on the weight of the backward.
@@ -95,8 +95,7 @@ def check_operands(input: Tensor, residual: Tensor | None, **parameters: Tensor 
         try:
             torch.broadcast_shapes(residual.shape, input.shape)
         except RuntimeError as error:
-            sizes = f"residual of sizes {list(residual.shape)} for an input of sizes {list(input.shape)}"
-            raise RuntimeError(f"batch_norm: {sizes}: {error}") from None
+            raise addition_error(residual, input, error) from None
 
 
 def check_training(input: Tensor, channels: int, eps: float) -> None:

@@ -10,7 +10,7 @@ from torch.fx import Proxy
 from torch.jit import is_scripting, is_tracing
 
 from bn_ext import activation as activations
-from bn_ext.functional import as_tensor, check
+from bn_ext.functional import addition_error, as_tensor, check
 from bn_ext.nn.base import FusedForward
 
 
@@ -18,8 +18,7 @@ def _expanded(residual: Tensor, input: Tensor) -> Tensor:
     try:
         return residual.expand_as(input)
     except RuntimeError as error:
-        sizes = f"residual of sizes {list(residual.shape)} for an input of sizes {list(input.shape)}"
-        raise RuntimeError(f"batch_norm: {sizes}: {error}") from None
+        raise addition_error(residual, input, error) from None
 
 
 class BatchNormLast(FusedForward):
